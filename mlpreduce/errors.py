@@ -1,0 +1,43 @@
+"""The one error of the library, and the words it uses."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["ReductionError", "call_text", "did_you_mean"]
+
+
+class ReductionError(ValueError):
+    """A request that cannot be carried out.
+
+    The message holds the call as written, the fact with its numbers, and what would work. Whenever it is raised, the
+    model is as it was before the call.
+    """
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Text to append to an error about an unknown name.
+
+    Example:
+        >>> did_you_mean("groupped", ["grouped", "shallow"])
+        "; did you mean 'grouped'?"
+        >>> did_you_mean("xyz", ["grouped", "shallow"])
+        '; known: grouped, shallow'
+    """
+    options = sorted(options)
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(options)}" if options else ""
+
+
+def call_text(name: str, config: Mapping[str, Any]) -> str:
+    """A call as the user wrote it, for messages.
+
+    Example:
+        >>> call_text("grouped", {"group": 5})
+        'grouped(group=5)'
+    """
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in config.items())})"
