@@ -1,0 +1,345 @@
+"""Finds MLPs in a torch.fx graph by dataflow.
+
+From each contracting projection the matcher walks back through elementwise operations, norms and gates to the
+expanding projections. It is an MLP when those have one common input, their output goes nowhere else, a nonlinearity
+or a gate lies between, and the result is added to something its input was computed from (the residual stream).
+What a node may be is a matter of the tables below.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from mlpreduce.edits import Axis
+from mlpreduce.graph.trace import module_at
+
+__all__ = ["Match", "match_mlps"]
+
+ACTIVATIONS = {
+    F.gelu, F.relu, F.relu6, F.silu, F.mish, F.elu, F.selu, F.celu, F.leaky_relu, F.softplus, F.sigmoid, F.tanh,
+    F.hardswish, F.hardsigmoid, F.hardtanh, F.logsigmoid, torch.relu, torch.sigmoid, torch.tanh, torch.square,
+    torch.nn.functional.relu_,
+    "relu", "relu_", "sigmoid", "tanh", "square", "gelu", "silu",
+}  # fmt: skip
+NEUTRAL = {
+    F.dropout,
+    torch.clamp,
+    "contiguous",
+    "clone",
+    "detach",
+    "to",
+    "type_as",
+    "float",
+    "half",
+    "bfloat16",
+    "clamp",
+}
+MULTIPLY = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+SPLIT = {torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split"}
+ADD = {operator.add, operator.iadd, operator.sub, torch.add, torch.sub, "add", "add_", "sub", "sub_"}
+# on the way from the contracting projection to the residual addition
+PASSING = NEUTRAL | {
+    F.layer_norm, F.batch_norm, F.group_norm, F.rms_norm, torch.cat, torch.stack, torch.sum, operator.truediv,
+    operator.getitem, torch.flatten, torch.transpose, torch.permute, torch.reshape, "sum", "div", "flatten",
+    "transpose", "permute", "reshape", "view", "unsqueeze", "squeeze", "stochastic_depth",
+}  # fmt: skip
+QUERIES = {getattr, "size", "dim", "numel", "new_empty"}  # they read a tensor's shape, not its values
+NOT_ELEMENTWISE = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU)
+
+
+def _target(node: fx.Node) -> object:
+    """What a call does: the function, or the name of the method; fx-wrapped functions count by name too."""
+    if node.op == "call_function" and node.target not in PASSING | MULTIPLY | ADD | ACTIVATIONS:
+        name = getattr(node.target, "__name__", "")
+        return name if name in ("stochastic_depth", "drop_path", "dropout") else node.target
+    return node.target
+
+
+def _is_projection(module: nn.Module | None) -> bool:
+    if isinstance(module, nn.Linear):
+        return True
+    if not isinstance(module, nn.Conv2d):
+        return False
+    return set(module.kernel_size) == {1} and set(module.stride) == {1} and module.groups == 1
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers of a leaf with an axis to slice (a counter or a scalar has none)."""
+    return [(name, t) for name, t in [*module.named_parameters(), *module.named_buffers()] if t.numel() > 1]
+
+
+def _elementwise_class(module: nn.Module) -> bool | None:
+    if isinstance(module, NOT_ELEMENTWISE):
+        return False
+    if (
+        isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
+        or type(module).__module__ == nn.ReLU.__module__
+    ):
+        return True
+    return None
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    """Whether a leaf without tensors treats each element alone. An unknown class is asked, on ten numbers."""
+    known = _elementwise_class(module)
+    if known is not None:
+        return known
+    x = torch.linspace(-3.0, 3.0, 10, device="cpu").reshape(1, 10)
+    try:
+        with torch.no_grad():
+            y, part = module(x), module(x[:, 2:5])
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == x.shape and torch.equal(y[:, 2:5], part)
+
+
+def _is_nonlinear(module: nn.Module) -> bool:
+    return not isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)) and type(module).__name__ != "DropPath"
+
+
+@dataclass
+class Match:
+    """An MLP in the graph, by nodes and leaf paths."""
+
+    contract: fx.Node
+    source: fx.Node
+    hidden: int
+    expand: list[fx.Node] = field(default_factory=list)
+    inner: list[fx.Node] = field(default_factory=list)
+    axes: list[Axis] = field(default_factory=list)
+    signature: list[object] = field(default_factory=list)
+    gated: bool = False
+    class_token: bool = False
+
+
+class _Walk:
+    """The walk back from one contracting projection. `offsets` says where on a node's channels hidden unit 0 lies."""
+
+    def __init__(self, model: nn.Module, contract: fx.Node, hidden: int) -> None:
+        self.model, self.contract, self.hidden = model, contract, hidden
+        self.channel_dims = (-1, 2) if isinstance(module_at(model, str(contract.target)), nn.Linear) else (1, -3)
+        self.offsets: dict[fx.Node, set[int]] = {}
+        self.expand: list[fx.Node] = []
+        self.inner: list[fx.Node] = []
+        self.signature: list[object] = []
+        self.nonlinear = self.gated = False
+
+    def visit(self, node: object, offset: int) -> bool:
+        if not isinstance(node, fx.Node):
+            return False
+        first = node not in self.offsets
+        self.offsets.setdefault(node, set()).add(offset)
+        if node.op == "call_module":
+            return self._module(node, offset, first)
+        if node.op not in ("call_function", "call_method"):
+            return False
+        target = _target(node)
+        if target in ACTIVATIONS or target in NEUTRAL or target == "dropout":
+            self.nonlinear |= target in ACTIVATIONS
+            self.signature.append((str(target), str(node.args[1:]), str(node.kwargs)))
+            return self.visit(node.args[0], offset)
+        if target in MULTIPLY:
+            return self._multiply(node, offset)
+        if target is operator.getitem:
+            return self._half(node, offset)
+        return False
+
+    def _module(self, node: fx.Node, offset: int, first: bool) -> bool:
+        module = module_at(self.model, str(node.target))
+        if module is None or module._modules or len(node.args) != 1:
+            return False
+        if _is_projection(module):
+            if first:
+                self.expand.append(node)
+            return True
+        tensors = _tensors(module)
+        if tensors:
+            # a norm or a scale on the hidden axis: every tensor one value a channel
+            if any(t.dim() != 1 or t.numel() % self.hidden for _, t in tensors):
+                return False
+            if first:
+                self.inner.append(node)
+            self.nonlinear |= type(module).__module__ == nn.ReLU.__module__
+        elif not _is_elementwise(module):
+            return False
+        else:
+            self.nonlinear |= _is_nonlinear(module)
+        self.signature.append(_describe(module))
+        return self.visit(node.args[0], offset)
+
+    def _multiply(self, node: fx.Node, offset: int) -> bool:
+        operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        if len(operands) == 2:
+            self.nonlinear = self.gated = True
+            self.signature.append("gate")
+            return all(self.visit(operand, offset) for operand in operands)
+        self.signature.append(("mul", str([arg for arg in node.args if not isinstance(arg, fx.Node)])))
+        return len(operands) == 1 and self.visit(operands[0], offset)
+
+    def _half(self, node: fx.Node, offset: int) -> bool:
+        """`y.chunk(2, dim)[i]`: hidden units lie `i` times their number further on in `y`."""
+        parts, index = node.args
+        if not isinstance(parts, fx.Node) or _target(parts) not in SPLIT or not isinstance(index, int):
+            return False
+        dim = parts.kwargs.get("dim", parts.args[2] if len(parts.args) > 2 else 0)
+        sizes = parts.args[1] if len(parts.args) > 1 else next(iter(parts.kwargs.values()))
+        chunk = "chunk" in str(getattr(parts.target, "__name__", parts.target))
+        equal = sizes == 2 if chunk else sizes in (self.hidden, [self.hidden] * 2, (self.hidden,) * 2)
+        if dim not in self.channel_dims or not equal:
+            return False
+        self.offsets.setdefault(parts, set())
+        self.signature.append(("half", index))
+        return self.visit(parts.args[0], offset + (index % 2) * self.hidden)
+
+    def closed(self) -> bool:
+        """Whether what lies between the projections goes nowhere else."""
+        inside = {*self.offsets, self.contract}
+        users = {user for node in self.offsets for user in node.users}
+        return all(user in inside or _target(user) in QUERIES for user in users)
+
+
+def _describe(module: nn.Module) -> tuple[object, ...]:
+    shapes = tuple((name, tuple(t.shape), str(t.dtype)) for name, t in _tensors(module))
+    return type(module).__qualname__, module.extra_repr(), shapes
+
+
+def _strip(node: object) -> object:
+    while isinstance(node, fx.Node) and node.op != "placeholder" and _target(node) in NEUTRAL:
+        node = node.args[0]
+    return node
+
+
+def _match(model: nn.Module, contract: fx.Node, order: dict[fx.Node, int]) -> Match | None:
+    module = module_at(model, str(contract.target))
+    if module is None or not _is_projection(module) or len(contract.args) != 1:
+        return None
+    hidden = int(module.get_parameter("weight").shape[1])
+    walk = _Walk(model, contract, hidden)
+    if not walk.visit(contract.args[0], 0) or not walk.nonlinear or not walk.expand or not walk.closed():
+        return None
+    sources = {_strip(node.args[0]) for node in walk.expand}
+    source = sources.pop()
+    if sources or not isinstance(source, fx.Node) or not _is_residual(model, contract, source, order):
+        return None
+    expand = sorted(walk.expand, key=order.__getitem__)
+    match = Match(contract, source, hidden, expand, walk.inner, gated=walk.gated)
+    for node in [*expand, *walk.inner]:
+        leaf = module_at(model, str(node.target))
+        offsets = tuple(sorted(walk.offsets[node]))
+        for name, tensor in _tensors(leaf):  # type: ignore[arg-type]
+            if tensor.shape[0] != hidden * len(offsets) or offsets != tuple(range(0, tensor.shape[0], hidden)):
+                return None
+            match.axes.append(Axis(f"{node.target}.{name}", 0, int(tensor.shape[0]), offsets))
+    match.axes.append(Axis(f"{contract.target}.weight", 1, hidden))
+    leaves = [module_at(model, str(node.target)) for node in [*expand, contract]]
+    match.signature = [*(_describe(leaf) for leaf in leaves if leaf is not None), *walk.signature]
+    return match
+
+
+def _terms(node: fx.Node) -> Iterable[fx.Node]:
+    """The node, and what it is the sum of."""
+    stack = [node]
+    seen = set()
+    while stack:
+        term = stack.pop()
+        if term in seen:
+            continue
+        seen.add(term)
+        yield term
+        if _target(term) in ADD:
+            stack.extend(arg for arg in term.args if isinstance(arg, fx.Node))
+
+
+def _is_ancestor(candidate: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if current is candidate:
+            return True
+        for parent in current.all_input_nodes:
+            if parent not in seen and order[parent] >= order[candidate]:
+                seen.add(parent)
+                stack.append(parent)
+    return False
+
+
+def _passes(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node hands the output of an MLP on to the residual addition: a norm, a scale, a drop, a shape."""
+    if node.op == "call_module":
+        module = module_at(model, str(node.target))
+        if module is None or _is_projection(module):
+            return False
+        tensors = _tensors(module)
+        return all(t.dim() == 1 for _, t in tensors) and (bool(tensors) or not _is_nonlinear_leaf(module))
+    target = _target(node)
+    if target in MULTIPLY:  # a layer scale, not a gate
+        others = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        return len(others) < 2 or any(arg.op == "get_attr" for arg in others)
+    return target in PASSING or target in ("drop_path", "dropout")
+
+
+def _is_nonlinear_leaf(module: nn.Module) -> bool:
+    return _elementwise_class(module) is True and _is_nonlinear(module)
+
+
+def _is_residual(model: nn.Module, contract: fx.Node, source: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether the output is added to what the input was computed from."""
+    stack, seen = [contract], {contract}
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if _target(user) in ADD:
+                others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not node]
+                if any(_is_ancestor(t, source, order) for o in others for t in _terms(o) if order[t] <= order[source]):
+                    return True
+            elif not _passes(model, user):
+                continue
+            stack.append(user)
+    return False
+
+
+def _acts_on_class_token(model: nn.Module, match: Match, order: dict[fx.Node, int]) -> bool:
+    """Whether the input is the class token alone: sliced from the tokens, or grown from a parameter.
+
+    Follows the input back through norms and residual additions, always to the older operand, to the root of its
+    residual stream.
+    """
+    node = match.source
+    while True:
+        if node.op == "get_attr":
+            return True
+        target = _target(node)
+        if target is operator.getitem:
+            index = node.args[1]
+            token = index[1] if isinstance(index, tuple) and len(index) > 1 else None
+            return isinstance(token, int) or (isinstance(token, slice) and token.stop == 1 and not token.start)
+        operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        if target in ADD and len(operands) > 1:  # a position embedding is no stream
+            operands = [arg for arg in operands if arg.op != "get_attr"] or operands
+        elif not (node.op == "call_module" and _passes(model, node)) and target not in NEUTRAL | {
+            F.layer_norm,
+            "expand",
+        }:
+            return False
+        if not operands:
+            return False
+        node = min(operands, key=order.__getitem__)
+
+
+def match_mlps(model: nn.Module, graph: fx.Graph) -> list[Match]:
+    """All MLPs of a graph, in order of execution, tied ones once for each call."""
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    found = (_match(model, node, order) for node in graph.nodes if node.op == "call_module")
+    matches = [match for match in found if match is not None]
+    for match in matches:
+        match.class_token = _acts_on_class_token(model, match, order)
+    return matches

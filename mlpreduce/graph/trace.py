@@ -1,0 +1,166 @@
+"""From a model to a torch.fx graph, leaving no trace in the model.
+
+The graph is only read. What is traced is a structural copy that aliases the model's tensors: some models keep what
+they compute in caches, and would keep the tracer's proxies too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import OrderedDict
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mlpreduce.errors import ReductionError
+
+__all__ = ["forget", "module_at", "refuse_wrapped", "structural_copy", "trace"]
+
+_WRAPPERS = {
+    "DistributedDataParallel": "model.module",
+    "DataParallel": "model.module",
+    "FullyShardedDataParallel": "the model before wrapping",
+    "OptimizedModule": "the model before torch.compile",
+}
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a dotted path, or None. Unlike `get_submodule` it does not raise."""
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        module = module._modules.get(name) if module is not None else None
+    return module
+
+
+def refuse_wrapped(model: Any, call: str) -> None:
+    """Raise if `model` is no plain module whose leaves can be edited.
+
+    Raises:
+        ReductionError: not a module, wrapped for data parallelism, sharded, compiled or scripted.
+    """
+    if not isinstance(model, nn.Module):
+        raise ReductionError(f"{call}: needs a torch.nn.Module, got {type(model).__name__}")
+    for cls in type(model).__mro__:
+        if cls.__name__ in _WRAPPERS:
+            raise ReductionError(
+                f"{call}: the model is wrapped in {cls.__name__}, whose buffers and buckets were made for the old "
+                f"parameters; reduce {_WRAPPERS[cls.__name__]}, then wrap it"
+            )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ReductionError(f"{call}: the model is a ScriptModule, whose graph is fixed; reduce it, then script it")
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None or any(c.__name__ == "OptimizedModule" for c in type(module).__mro__):
+            raise ReductionError(f"{call}: {name or 'the model'} is compiled; reduce the model, then compile it")
+    for name, parameter in model.named_parameters():
+        if any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__):
+            raise ReductionError(f"{call}: {name} is sharded (DTensor); reduce the model, then call fully_shard")
+
+
+def structural_copy(model: nn.Module, device: str | None = None) -> nn.Module:
+    """A copy of the module tree, without hooks, whose tensors are the model's own.
+
+    Tied modules stay tied. With `device="meta"` the copy has meta tensors of the same shapes instead, so that a plan
+    can be rehearsed on it without memory.
+    """
+    modules: dict[int, nn.Module] = {}
+    tensors: dict[int, torch.Tensor] = {}
+
+    def tensor(value: torch.Tensor | None) -> torch.Tensor | None:
+        if value is None or device is None:
+            return value
+        if id(value) not in tensors:
+            empty = torch.empty_like(value, device=device, requires_grad=False)
+            is_parameter = isinstance(value, nn.Parameter)
+            tensors[id(value)] = nn.Parameter(empty, requires_grad=value.requires_grad) if is_parameter else empty
+        return tensors[id(value)]
+
+    def attribute(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return module(value)
+        if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+            return MethodType(value.__func__, module(value.__self__))
+        if type(value) in (dict, OrderedDict):
+            return type(value)((key, attribute(entry)) for key, entry in value.items())
+        if type(value) in (list, tuple, set):
+            return type(value)(attribute(entry) for entry in value)
+        return value
+
+    def module(original: nn.Module) -> nn.Module:
+        if id(original) in modules:
+            return modules[id(original)]
+        copy = modules[id(original)] = original.__new__(type(original))
+        state = copy.__dict__
+        for name, value in original.__dict__.items():
+            if name in ("_parameters", "_buffers"):
+                state[name] = type(value)((key, tensor(entry)) for key, entry in value.items())
+            elif name == "_modules":
+                state[name] = type(value)((key, entry and module(entry)) for key, entry in value.items())
+            elif name.endswith("_hooks"):
+                state[name] = OrderedDict()
+            elif name == "_compiled_call_impl":
+                state[name] = None
+            else:
+                state[name] = attribute(value)
+        return copy
+
+    return module(model)
+
+
+class _Tracer(fx.Tracer):
+    """Calls of leaf modules become nodes, named by the place they are called from.
+
+    A module without children is a leaf, whatever its class: it is what edits tie and slice. A tied leaf is called
+    from several places; fx would name every call by the first of them.
+    """
+
+    def __init__(self) -> None:
+        fx_layers = sys.modules.get("timm.layers._fx")  # a timm model cannot exist unless timm is imported
+        self._opaque = tuple(fx_layers.get_notrace_modules()) if fx_layers else ()
+        functions = tuple(fx_layers.get_notrace_functions()) if fx_layers else ()
+        super().__init__(autowrap_functions=functions)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not m._modules or isinstance(m, self._opaque) or super().is_leaf_module(m, module_qualified_name)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        caller = self.scope.module_path
+        module = module_at(self.root, caller)
+        if module is not None:
+            for name, child in module.named_modules(remove_duplicate=False):
+                if child is mod and name:
+                    return f"{caller}.{name}" if caller else name
+        return super().path_of_module(mod)
+
+
+def trace(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
+    """The torch.fx graph of a model in eval mode, and the module tree that its nodes name.
+
+    Optional arguments of `forward` are fixed at their defaults. A `GraphModule` is not traced: its graph is read.
+
+    Raises:
+        ReductionError: torch.fx cannot trace the model; the message has its reason.
+    """
+    if isinstance(model, fx.GraphModule):
+        return model, model.graph
+    copy = structural_copy(model).eval()
+    signature = inspect.signature(type(model).forward)
+    empty = inspect.Parameter.empty
+    defaults = {name: p.default for name, p in signature.parameters.items() if p.default is not empty}
+    try:
+        with torch.no_grad():
+            return copy, _Tracer().trace(copy, concrete_args=defaults or None)
+    except Exception as error:  # whatever a foreign forward does with a proxy
+        raise ReductionError(
+            f"find_mlps({type(model).__name__}): torch.fx cannot trace its forward: {type(error).__name__}: {error}"
+        ) from error
+
+
+def forget(tree: nn.Module) -> None:
+    """Let go of the tensors of a traced copy now: it is part of reference cycles, and would hold them for a while."""
+    if not isinstance(tree, fx.GraphModule):
+        for module in list(tree.modules()):
+            module._parameters.clear()
+            module._buffers.clear()
