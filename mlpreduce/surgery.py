@@ -1,0 +1,233 @@
+"""Carries the edits of a plan out on a model: checks all, then changes all.
+
+The plan is first rehearsed on a copy of the module tree with meta tensors, where every mistake shows at no cost in
+memory. The change itself then takes the new tensors of one MLP at a time beyond what the model holds, the largest
+first, and an interrupt waits until it is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mlpreduce.edits import Assign, Plan, Scale, Share, Slice
+from mlpreduce.errors import ReductionError, call_text
+from mlpreduce.graph import canonicalize, module_at, structural_copy
+
+__all__ = ["carry_out", "rehearse", "untie_leaves"]
+
+
+def rehearse(model: nn.Module, plan: Plan) -> nn.Module:
+    """The reduced model on the meta device; `model` is not touched.
+
+    Raises:
+        ReductionError: the plan does not fit the model; the message names the module or tensor.
+    """
+    call = call_text(plan.transform, plan.config)
+    rehearsal = structural_copy(model, device="meta")
+    _check_slices(rehearsal, plan.of(Slice), call)
+    _slice_all(rehearsal, plan.of(Slice))
+    _check_shares(rehearsal, plan.of(Share), call)
+    _share_all(rehearsal, plan.of(Share))
+    for share in plan.of(Share):
+        if module_at(rehearsal, share.target) is not module_at(rehearsal, share.source):
+            raise ReductionError(f"{call}: {share.target} would be shared with two different modules")
+    for edit in plan.of(Assign, Scale):
+        tensor = _tensor(rehearsal, edit.tensor, call)
+        if isinstance(edit, Assign) and edit.value.shape != tensor.shape:
+            raise ReductionError(
+                f"{call}: {edit.tensor} has shape {tuple(tensor.shape)}, its new values {tuple(edit.value.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise ReductionError(f"{call}: {edit.tensor} is {tensor.dtype}; only floating-point weights are changed")
+    return rehearsal
+
+
+def carry_out(model: nn.Module, plan: Plan, *, weights: bool = True) -> None:
+    """Carry a plan out in place, all of it or nothing.
+
+    Args:
+        model: the module to change; a `GraphModule`'s graph is rewritten with it.
+        plan: what to do.
+        weights: without, only shapes and ties change and the values of sliced tensors are those of the kept units;
+            this is what loading a saved model needs.
+
+    Raises:
+        ReductionError: the plan does not fit the model, which is then unchanged.
+    """
+    rehearse(model, plan)
+    with _uninterrupted(), torch.no_grad():
+        _slice_all(model, plan.of(Slice))
+        _share_all(model, plan.of(Share))
+        if weights:
+            for edit in plan.of(Assign):
+                _tensor(model, edit.tensor, plan.transform).copy_(edit.value)
+            for edit in plan.of(Scale):
+                _tensor(model, edit.tensor, plan.transform).mul_(edit.factor)
+        if isinstance(model, fx.GraphModule):
+            canonicalize(model)
+
+
+def untie_leaves(model: nn.Module, shares: list[Share]) -> None:
+    """Give the target of each share a module of its own, with equal values. Exact: no output changes."""
+    copies = []
+    for share in shares:
+        source = module_at(model, share.source)
+        if source is None or module_at(model, share.target) is not source:
+            raise ReductionError(
+                f"untie: {share.target} is no longer tied to {share.source}; mlpreduce.verify tells more"
+            )
+        copies.append((share.target, copy.deepcopy(source)))
+    for path, module in copies:
+        parent, _, name = path.rpartition(".")
+        module_at(model, parent)._modules[name] = module  # type: ignore[union-attr]
+
+
+def _slice_all(model: nn.Module, slices: list[Slice]) -> None:
+    def size(edit: Slice) -> float:
+        return sum(axis.size for axis in edit.axes) * len(edit.units) / edit.hidden
+
+    for edit in sorted(slices, key=size, reverse=True):
+        _slice(model, edit)
+
+
+def _share_all(model: nn.Module, shares: list[Share]) -> None:
+    places = _places(model) if shares else {}
+    for share in shares:
+        source = module_at(model, share.source)
+        for parent, name in places[id(module_at(model, share.target))]:
+            parent._modules[name] = source
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every (parent, name) under which each module is registered, aliases too."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                places.setdefault(id(child), []).append((module, name))
+    return places
+
+
+def _slice(model: nn.Module, edit: Slice) -> None:
+    """New tensors for the whole MLP first, so that a lack of memory leaves it as it was; then they are put in place."""
+    new: list[tuple[nn.Module, str, torch.Tensor]] = []
+    for axis in edit.axes:
+        leaf, name, tensor = _find(model, axis.tensor, edit.mlp)
+        kept = axis.positions(edit.hidden, edit.units)
+        if isinstance(kept, range):
+            part = tensor.detach().narrow(axis.dim, kept.start, len(kept)).clone(memory_format=torch.contiguous_format)
+        else:
+            part = tensor.detach().index_select(axis.dim, torch.tensor(kept, device=tensor.device))
+        if isinstance(tensor, nn.Parameter):
+            part = nn.Parameter(part, requires_grad=tensor.requires_grad)
+        new.append((leaf, name, part))
+        del tensor
+    for leaf, name, part in new:
+        if isinstance(part, nn.Parameter):
+            leaf._parameters[name] = part
+        else:
+            leaf._buffers[name] = part
+        _set_sizes(leaf)
+
+
+def _set_sizes(leaf: nn.Module) -> None:
+    """Widths that a leaf keeps beside its tensors: they show in its repr, and some are read in forward."""
+    if isinstance(leaf, nn.Linear):
+        leaf.out_features, leaf.in_features = leaf.weight.shape
+    elif isinstance(leaf, nn.modules.conv._ConvNd):
+        leaf.out_channels, leaf.in_channels = leaf.weight.shape[0], leaf.weight.shape[1] * leaf.groups
+    elif isinstance(leaf, (nn.LayerNorm, nn.RMSNorm)):
+        leaf.normalized_shape = tuple(leaf.weight.shape)
+    elif isinstance(leaf, nn.modules.batchnorm._BatchNorm):
+        running = leaf.running_mean if leaf.running_mean is not None else leaf.weight
+        leaf.num_features = running.shape[0]
+    elif isinstance(getattr(leaf, "normalized_shape", None), tuple):  # timm's norms beside torch's
+        leaf.normalized_shape = tuple(leaf.get_parameter("weight").shape)  # type: ignore[assignment]
+
+
+def _find(model: nn.Module, path: str, call: str) -> tuple[nn.Module, str, torch.Tensor]:
+    """The leaf that holds the tensor at `path`, the tensor's name there, and the tensor."""
+    parent, _, name = path.rpartition(".")
+    leaf = module_at(model, parent)
+    tensor = getattr(leaf, name, None)
+    if leaf is None or not isinstance(tensor, torch.Tensor):
+        raise ReductionError(f"{call}: {type(model).__name__} has no tensor {path!r}; the plan is of another model")
+    return leaf, name, tensor
+
+
+def _tensor(model: nn.Module, path: str, call: str) -> torch.Tensor:
+    return _find(model, path, call)[2]
+
+
+def _check_slices(model: nn.Module, slices: list[Slice], call: str) -> None:
+    """Whether every slice names what the model has, in the size the plan was made for."""
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), set()).add(id(module))
+    sliced: set[tuple[int, int]] = set()
+    for edit in slices:
+        if not edit.units or min(edit.units) < 0 or max(edit.units) >= edit.hidden:
+            raise ReductionError(f"{call}: {edit.mlp} would keep units {edit.units!r} of {edit.hidden}")
+        for axis in edit.axes:
+            tensor = _tensor(model, axis.tensor, call)
+            if tensor.dim() <= axis.dim or tensor.shape[axis.dim] != axis.size:
+                raise ReductionError(
+                    f"{call}: {axis.tensor} has shape {tuple(tensor.shape)}, but the plan was made for {axis.size} at "
+                    f"dimension {axis.dim}; it is of another model, or already carried out"
+                )
+            if len(holders.get(id(tensor), ())) > 1:
+                raise ReductionError(
+                    f"{call}: {axis.tensor} is one Parameter in {len(holders[id(tensor)])} modules, and slicing would "
+                    f"untie it; share the module instead of the Parameter, or give each module its own"
+                )
+            if (id(tensor), axis.dim) in sliced:
+                raise ReductionError(f"{call}: {axis.tensor} would be sliced twice")
+            sliced.add((id(tensor), axis.dim))
+
+
+def _check_shares(model: nn.Module, shares: list[Share], call: str) -> None:
+    """Whether every share ties two leaf modules of one form, after slicing."""
+    for share in shares:
+        source, target = module_at(model, share.source), module_at(model, share.target)
+        for path, module in ((share.source, source), (share.target, target)):
+            if module is None or module._modules:
+                fact = f"{type(model).__name__} has no module {path!r}" if module is None else f"{path} has children"
+                raise ReductionError(f"{call}: {fact}; the plan is of another model: only its leaf modules are tied")
+        if source is target:
+            raise ReductionError(f"{call}: {share.target} already is {share.source}; nothing is tied or scaled twice")
+        if _form(source) != _form(target):
+            raise ReductionError(
+                f"{call}: {share.source} and {share.target} differ: {_form(source)} and {_form(target)}"
+            )
+
+
+def _form(leaf: nn.Module | None) -> tuple[Any, ...]:
+    tensors = [*leaf.named_parameters(), *leaf.named_buffers()] if leaf is not None else []
+    return repr(leaf), [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold SIGINT back until the block is done, so that Ctrl-C never leaves a model half changed."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is None:
+        yield
+        return
+    pending: list[FrameType | None] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pending.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pending and callable(handler):
+            handler(signal.SIGINT, pending[0])
