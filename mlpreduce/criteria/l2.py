@@ -1,0 +1,17 @@
+"""`l2`: the units with the largest weights.
+
+Source: the magnitude baseline of structured pruning. The norm runs over all a unit owns, fc1 row, bias and fc2
+column, as a unit is removed whole; other codes take the fc1 row alone.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mlpreduce.criteria import register_criterion
+
+
+@register_criterion("l2")
+def l2(weights: torch.Tensor, seed: int) -> torch.Tensor:
+    """Decreasing Euclidean norm of the unit's weights; the lower index first where norms are equal."""
+    return torch.sort(weights.norm(dim=1), descending=True, stable=True).indices

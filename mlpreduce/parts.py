@@ -1,0 +1,83 @@
+"""What a transform sees of a model: its MLPs in scope, their chains, their weights, and orders of their hidden units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from mlpreduce.criteria import get_criterion, needs_weights, unit_weights
+from mlpreduce.edits import Slice, as_units
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import MLP, Leaf, chains, module_at
+
+__all__ = ["Parts"]
+
+
+class Parts(Sequence[MLP]):
+    """The MLPs in scope, in order of execution. A transform reads it and returns edits; it changes nothing.
+
+    Attributes:
+        chains: the MLPs that may share with each other, each chain in order of execution.
+    """
+
+    def __init__(self, model: nn.Module, mlps: Sequence[MLP], others: Sequence[MLP] = ()) -> None:
+        self._model, self._mlps, self._others = model, list(mlps), list(others)
+        self.chains = chains(self._mlps)
+
+    def __getitem__(self, index: int) -> MLP:  # type: ignore[override]
+        return self._mlps[index]
+
+    def __len__(self) -> int:
+        return len(self._mlps)
+
+    def __iter__(self) -> Iterator[MLP]:
+        return iter(self._mlps)
+
+    def uses(self, mlp: MLP) -> list[MLP]:
+        """All calls of the MLP's weights in the model, in scope or not; just itself unless it is tied."""
+        return [other for other in [*self._mlps, *self._others] if other.owner == mlp.owner]
+
+    def tensor(self, path: str) -> torch.Tensor:
+        """The values of a parameter or buffer.
+
+        Raises:
+            ReductionError: the model is on the meta device and has no values.
+        """
+        parent, _, name = path.rpartition(".")
+        value: torch.Tensor = getattr(module_at(self._model, parent), name)
+        if value.is_meta:
+            raise ReductionError(
+                f"needs the values of {path}, but the model is on the meta device; give it weights first"
+            )
+        return value
+
+    def tensors_of(self, leaf: Leaf) -> list[str]:
+        """Paths of the floating-point parameters and buffers of a leaf."""
+        module = module_at(self._model, leaf.path)
+        named = [*module.named_parameters(), *module.named_buffers()] if module is not None else []
+        return [f"{leaf.path}.{name}" for name, tensor in named if tensor.is_floating_point()]
+
+    def order(self, mlp: MLP, criterion: str, seed: int = 0) -> list[int]:
+        """Hidden units of an MLP by importance, the most important first.
+
+        Raises:
+            ReductionError: unknown criterion, or it needs weights and there are none.
+        """
+        function = get_criterion(criterion)
+        if needs_weights(criterion):
+            weights = unit_weights(mlp, self.tensor)
+        else:
+            weights = torch.empty(mlp.hidden_features, 0)
+        index = next(i for i, other in enumerate(self._mlps) if other.name == mlp.name)
+        return [int(unit) for unit in function(weights, seed + index)]
+
+    def slice(self, mlp: MLP, units: Sequence[int]) -> Slice:
+        """The edit that keeps `units` of an MLP, in all tensors that its uses run through."""
+        axes = list(mlp.axes)
+        for other in self.uses(mlp):
+            if other.name != mlp.name:  # what is tied is sliced once; norms of each depth are its own
+                own = {leaf.path for leaf in other.leaves if not leaf.shareable}
+                axes += [axis for axis in other.axes if axis.tensor.rpartition(".")[0] in own]
+        return Slice(mlp.name, mlp.hidden_features, as_units(units), tuple(axes))

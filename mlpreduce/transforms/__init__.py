@@ -1,0 +1,141 @@
+"""Transforms and their registry. A transform is one file with one pure function from a model's parts to edits.
+
+    @register("grouped", scope="chains")
+    def grouped(parts, *, group=2, ...):
+        ...
+        yield Share(...)
+
+Its keyword parameters are its config everywhere: Python, command line, recipes, search spaces and JSON.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from mlpreduce.errors import ReductionError, call_text, did_you_mean
+
+__all__ = ["Transform", "check_config", "get_transform", "is_construction", "list_transforms", "register"]
+
+RESERVED = ("include", "exclude", "data", "loss", "example_inputs")
+
+Scope = Literal["all", "chains"]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A registered transform.
+
+    Attributes:
+        name: what users write.
+        function: `(parts, *, ...) -> edits`, or for construction `(*, ...) -> keyword arguments of timm.create_model`.
+        scope: `all` MLPs, or those of `chains` of at least two, without class-attention MLPs.
+        construction: whether it acts when the model is built.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    scope: Scope
+    construction: bool
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """Its keyword parameters."""
+        parameters = inspect.signature(self.function).parameters
+        return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+
+_TRANSFORMS: dict[str, Transform] = {}
+_loaded_entry_points = False
+
+
+def register(
+    name: str, *, scope: Scope = "all", construction: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add a transform under `name`.
+
+    Packages can also name a transform in the entry-point group `mlpreduce.transforms`.
+
+    Raises:
+        ReductionError: the name is taken, or a parameter is reserved, positional or without default.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        if name in _TRANSFORMS:
+            raise ReductionError(f"register({name!r}): there is a transform of this name already")
+        transform = Transform(name, function, scope, construction)
+        for key, parameter in transform.parameters.items():
+            if key in RESERVED:
+                raise ReductionError(
+                    f"register({name!r}): parameter {key!r} is reserved; reserved: {', '.join(RESERVED)}"
+                )
+            if parameter.default is inspect.Parameter.empty:
+                raise ReductionError(f"register({name!r}): parameter {key!r} needs a default")
+        _TRANSFORMS[name] = transform
+        return function
+
+    return decorate
+
+
+def _load_entry_points() -> None:
+    global _loaded_entry_points
+    if _loaded_entry_points:
+        return
+    _loaded_entry_points = True
+    for entry in entry_points(group="mlpreduce.transforms"):
+        function = entry.load()  # importing it may have registered it
+        if all(function is not known.function for known in _TRANSFORMS.values()):
+            register(entry.name)(function)
+
+
+def get_transform(name: str) -> Transform:
+    """The transform of this name.
+
+    Raises:
+        ReductionError: there is none; the message has the nearest name.
+    """
+    _load_entry_points()
+    if name not in _TRANSFORMS:
+        raise ReductionError(f"unknown transform {name!r}{did_you_mean(str(name), _TRANSFORMS)}")
+    return _TRANSFORMS[name]
+
+
+def list_transforms() -> list[str]:
+    """Names of all transforms.
+
+    Example:
+        >>> list_transforms()
+        ['grouped', 'shallow', 'thin']
+    """
+    _load_entry_points()
+    return sorted(_TRANSFORMS)
+
+
+def is_construction(name: str) -> bool:
+    """Whether the transform acts when the model is built, by `create_model`."""
+    return get_transform(name).construction
+
+
+def check_config(name: str, config: Iterable[str]) -> Transform:
+    """The transform, after a check of its argument names.
+
+    Raises:
+        ReductionError: unknown transform, or an argument that it does not have.
+    """
+    transform = get_transform(name)
+    for key in config:
+        if key not in transform.parameters:
+            given = call_text(name, config) if isinstance(config, dict) else name
+            raise ReductionError(f"{given}: unknown argument {key!r}{did_you_mean(key, transform.parameters)}")
+    return transform
+
+
+from mlpreduce.transforms import grouped, shallow, thin  # noqa: E402, F401  (they register themselves)

@@ -1,0 +1,194 @@
+"""`grouped`: share MLP weights between blocks.
+
+Source: GroupedMLP, Krishna Kumar, "Parameter Reduction Improves Vision Transformers", arXiv 2512.01059, equation 1:
+blocks (2i, 2i+1) use the MLP of the even one, whose W_fc1, W_fc2 and b_fc1 are scaled by 1/sqrt(2). The released code
+scales by 0.707 (`scale="paper"`). Patterns beyond pairs: ALBERT (arXiv 1909.11942), the sequence, cycle and cycle
+(rev) of Takase and Kiyono (arXiv 2104.06022). Here any group, pattern and depth, and 1/sqrt(uses) exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from mlpreduce.criteria import unit_weights
+from mlpreduce.edits import Assign, Edit, Scale, Share
+from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.graph import MLP
+from mlpreduce.parts import Parts
+from mlpreduce.transforms import register
+
+SCALED = ("fc1.weight", "fc1.bias", "fc2.weight")  # equation 1; fc2.bias stays
+KEEPS = ("first", "last", "mean", "align_mean")
+
+
+@register("grouped", scope="chains")
+def grouped(
+    parts: Parts,
+    *,
+    group: int = 2,
+    pattern: str | Sequence[Sequence[int]] = "sequence",
+    scale: str | float | Mapping[str, float] = "inv_sqrt",
+    keep: str = "first",
+    remainder: str = "error",
+) -> Iterator[Edit]:
+    """Share MLP weights between blocks of one stage.
+
+    Tied are the leaf modules; norms before the MLP, drop paths, layer scales and BatchNorms stay each block's own.
+
+    Args:
+        parts: the MLPs in scope.
+        group: blocks that share one MLP.
+        pattern: `sequence` (neighbours), `cycle` (every n-th block, n the number of MLPs left), `cycle_reverse` (the
+            same, the last cycle backwards), or lists of the row numbers that a printed plan shows.
+        scale: factor of the shared fc1.weight, fc1.bias and fc2.weight: `inv_sqrt` (1/sqrt of the uses), `paper`
+            (0.707), `none`, a number, or a number for each of these tensors. For training from scratch; keep trained
+            weights with `none`.
+        keep: whose weights stay: `first`, `last`, their `mean`, or `align_mean`, the mean after the hidden units of
+            each are matched with those of the first.
+        remainder: of `sequence`, when blocks are left over: `error`, `own` (a smaller group), `merge` (into the last).
+
+    Raises:
+        ReductionError: the blocks do not split so, are tied already, or an option is out of range.
+    """
+    if keep not in KEEPS:
+        raise ReductionError(f"keep is {keep!r}{did_you_mean(str(keep), KEEPS)}")
+    tied = [mlp for mlp in parts if len(parts.uses(mlp)) > 1]
+    if tied:
+        names = ", ".join(use.name for use in parts.uses(tied[0]))
+        raise ReductionError(f"{names} are tied already, and nothing is scaled twice; mlpreduce.untie(model) first")
+    if isinstance(pattern, str):
+        groups = [members for chain in parts.chains for members in _split(parts, chain, group, pattern, remainder)]
+    else:
+        groups = _listed(parts, pattern)
+    for members in groups:
+        factors = _factors(scale, len(members))
+        if len(members) > 1:
+            yield from _tie(parts, members, factors, keep)
+
+
+def _split(parts: Parts, chain: list[MLP], group: int, pattern: str, remainder: str) -> list[list[MLP]]:
+    """A chain in groups, by pattern."""
+    patterns, remainders = ("sequence", "cycle", "cycle_reverse"), ("error", "own", "merge")
+    if pattern not in patterns:
+        raise ReductionError(f"pattern is {pattern!r}{did_you_mean(pattern, patterns)}, or lists of row numbers")
+    if remainder not in remainders:
+        raise ReductionError(f"remainder is {remainder!r}{did_you_mean(str(remainder), remainders)}")
+    lengths = sorted({len(other) for other in parts.chains})
+    fitting = [size for size in range(2, lengths[-1] + 1) if all(length % size == 0 for length in lengths)]
+    advice = f"group must be one of {', '.join(map(str, fitting))}" if fitting else "no group divides all stages"
+    if isinstance(group, bool) or not isinstance(group, int) or group < 1:
+        raise ReductionError(f"group is {group!r}, the number of blocks that share one MLP; {advice}")
+    length = len(chain)
+    if remainder == "error" and length % group:
+        where = f" of {chain[0].stage}" if len(parts.chains) > 1 else ""
+        raise ReductionError(
+            f'{length} MLPs{where} do not split into equal groups; {advice}, or remainder="own" or "merge"'
+        )
+    if pattern == "sequence":
+        count = max(length // group, 1) if remainder == "merge" else math.ceil(length / group)
+        which = [min(position // group, count - 1) for position in range(length)]
+    else:
+        count = math.ceil(length / group)
+        which = [position % count for position in range(length)]
+        if pattern == "cycle_reverse":
+            start = (math.ceil(length / count) - 1) * count
+            which[start:] = [count - 1 - index for index in which[start:]]
+    return [[mlp for mlp, index in zip(chain, which, strict=True) if index == number] for number in range(count)]
+
+
+def _listed(parts: Parts, pattern: Sequence[Sequence[int]]) -> list[list[MLP]]:
+    """Groups given by row numbers."""
+    seen: set[int] = set()
+    groups = []
+    for rows in pattern:
+        if isinstance(rows, (str, int)):
+            raise ReductionError(f"pattern has {rows!r}; it must be lists of row numbers, such as [[0, 1], [2, 3]]")
+        for row in rows:
+            if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < len(parts):
+                raise ReductionError(f"pattern has row {row!r}; rows in scope are 0 to {len(parts) - 1}")
+            if row in seen:
+                raise ReductionError(f"pattern has row {row} twice; a block has one MLP")
+            seen.add(row)
+        members = [parts[row] for row in sorted(rows)]
+        for mlp in members[1:]:
+            if mlp.chain != members[0].chain:
+                raise ReductionError(
+                    f"pattern groups {members[0].name} ({_shape(members[0])}) with {mlp.name} ({_shape(mlp)}), which "
+                    f"are unlike or of different stages; print(mlpreduce.plan(...)) and group within a stage"
+                )
+        groups.append(members)
+    return groups
+
+
+def _shape(mlp: MLP) -> str:
+    return f"{mlp.kind} {mlp.in_features}-{mlp.hidden_features}-{mlp.out_features} in {mlp.stage or 'the model'}"
+
+
+def _factors(scale: str | float | Mapping[str, float], uses: int) -> dict[str, float]:
+    """Factor of each scaled tensor."""
+    rules = {"inv_sqrt": 1 / math.sqrt(uses), "paper": 0.707, "none": 1.0}
+    if isinstance(scale, str):
+        if scale not in rules:
+            raise ReductionError(
+                f"scale is {scale!r}{did_you_mean(scale, rules)}, a number, or a number for each tensor"
+            )
+        return dict.fromkeys(SCALED, rules[scale])
+    factors = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(SCALED, scale)
+    for name, factor in factors.items():
+        if name not in (*SCALED, "fc2.bias"):
+            raise ReductionError(f"scale has {name!r}{did_you_mean(str(name), (*SCALED, 'fc2.bias'))}")
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+            raise ReductionError(f"scale of {name} is {factor!r}; it must be a positive number")
+    return factors
+
+
+def _tie(parts: Parts, members: list[MLP], factors: Mapping[str, float], keep: str) -> Iterator[Edit]:
+    """The edits that leave one MLP for all members."""
+    keeper = members[-1] if keep == "last" else members[0]
+    if keep in ("mean", "align_mean"):
+        yield from _mean(parts, members, align=keep == "align_mean")
+    for leaf in keeper.leaves:
+        for name in ("weight", "bias"):
+            factor = factors.get(f"{leaf.role}.{name}", 1.0)
+            if factor != 1 and any(path == f"{leaf.path}.{name}" for path in parts.tensors_of(leaf)):
+                yield Scale(f"{leaf.path}.{name}", float(factor))
+    for member in members:
+        if member is not keeper:
+            for source, target in zip(keeper.leaves, member.leaves, strict=True):
+                if source.shareable:
+                    yield Share(source.path, target.path)
+
+
+def _mean(parts: Parts, members: list[MLP], *, align: bool) -> Iterator[Assign]:
+    """Mean of the members' tensors, after their hidden units are put in the order of the first's, if asked.
+
+    An MLP computes the same for any order of its hidden units, so trained ones differ in it by chance.
+    """
+    first = members[0]
+    orders = [None, *(_matching(parts, first, member) if align else None for member in members[1:])]
+    axes = {axis.tensor: axis for axis in first.axes}
+    for position, leaf in enumerate(first.leaves):
+        if not leaf.shareable:
+            continue
+        for path in parts.tensors_of(leaf):
+            values = []
+            for member, order in zip(members, orders, strict=True):
+                value = parts.tensor(f"{member.leaves[position].path}{path[len(leaf.path) :]}").detach()
+                if order is not None and path in axes:
+                    index = torch.cat([order + offset for offset in axes[path].offsets])
+                    value = value.index_select(axes[path].dim, index.to(value.device))
+                values.append(value)
+            yield Assign(path, torch.stack(values).mean(0))
+
+
+def _matching(parts: Parts, first: MLP, member: MLP) -> torch.Tensor:
+    """Units of `member` in the order in which each comes closest to its unit of `first`, as a linear assignment."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ModuleNotFoundError as error:
+        raise ReductionError("keep='align_mean' needs scipy, which is not installed: pip install scipy") from error
+    gain = unit_weights(first, parts.tensor) @ unit_weights(member, parts.tensor).T
+    return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])

@@ -1,0 +1,117 @@
+"""`shallow`: slice the hidden width of every MLP out of the full initialisation.
+
+Source: ShallowMLP, Krishna Kumar, "Parameter Reduction Improves Vision Transformers", arXiv 2512.01059, equation 2:
+W_fc1 <- W_fc1[:k, :], W_fc2 <- W_fc2[:, :k] with k = h / 2. The name is the paper's: MLPs become narrower, not fewer.
+Here any width, any choice of units, and every tensor the hidden axis runs through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from mlpreduce.edits import Slice
+from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.graph import MLP
+from mlpreduce.parts import Parts
+from mlpreduce.transforms import register
+
+
+@register("shallow")
+def shallow(
+    parts: Parts,
+    *,
+    ratio: float | None = None,
+    width: int | None = None,
+    widths: Sequence[int] | Mapping[str, int] | None = None,
+    criterion: str = "first",
+    round_to: int = 1,
+    seed: int = 0,
+) -> Iterator[Slice]:
+    """Keep part of the hidden units of every MLP.
+
+    A tied MLP is sliced once, for all its uses. Kept units stay in their order.
+
+    Args:
+        parts: the MLPs in scope.
+        ratio: fraction of the hidden units to keep, in (0, 1]; the realised width is int(hidden * ratio). 0.5 if no
+            size is given.
+        width: the width to keep, the same for all.
+        widths: the width of each MLP that is not tied to an earlier one, in order of execution, or by name.
+        criterion: which units to keep, see `list_criteria`.
+        round_to: widths become multiples of this, rounded down, at least one multiple.
+        seed: of the criterion `random`.
+
+    Raises:
+        ReductionError: more than one size, a size out of range, an unknown criterion.
+    """
+    given = {"ratio": ratio, "width": width, "widths": widths}
+    sizes = [name for name, value in given.items() if value is not None]
+    if len(sizes) > 1:
+        raise ReductionError(f"{len(sizes)} sizes are given ({', '.join(sizes)}); give one of ratio, width, widths")
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ReductionError(f"round_to is {round_to!r}; it must be a whole number from 1")
+    owners = _owners(parts)
+    targets = _widths(owners, ratio, width, widths)
+    for mlp, target in zip(owners, targets, strict=True):
+        kept = target if target == mlp.hidden_features else max(target // round_to, 1) * round_to
+        if not 1 <= target <= mlp.hidden_features or kept > mlp.hidden_features:
+            raise ReductionError(
+                f"{mlp.name} would keep {target if target < 1 else kept} of {mlp.hidden_features} hidden units; "
+                f"it must be 1 to {mlp.hidden_features}"
+            )
+        if kept < mlp.hidden_features:
+            yield parts.slice(mlp, parts.order(mlp, criterion, seed)[:kept])
+
+
+def _owners(parts: Parts) -> list[MLP]:
+    """The MLPs to slice: of tied ones the first. All uses must be in scope, as slicing one slices all."""
+    names = {mlp.name for mlp in parts}
+    owners: dict[str, MLP] = {}
+    for mlp in parts:
+        outside = [use.name for use in parts.uses(mlp) if use.name not in names]
+        if outside:
+            raise ReductionError(
+                f"{mlp.name} is tied to {', '.join(outside)}, which is not in scope; include all or none"
+            )
+        owners.setdefault(mlp.owner, mlp)
+    return list(owners.values())
+
+
+def _widths(
+    owners: list[MLP], ratio: float | None, width: int | None, widths: Sequence[int] | Mapping[str, int] | None
+) -> list[int]:
+    if widths is not None:
+        return _given_widths(owners, widths)
+    if width is not None:
+        return [_whole("width", width)] * len(owners)
+    ratio = 0.5 if ratio is None else ratio
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1 or math.isnan(ratio):
+        raise ReductionError(f"ratio is {ratio!r}; it is the fraction of hidden units to keep, above 0 and at most 1")
+    for mlp in owners:
+        if int(mlp.hidden_features * ratio) < 1:
+            raise ReductionError(
+                f"ratio {ratio} keeps none of the {mlp.hidden_features} hidden units of {mlp.name}; "
+                f"the smallest ratio here is {1 / mlp.hidden_features:.3g}"
+            )
+    return [int(mlp.hidden_features * ratio) for mlp in owners]
+
+
+def _given_widths(owners: list[MLP], widths: Sequence[int] | Mapping[str, int]) -> list[int]:
+    if isinstance(widths, Mapping):
+        names = [mlp.name for mlp in owners]
+        for name in widths:
+            if name not in names:
+                raise ReductionError(f"widths has {name!r}, which is no MLP to slice{did_you_mean(str(name), names)}")
+        return [_whole(mlp.name, widths.get(mlp.name, mlp.hidden_features)) for mlp in owners]
+    if isinstance(widths, (str, int)) or len(widths) != len(owners):
+        raise ReductionError(
+            f"widths is {widths!r}; it must have one width for each of {len(owners)} MLPs, or be by name"
+        )
+    return [_whole(mlp.name, value) for mlp, value in zip(owners, widths, strict=True)]
+
+
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ReductionError(f"{name}: width {value!r} is not a whole number")
+    return value
