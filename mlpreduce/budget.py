@@ -1,0 +1,175 @@
+"""What a plan costs, before anything is changed: parameters and MACs from the costs of single hidden units.
+
+The model is measured once, on the meta device; every plan is then a matter of sums. A tied tensor counts once, and an
+MLP's MACs once for each use.
+
+Three conventions of multiply-accumulates for one image:
+
+- `macs_linear`: Linear and Conv (and nothing else);
+- `macs`: the same and LayerNorm at 5 per element, as fvcore counts when attention is fused; the figures of
+  arXiv 2512.01059, which calls them GFLOPs;
+- `macs_with_attention`: the same and the two products of attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mlpreduce.edits import Plan, Share, Slice
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import MLP, find_mlps, module_at, structural_copy
+
+__all__ = ["Baseline", "Cost", "example_inputs", "measure", "outcome"]
+
+LAYER_NORM_MACS = 5  # fvcore's per-element cost
+_LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution}
+_NORM = torch.ops.aten.native_layer_norm
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a model: parameters, and multiply-accumulates for one image."""
+
+    params: int
+    mlp_params: int
+    unique_mlps: int
+    macs_linear: int
+    macs: int
+    macs_with_attention: int
+
+    def macs_text(self) -> str:
+        """The MACs with their convention, for tables."""
+        attention = f"{self.macs_with_attention / 1e9:.3f} G with attention"
+        return f"{self.macs / 1e9:.3f} G MACs of Linear, Conv and LayerNorm ({attention})"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A measured model.
+
+    Attributes:
+        cost: of the model as it is.
+        mlps: its MLPs.
+        positions: for each of them, the tokens it acts on in one image.
+    """
+
+    cost: Cost
+    mlps: tuple[MLP, ...]
+    positions: tuple[int, ...]
+
+    def after(self, plan: Plan) -> Cost:
+        """Exact cost of the model after a plan; nothing is changed."""
+        result = outcome(self.mlps, plan)
+        params, linear, norms = 0, 0, 0
+        for mlp, positions in zip(self.mlps, self.positions, strict=True):
+            hidden, owner = result[mlp.name]
+            params += mlp.params(hidden, owned=owner == mlp.name)
+            gone = (mlp.hidden_features - hidden) * positions
+            linear += gone * mlp.macs_per_unit
+            norms += gone * mlp.norms_per_unit * LAYER_NORM_MACS
+        return Cost(
+            params=self.cost.params - self.cost.mlp_params + params,
+            mlp_params=params,
+            unique_mlps=len({owner for _, owner in result.values()}),
+            macs_linear=self.cost.macs_linear - linear,
+            macs=self.cost.macs - linear - norms,
+            macs_with_attention=self.cost.macs_with_attention - linear - norms,
+        )
+
+
+def outcome(mlps: Sequence[MLP], plan: Plan) -> dict[str, tuple[int, str]]:
+    """Hidden width and owner of each MLP after a plan, by name. The owner is the first in order of execution."""
+    widths = {edit.mlp: len(edit.units) for edit in plan.of(Slice)}
+    source = {share.target: share.source for share in plan.of(Share)}
+    by_leaf = {mlp.leaf("fc2").path: mlp.owner for mlp in mlps}
+    owners: dict[str, str] = {}
+    result = {}
+    for mlp in mlps:
+        key = by_leaf[source.get(mlp.leaf("fc2").path, mlp.leaf("fc2").path)]
+        owner = owners.setdefault(key, mlp.name)
+        result[mlp.name] = (widths.get(mlp.owner, mlp.hidden_features), owner)
+    return result
+
+
+def measure(model: nn.Module, inputs: torch.Tensor | None = None, mlps: Sequence[MLP] | None = None) -> Baseline:
+    """Count parameters and MACs by dispatching one image on the meta device. Takes no memory and changes nothing.
+
+    Args:
+        model: the model.
+        inputs: a batch (images, channels, height, width), of which the shape matters; by default what the model says
+            it takes.
+        mlps: its MLPs, if known.
+
+    Raises:
+        ReductionError: the input size is not known, or the model does not run on the meta device.
+    """
+    mlps = find_mlps(model) if mlps is None else list(mlps)
+    image = example_inputs(model)[:1] if inputs is None else inputs[:1]
+    copy = structural_copy(model, device="meta").eval().requires_grad_(False)
+    calls: dict[int, list[int]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        features = module.get_parameter("weight").shape[1]
+        calls.setdefault(id(module), []).append(args[0].numel() // features)
+
+    contracts = [module_at(copy, mlp.leaf("fc2").path) for mlp in mlps]
+    for leaf in {id(leaf): leaf for leaf in contracts if leaf is not None}.values():
+        leaf.register_forward_hook(record)
+    counter = FlopCounterMode(display=False, custom_mapping={_NORM: _norm_elements})
+    try:
+        with torch.no_grad(), counter:
+            copy(torch.empty_like(image, device="meta"))
+    except Exception as error:  # whatever a foreign forward raises
+        raise ReductionError(
+            f"measure({type(model).__name__}): it does not run on one input of shape {tuple(image.shape)}: "
+            f"{type(error).__name__}: {error}; give inputs= of the right shape"
+        ) from error
+    flops = counter.get_flop_counts()["Global"]
+    linear = sum(count for op, count in flops.items() if op in _LINEAR) // 2
+    norms = flops.get(_NORM, 0) * LAYER_NORM_MACS
+    attention = sum(count for op, count in flops.items() if op not in _LINEAR and op is not _NORM) // 2
+    mlp_params = sum(mlp.params(owned=mlp.owner == mlp.name) for mlp in mlps)
+    cost = Cost(
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        mlp_params=mlp_params,
+        unique_mlps=len({mlp.owner for mlp in mlps}),
+        macs_linear=linear,
+        macs=linear + norms,
+        macs_with_attention=linear + norms + attention,
+    )
+    return Baseline(cost, tuple(mlps), tuple(calls[id(leaf)].pop(0) for leaf in contracts))
+
+
+def _norm_elements(input_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return int(torch.Size(input_shape).numel())
+
+
+def example_inputs(model: nn.Module, batch: int = 1) -> torch.Tensor:
+    """A batch of the size the model says it takes, on its device: its patch embedding's, else its pretrained config's.
+
+    Raises:
+        ReductionError: it does not say.
+    """
+    embed = getattr(model, "patch_embed", None)
+    size, channels = getattr(embed, "img_size", None), None
+    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if convolution is not None:
+        channels = convolution.in_channels
+    if not (isinstance(size, tuple) and all(isinstance(side, int) for side in size)):
+        size = getattr(model, "image_size", None)  # torchvision
+        size = (size, size) if isinstance(size, int) else None
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if size is None and "input_size" in config:
+        channels, *size = config["input_size"] if channels is None else (channels, *config["input_size"][1:])
+    if size is None or channels is None:
+        raise ReductionError(
+            f"{type(model).__name__} does not say what image size it takes; give inputs=torch.zeros(1, 3, height, width)"
+        )
+    parameter = next(model.parameters())
+    return torch.zeros(batch, channels, *size, device=parameter.device, dtype=parameter.dtype)

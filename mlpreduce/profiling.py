@@ -1,0 +1,182 @@
+"""What a model costs: parameters, MACs, and measured speed and memory. Every figure says what it counted."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from mlpreduce.budget import example_inputs, measure
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import refuse_wrapped
+
+__all__ = ["LiveMemory", "Profile", "profile"]
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Cost of a model for inference.
+
+    Attributes:
+        params: parameters, a tied tensor once.
+        mlp_params: those of its MLPs.
+        unique_mlps: MLPs with weights of their own.
+        macs_linear: multiply-accumulates of Linear and Conv for one image.
+        macs: the same and LayerNorm at 5 per element (the convention of arXiv 2512.01059).
+        macs_with_attention: the same and the two products of attention.
+        batch_size: images of the timed batches; None if nothing was timed.
+        throughput: images/s at that batch size, the median of the repeats.
+        latency: milliseconds for one image, likewise.
+        peak_memory_mib: MiB of parameters, buffers and live activations at that batch size.
+        device: where it was timed, with the dtype.
+    """
+
+    params: int
+    mlp_params: int
+    unique_mlps: int
+    macs_linear: int
+    macs: int
+    macs_with_attention: int
+    batch_size: int | None = None
+    throughput: float | None = None
+    latency: float | None = None
+    peak_memory_mib: float | None = None
+    device: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"parameters           {self.params:>15,}  (a tied tensor once)",
+            f"  of MLPs            {self.mlp_params:>15,}  in {self.unique_mlps} unique MLPs",
+            f"macs_linear          {self.macs_linear / 1e9:>13.3f} G  (Linear and Conv, one image)",
+            f"macs                 {self.macs / 1e9:>13.3f} G  (and LayerNorm at 5 per element)",
+            f"macs_with_attention  {self.macs_with_attention / 1e9:>13.3f} G  (and the products of attention)",
+        ]
+        if self.batch_size is not None:
+            lines += [
+                f"throughput           {self.throughput:>15.1f}  images/s (batch {self.batch_size}, {self.device})",
+                f"latency              {self.latency:>15.2f}  ms (batch 1)",
+                f"peak memory          {self.peak_memory_mib:>15.1f}  MiB (parameters, buffers, activations; inference)",
+            ]
+        return "\n".join(lines)
+
+
+class LiveMemory(TorchDispatchMode):
+    """Peak bytes of tensors alive at once: those made inside the block, and those of `model` if one is given.
+
+    Counts storages, so views and tied tensors count once. It is exact for what PyTorch allocates by tensors, on any
+    device, and does not see the scratch memory inside kernels.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known: set[int] = set()
+        self.live = self.peak = 0
+        for tensor in [*model.parameters(), *model.buffers()] if model is not None else ():
+            self._add(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor):
+                self._add(value)
+        return result
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if tensor.is_meta or id(storage) in self._known:
+            return
+        self._known.add(id(storage))
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._remove, id(storage), size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def profile(
+    model: nn.Module,
+    inputs: torch.Tensor | None = None,
+    *,
+    measure_speed: bool = False,
+    batch_size: int = 32,
+    repeats: int = 5,
+) -> Profile:
+    """Count a model's parameters and MACs and, if asked, time its inference where it is.
+
+    The model is not changed; it is timed in eval mode and left in the mode it was in.
+
+    Args:
+        model: the model.
+        inputs: images (batch, channels, height, width); by default zeros of the size the model says it takes.
+        measure_speed: whether to time it. On a shared machine compare only what was measured side by side.
+        batch_size: images of a timed batch; those of `inputs` if given.
+        repeats: timed batches, after one that is not counted.
+
+    Raises:
+        ReductionError: the input size is not known, or a model on the meta device is to be timed.
+    """
+    refuse_wrapped(model, "profile")
+    cost = asdict(measure(model, inputs).cost)
+    if not measure_speed:
+        return Profile(**cost)
+    images = example_inputs(model, batch_size) if inputs is None else inputs
+    if images.is_meta:
+        raise ReductionError("profile: a model on the meta device cannot be timed; move it to a device")
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            batch = _seconds(lambda: model(images), images.device, repeats)
+            one = _seconds(lambda: model(images[:1]), images.device, repeats)
+            peak = _peak_bytes(model, images)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return Profile(
+        **cost,
+        batch_size=len(images),
+        throughput=len(images) / batch,
+        latency=one * 1e3,
+        peak_memory_mib=peak / MIB,
+        device=f"{images.device.type}, {str(images.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
+    )
+
+
+def _seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    return statistics.median(once() for _ in range(repeats))
+
+
+def _peak_bytes(model: nn.Module, images: torch.Tensor) -> int:
+    if images.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(images.device)
+        model(images)
+        peak: int = torch.cuda.max_memory_allocated(images.device)
+        return peak
+    with LiveMemory(model) as memory:
+        model(images)
+    return int(memory.peak)
