@@ -1,0 +1,62 @@
+"""mlpreduce: remove MLP parameters from Vision Transformers by torch.fx graph rewriting, and search over them.
+
+    import timm, mlpreduce
+    model = timm.create_model("vit_base_patch16_224")
+    mlpreduce.apply(model, "grouped", group=2)   # 86.6 M -> 58.2 M parameters
+
+Nothing heavy is imported until a name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "MLP": "graph",
+    "Plan": "edits",
+    "Profile": "profiling",
+    "ReductionError": "errors",
+    "Report": "verification",
+    "apply": "reduction",
+    "create_model": "reduction",
+    "find_mlps": "graph",
+    "history": "reduction",
+    "list_criteria": "criteria",
+    "list_transforms": "transforms",
+    "load": "checkpoint",
+    "plan": "reduction",
+    "profile": "profiling",
+    "register": "transforms",
+    "save": "checkpoint",
+    "to_graph": "graph",
+    "untie": "reduction",
+    "verify": "verification",
+}
+
+__all__ = ["MLP", "Plan", "Profile", "ReductionError", "Report", "apply", "create_model", "find_mlps", "history"]
+__all__ += ["list_criteria", "list_transforms", "load", "plan", "profile", "register", "save", "to_graph", "untie"]
+__all__ += ["verify"]
+
+if TYPE_CHECKING:
+    from mlpreduce.checkpoint import load, save
+    from mlpreduce.criteria import list_criteria
+    from mlpreduce.edits import Plan
+    from mlpreduce.errors import ReductionError
+    from mlpreduce.graph import MLP, find_mlps, to_graph
+    from mlpreduce.profiling import Profile, profile
+    from mlpreduce.reduction import apply, create_model, history, plan, untie
+    from mlpreduce.transforms import list_transforms, register
+    from mlpreduce.verification import Report, verify
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'mlpreduce' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"mlpreduce.{_NAMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
