@@ -1,0 +1,284 @@
+"""Save and load reduced models: safetensors and JSON, no pickle.
+
+A directory holds `model.safetensors`, in which a tied tensor lies once and the metadata names its aliases, and
+`mlpreduce.json`: how the model is built and which plans gave it its structure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from mlpreduce.edits import Plan
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import refuse_wrapped, structural_copy
+from mlpreduce.reduction import history, remember
+from mlpreduce.surgery import carry_out
+
+__all__ = ["load", "save"]
+
+VERSION = 1
+WEIGHTS, DESCRIPTION = "model.safetensors", "mlpreduce.json"
+# timm arguments that read other files or the network
+_FORBIDDEN = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+
+
+def save(model: nn.Module, directory: str | Path, build: dict[str, Any] | Literal[False] | None = None) -> None:
+    """Write a model, reduced or not, to a directory.
+
+    Args:
+        model: the model.
+        directory: where to; it is created, and an earlier model in it is replaced once the new one is written.
+        build: `{"name": timm architecture, "kwargs": {...}}` if the library cannot tell how the model was built;
+            False to record nothing, `load` then needs `model=`. It can tell for models of `mlpreduce.create_model`
+            and for timm models that a build from their architecture and settings reproduces. Of models from
+            elsewhere nothing is recorded.
+
+    Raises:
+        ReductionError: the model has no weights, or is a timm model that a build does not reproduce.
+    """
+    call = f"save({type(model).__name__}, {str(directory)!r})"
+    refuse_wrapped(model, call)
+    description: dict[str, Any] = {
+        "format": "mlpreduce",
+        "version": VERSION,
+        "class": type(model).__name__,
+        "build": _how_built(model, build, call),
+        "plans": [json.loads(made.to_json()) for made in history(model)],
+    }
+    tensors, aliases = _unique_tensors(model, call)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = directory / f"{WEIGHTS}.new"
+    metadata = {"format": "pt", "mlpreduce": str(VERSION), "aliases": json.dumps(aliases)}
+    save_file(tensors, weights, metadata=metadata)
+    description["sha256"] = _digest(weights)
+    text = directory / f"{DESCRIPTION}.new"
+    text.write_text(json.dumps(description, indent=1), encoding="utf-8")
+    os.replace(weights, directory / WEIGHTS)
+    os.replace(text, directory / DESCRIPTION)
+
+
+def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Read a model written by `save`: build it, tie and slice it, load its weights.
+
+    Args:
+        directory: where it lies.
+        model: a freshly built model to use instead of building one; it is changed in place. It stays as it is when
+            its structure does not fit.
+
+    Returns:
+        The model on the CPU (or where `model` is), with the dtypes it was saved with and its history.
+
+    Raises:
+        ReductionError: no such directory, damaged files, another version, or a model that the plans do not fit.
+    """
+    directory = Path(directory)
+    call = f"load({str(directory)!r})"
+    description = _read_description(directory, call)
+    if _digest(directory / WEIGHTS) != description["sha256"]:
+        raise ReductionError(f"{call}: {WEIGHTS} is damaged or from another save: its SHA-256 is not the recorded one")
+    plans = [Plan.from_json(json.dumps(entry)) for entry in description["plans"]]
+    if model is None:
+        model = _build(description["build"], call)
+    elif history(model):
+        raise ReductionError(f"{call}: the given model is reduced already; give one as it was built")
+    refuse_wrapped(model, call)
+    rehearsal = structural_copy(model, device="meta")
+    try:
+        for made in plans:
+            carry_out(rehearsal, made, weights=False)
+        with safe_open(directory / WEIGHTS, framework="pt") as file:
+            _check_fit(rehearsal, file, call)
+            for made in plans:
+                carry_out(model, made, weights=False)
+                remember(model, made)
+            _fill(model, file)
+    except SafetensorError as error:
+        raise ReductionError(f"{call}: {WEIGHTS} is damaged: {error}") from error
+    except ReductionError as error:
+        if str(error).startswith(call):
+            raise
+        raise ReductionError(f"{call}: the saved plans do not fit {type(model).__name__}: {error}") from error
+    if description["build"] is not None:
+        model.mlpreduce_build = description["build"]
+    return model
+
+
+def _unique_tensors(model: nn.Module, call: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The state dict with every tensor once, and the names of the others."""
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    names: dict[int, str] = {}
+    storages: set[int] = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, torch.Tensor):
+            raise ReductionError(f"{call}: {name} is a {type(value).__name__}, not a tensor; it cannot be saved")
+        if value.is_meta:
+            raise ReductionError(f"{call}: {name} is on the meta device and has no values to save")
+        if id(value) in names:
+            aliases[name] = names[id(value)]
+            continue
+        names[id(value)] = name
+        tensor = value.detach().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in storages and tensor.numel() else tensor
+        storages.add(storage)
+    return tensors, aliases
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_description(directory: Path, call: str) -> dict[str, Any]:
+    for name in (DESCRIPTION, WEIGHTS):
+        if not (directory / name).is_file():
+            raise ReductionError(f"{call}: there is no {name}; it is no directory written by mlpreduce.save")
+    try:
+        description = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ReductionError(f"{call}: {DESCRIPTION} is damaged: {error}") from error
+    if not isinstance(description, dict) or description.get("format") != "mlpreduce":
+        raise ReductionError(f"{call}: {DESCRIPTION} is foreign: its format is not 'mlpreduce'")
+    if description.get("version") != VERSION:
+        raise ReductionError(f"{call}: version {description.get('version')!r}; this mlpreduce reads version {VERSION}")
+    missing = [key for key in ("class", "build", "plans", "sha256") if key not in description]
+    if missing or not isinstance(description["plans"], list):
+        raise ReductionError(f"{call}: {DESCRIPTION} is damaged: no {', '.join(missing) or 'list of plans'}")
+    return description
+
+
+def _check_fit(rehearsal: nn.Module, file: Any, call: str) -> None:
+    """Whether the file has just the tensors of the model, in its shapes and ties."""
+    state = rehearsal.state_dict(keep_vars=True)
+    try:
+        aliases: dict[str, str] = json.loads((file.metadata() or {})["aliases"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ReductionError(f"{call}: {WEIGHTS} is foreign: it has no alias map") from error
+    stored = set(file.keys())
+    missing, unknown = sorted(state.keys() - stored - aliases.keys()), sorted((stored | aliases.keys()) - state.keys())
+    if missing or unknown:
+        names = f"{len(missing)} tensors are missing ({missing[:1]}), {len(unknown)} unknown ({unknown[:1]})"
+        raise ReductionError(f"{call}: the weights are those of another model: {names}")
+    for name in stored:
+        shape = tuple(file.get_slice(name).get_shape())
+        if shape != tuple(state[name].shape):
+            raise ReductionError(
+                f"{call}: {name} has shape {shape} in the file, {tuple(state[name].shape)} in the model"
+            )
+    for alias, name in aliases.items():
+        if state[alias] is not state.get(name):
+            raise ReductionError(f"{call}: {alias} is tied to {name} in the file, but not in the model")
+
+
+def _fill(model: nn.Module, file: Any) -> None:
+    state = model.state_dict(keep_vars=True)
+    for name in file.keys():  # noqa: SIM118  (not a dict)
+        value = file.get_tensor(name)
+        target = state[name]
+        if target.dtype != value.dtype:
+            target.data = target.data.to(value.dtype)
+        with torch.no_grad():
+            target.copy_(value)
+
+
+def _how_built(model: nn.Module, build: dict[str, Any] | Literal[False] | None, call: str) -> dict[str, Any] | None:
+    """A checked build of the model, or None if none is to be recorded."""
+    if build is False:
+        return None
+    known = build or getattr(model, "mlpreduce_build", None)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if known is None and "architecture" not in config:
+        return None
+    candidates = [known] if known is not None else _guesses(model, config)
+    reasons = []
+    for candidate in candidates:
+        try:
+            json.dumps(candidate)
+        except TypeError as error:
+            raise ReductionError(
+                f"{call}: how it was built is not JSON ({error}); save with build=False and load with model="
+            ) from error
+        reason = _difference(model, candidate, call)
+        if reason is None:
+            return candidate
+        reasons.append(reason)
+    raise ReductionError(
+        f"{call}: a build of {candidates[-1]['name']} with {candidates[-1]['kwargs']} is another model: {reasons[-1]}; "
+        f'give build={{"name": ..., "kwargs": {{...}}}}, or build=False and load with model='
+    )
+
+
+def _guesses(model: nn.Module, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Builds of a timm model from what can be read off it, the plainest first."""
+    settings: dict[str, Any] = {}
+    guesses: list[dict[str, Any]] = [{"name": config["architecture"], "kwargs": {}}]
+    if isinstance(classes := getattr(model, "num_classes", None), int):
+        settings["num_classes"] = classes
+    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if convolution is not None and convolution.in_channels != 3:
+        settings["in_chans"] = convolution.in_channels
+    guesses.append({"name": config["architecture"], "kwargs": dict(settings)})
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if isinstance(size, tuple):
+        settings["img_size"] = list(size)
+    if isinstance(pool := getattr(model, "global_pool", None), str):
+        settings["global_pool"] = pool
+    guesses.append({"name": config["architecture"], "kwargs": settings})
+    return guesses
+
+
+def _difference(model: nn.Module, build: dict[str, Any], call: str) -> str | None:
+    """What tells a build, after the plans, from the model; None if nothing does."""
+    try:
+        with torch.device("meta"):
+            built = _build(build, call)
+        for made in history(model):
+            carry_out(built, made, weights=False)
+    except (ReductionError, TypeError, RuntimeError, ValueError, AssertionError) as error:
+        return str(error)
+    theirs = {name: tuple(t.shape) for name, t in built.state_dict().items()}
+    ours = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    if theirs != ours:
+        name = next(iter(sorted(theirs.items() ^ ours.items())))[0]
+        return f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
+    for line, other in zip(repr(built).splitlines(), repr(model).splitlines(), strict=False):
+        if line != other:
+            return f"it has {line.strip()} where this has {other.strip()}"
+    return None
+
+
+def _build(build: Any, call: str) -> nn.Module:
+    if build is None:
+        raise ReductionError(f"{call}: how the model was built is not recorded; build it and give it as model=")
+    if (
+        not isinstance(build, dict)
+        or not isinstance(build.get("name"), str)
+        or not isinstance(build.get("kwargs"), dict)
+    ):
+        raise ReductionError(f'{call}: build is {build!r}; it must be {{"name": architecture, "kwargs": {{...}}}}')
+    import timm
+
+    if not timm.is_model(build["name"].split(".")[0]):
+        raise ReductionError(f"{call}: timm {timm.__version__} has no architecture {build['name']!r}")
+    forbidden = [key for key in build["kwargs"] if key in _FORBIDDEN]
+    if forbidden:
+        raise ReductionError(
+            f"{call}: the build has {', '.join(forbidden)}, which would read other files; it is refused"
+        )
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model: nn.Module = timm.create_model(build["name"], pretrained=False, **build["kwargs"])
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise ReductionError(f"{call}: timm cannot build {build}: {error}") from error
+    return model

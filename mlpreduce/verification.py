@@ -1,0 +1,114 @@
+"""`verify`: what would silently go wrong with a reduced model, its optimizer or its EMA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlpreduce.edits import Share
+from mlpreduce.graph import find_mlps, module_at, refuse_wrapped
+from mlpreduce.reduction import history
+
+__all__ = ["Report", "verify"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        params: parameters of the model, a tied tensor once.
+        mlps: calls of MLPs.
+        unique_mlps: MLPs with weights of their own.
+        ties: leaf modules that share, as recorded in the history.
+        problems: what is wrong, one sentence each.
+    """
+
+    params: int
+    mlps: int
+    unique_mlps: int
+    ties: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        head = f"{self.params:,} parameters, {self.mlps} MLPs of which {self.unique_mlps} unique, {self.ties} ties"
+        return "\n".join([head, *(f"problem: {problem}" for problem in self.problems or ["none"])])
+
+
+def verify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, ema: Any = None) -> Report:
+    """Check ties, counts, the optimizer's coverage and the EMA of a model.
+
+    Args:
+        model: the model.
+        optimizer: the optimizer that is to train it.
+        ema: its EMA: a module, or a timm or torch wrapper with the averaged model in `.module`.
+
+    Returns:
+        A report; `report.ok` is False if training or saving would silently go wrong.
+
+    Raises:
+        ReductionError: the model is wrapped, or cannot be traced.
+    """
+    refuse_wrapped(model, "verify")
+    mlps = find_mlps(model)
+    shares = [share for made in history(model) for share in made.of(Share)]
+    problems = [f"{share.target} is no longer tied to {share.source}" for share in _broken(model, shares)]
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{path}.{name}")
+    problems += [
+        f"{' and '.join(names)} are one Parameter in several modules; .to() on the meta device or assign=True unties it"
+        for names in holders.values()
+        if len(names) > 1
+    ]
+    if optimizer is not None:
+        problems += _optimizer_problems(model, optimizer)
+    if ema is not None:
+        problems += _ema_problems(model, shares, ema)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return Report(params, len(mlps), len({mlp.owner for mlp in mlps}), len(shares), tuple(problems))
+
+
+def _broken(model: nn.Module, shares: list[Share]) -> list[Share]:
+    return [share for share in shares if module_at(model, share.source) is not module_at(model, share.target)]
+
+
+def _optimizer_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    ours = {id(parameter): name for name, parameter in model.named_parameters()}
+    ids = [id(parameter) for parameter in held]
+    missing = [n for n, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in ids]
+    foreign = sum(number not in ours for number in ids)
+    twice = sorted({ours[number] for number in ids if ids.count(number) > 1 and number in ours})
+    problems = []
+    if missing:
+        problems.append(
+            f"the optimizer does not update {len(missing)} parameters, such as {missing[0]}; build it after apply"
+        )
+    if foreign:
+        problems.append(f"the optimizer holds {foreign} tensors that are not the model's; build it after apply")
+    if twice:
+        problems.append(f"the optimizer updates {len(twice)} parameters more than once a step, such as {twice[0]}")
+    return problems
+
+
+def _ema_problems(model: nn.Module, shares: list[Share], ema: Any) -> list[str]:
+    averaged = ema if type(ema) is type(model) else getattr(ema, "module", ema)
+    problems = [f"in the EMA {share.target} is not tied to {share.source}" for share in _broken(averaged, shares)]
+    over_state_dict = type(ema).__name__ in ("ModelEma", "ModelEmaV2") or getattr(ema, "exclude_buffers", True) is False
+    if shares and over_state_dict:
+        problems.append(
+            f"{type(ema).__name__} walks the state dict, where a tied tensor stands once a use, and decays it as often; "
+            f"use mlpreduce.train.create_ema, or ModelEmaV3(exclude_buffers=True)"
+        )
+    return problems
