@@ -1,0 +1,127 @@
+"""The contract that every transform keeps, as a function that third parties can run on their own transforms."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import mlpreduce
+from mlpreduce.budget import measure
+from mlpreduce.edits import Assign, Plan, Scale, Share, Slice
+from mlpreduce.errors import ReductionError
+
+__all__ = ["check_transform", "tiny_vit"]
+
+
+def tiny_vit(**kwargs: Any) -> nn.Module:
+    """A timm ViT of four blocks, width 32, for 16 x 16 images; seeded, without touching the global random state."""
+    import timm
+
+    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = timm.create_model("vit_tiny_patch16_224", **settings | kwargs)
+    model.mlpreduce_build = {"name": "vit_tiny_patch16_224", "kwargs": settings | kwargs}  # type: ignore[assignment]
+    return model
+
+
+def check_transform(
+    name: str, make: Callable[[], nn.Module] = tiny_vit, inputs: torch.Tensor | None = None, **config: Any
+) -> Plan:
+    """Check one transform with one config on one model, and return its plan.
+
+    Args:
+        name: the transform.
+        make: builds the model, with equal weights at each call.
+        inputs: a batch of images; by default of the tiny ViT's size.
+        **config: keyword parameters of the transform.
+
+    Raises:
+        AssertionError: the contract is broken; the message says where.
+    """
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) if inputs is None else inputs
+    before, model = make().eval(), make().eval()
+    state = torch.random.get_rng_state()
+    made = mlpreduce.plan(model, name, **config)
+    _same_tensors(before, model, "plan")
+    expected = measure(model).after(made)
+    returned = mlpreduce.apply(model, name, **config)
+    _must(torch.equal(state, torch.random.get_rng_state()), "plan and apply consume no random numbers")
+    _must(returned is model and type(model) is type(before), "apply returns the same object, of the same class")
+    _must(mlpreduce.history(model) == [made], "apply does what plan says, each time the same")
+    _must(measure(model).cost == expected, f"cost is as planned: {measure(model).cost} and {expected}")
+    _must(mlpreduce.verify(model).ok, f"verify finds no problem: {mlpreduce.verify(model)}")
+    _untouched(before, model, made)
+
+    with torch.no_grad():
+        output = model(images)
+    _must(bool(output.isfinite().all()), "the output is finite")
+    again = mlpreduce.apply(make().eval(), Plan.from_json(made.to_json(), {e.tensor: e.value for e in made.of(Assign)}))
+    _same_output(again, images, output, "the plan read back from JSON")
+    _same_output(copy.deepcopy(model), images, output, "a deep copy")
+    _must(mlpreduce.history(copy.deepcopy(model)) == [made], "a deep copy has the history")
+    graph = mlpreduce.to_graph(model)
+    _same_output(graph, images, output, "to_graph")
+    _must(_count(graph) == _count(model), "the graph has the parameters of the model, and no dead ones")
+    reduced_graph = mlpreduce.apply(mlpreduce.to_graph(make().eval()), name, **config)
+    _same_output(reduced_graph, images, output, "the transform applied to a GraphModule")
+    _must(_count(reduced_graph) == _count(model), "a GraphModule comes back with as many parameters")
+    with tempfile.TemporaryDirectory() as directory:
+        mlpreduce.save(model, directory)
+        _same_output(mlpreduce.load(directory).eval(), images, output, "a saved model")
+    if made.of(Share):
+        _same_output(mlpreduce.untie(copy.deepcopy(model)), images, output, "untie")
+        _refused(copy.deepcopy(model), name, config)
+    model(images).sum().backward()
+    idle = [path for path, parameter in model.named_parameters() if parameter.grad is None]
+    _must(not idle, f"every parameter gets a gradient, not {idle[:3]}")
+    return made
+
+
+def _must(condition: bool, statement: str) -> None:
+    if not condition:
+        raise AssertionError(f"broken: {statement}")
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _same_output(model: nn.Module, images: torch.Tensor, output: torch.Tensor, what: str) -> None:
+    with torch.no_grad():
+        other = model(images)
+    gap = (other - output).abs().max().item()
+    _must(torch.equal(other, output), f"{what} gives the same output, bit for bit (largest difference {gap:.3g})")
+
+
+def _same_tensors(model: nn.Module, other: nn.Module, call: str) -> None:
+    ours, theirs = model.state_dict(), other.state_dict()
+    _must(list(ours) == list(theirs), f"{call} leaves the state dict's names")
+    for name, tensor in ours.items():
+        _must(torch.equal(tensor, theirs[name]), f"{call} leaves {name} as it was")
+
+
+def _untouched(before: nn.Module, model: nn.Module, made: Plan) -> None:
+    """What no edit names is bit-identical."""
+    named = {axis.tensor for edit in made.of(Slice) for axis in edit.axes}
+    named |= {edit.tensor for edit in made.of(Assign, Scale)}
+    shares = {share.target: share.source for share in made.of(Share)}
+    state = model.state_dict()
+    for name, tensor in before.state_dict().items():
+        if name not in named and name.rpartition(".")[0] not in shares and name in state:
+            _must(torch.equal(tensor, state[name]), f"{name}, which no edit names, is bit-identical")
+
+
+def _refused(model: nn.Module, name: str, config: dict[str, Any]) -> None:
+    before = copy.deepcopy(model)
+    try:
+        mlpreduce.apply(model, name, **config)
+    except ReductionError:
+        _same_tensors(before, model, "a refused apply")
+        return
+    raise AssertionError(f"broken: {name} applied to what it has tied already is refused")

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pytest
+import torch
+from torch import nn
+
+from mlpreduce.testing import tiny_vit
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    return tiny_vit().eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def unchanged() -> Callable[[nn.Module], Callable[[], None]]:
+    """`check = unchanged(model)` remembers a model; `check()` asserts that every bit and tie is as it was."""
+
+    def remember(model: nn.Module) -> Callable[[], None]:
+        state = {name: (id(t), t.detach().clone()) for name, t in model.state_dict(keep_vars=True).items()}
+        text, attributes = repr(model), set(model.__dict__)
+
+        def check() -> None:
+            after = model.state_dict(keep_vars=True)
+            assert list(after) == list(state)
+            for name, tensor in after.items():
+                assert id(tensor) == state[name][0], name
+                assert tensor.is_meta or torch.equal(tensor, state[name][1]), name
+            assert repr(model) == text
+            assert set(model.__dict__) == attributes
+
+        return check
+
+    return remember

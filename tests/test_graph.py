@@ -1,0 +1,217 @@
+"""What find_mlps finds, in which kinds, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import mlpreduce
+from mlpreduce import ReductionError, find_mlps
+from mlpreduce.graph import chains
+from mlpreduce.testing import check_transform
+
+# architecture, kind, MLPs, lengths of the chains that grouped acts on
+FAMILIES = [
+    ("vit_tiny_patch16_224", "plain", 12, [12]),
+    ("vit_large_patch16_224", "plain", 24, [24]),
+    ("deit3_small_patch16_224", "plain", 12, [12]),
+    ("beit_base_patch16_224", "plain", 12, [12]),
+    ("eva02_tiny_patch14_224", "packed", 12, [12]),
+    ("eva02_base_patch14_224", "gated+norm", 12, [12]),
+    ("vit_giant_patch14_dinov2", "packed", 40, [40]),
+    ("vit_small_plus_patch16_dinov3", "gated", 12, [12]),
+    ("beit3_base_patch16_224", "plain+norm", 12, [12]),
+    ("swin_tiny_patch4_window7_224", "plain", 12, [2, 2, 6, 2]),
+    ("swinv2_tiny_window8_256", "plain", 12, [2, 2, 6, 2]),
+    ("hiera_tiny_224", "plain", 12, [2, 7, 2]),
+    ("twins_svt_small", "plain", 18, [2, 2, 10, 4]),
+    ("vit_base_patch16_siglip_224", "plain", 13, [12]),
+    ("cait_xxs24_224", "plain", 26, [24]),
+    ("xcit_nano_12_p16_224", "plain", 14, [12]),
+    ("volo_d1_224", "plain", 20, [4, 4, 8, 2]),
+    ("naflexvit_base_patch16_gap", "plain", 12, [12]),
+    ("mixer_s32_224", "plain", 16, [8, 8]),
+    ("tnt_s_patch16_224", "plain", 24, [12, 12]),
+]
+
+
+def build(name: str, **kwargs) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name, **kwargs)
+
+
+@pytest.mark.parametrize(("name", "kind", "count", "lengths"), FAMILIES)
+def test_families(name: str, kind: str, count: int, lengths: list[int]) -> None:
+    model = build(name)
+    mlps = find_mlps(model)
+    assert Counter(mlp.kind for mlp in mlps) == {kind: count}
+    made = mlpreduce.plan(model, "grouped", group=2, remainder="own")
+    in_scope = {row.mlp for row in made.rows}
+    assert [len(chain) for chain in chains([mlp for mlp in mlps if mlp.name in in_scope])] == lengths
+    before = sum(p.numel() for p in model.parameters())
+    units = sum(mlp.params() - mlp.params(mlp.hidden_features // 2) for mlp in mlps)
+    mlpreduce.apply(model, "shallow")
+    assert sum(p.numel() for p in model.parameters()) == before - units
+    assert [mlp.hidden_features for mlp in find_mlps(model)] == [mlp.hidden_features // 2 for mlp in mlps]
+
+
+def test_left_out_with_the_reason() -> None:
+    assert mlpreduce.plan(build("vit_base_patch16_siglip_224"), "grouped").left_out == {
+        "attn_pool.mlp": "no other MLP of its stage is like it"
+    }
+    left_out = mlpreduce.plan(build("cait_xxs24_224"), "grouped").left_out
+    assert left_out == {f"blocks_token_only.{i}.mlp": "acts on the class token only" for i in range(2)}
+
+
+# small models with real weights: the whole contract
+SMALL = [
+    ("vit_tiny_patch16_224", {"img_size": 32, "depth": 4}),
+    ("deit3_small_patch16_224", {"img_size": 32, "depth": 4, "embed_dim": 48, "num_heads": 2}),
+    ("beit_base_patch16_224", {"img_size": 32, "depth": 4, "embed_dim": 48, "num_heads": 2}),
+    ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 4}),
+    ("vit_giant_patch14_dinov2", {"img_size": 28, "depth": 4, "embed_dim": 48, "num_heads": 2}),
+    ("swin_tiny_patch4_window7_224", {"img_size": 56, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 2)}),
+    ("vit_base_patch16_siglip_224", {"img_size": 32, "depth": 4, "embed_dim": 48, "num_heads": 2}),
+    ("cait_xxs24_224", {"img_size": 32, "depth": 4, "embed_dim": 48, "num_heads": 2}),
+    ("naflexvit_base_patch16_gap", {"img_size": 32, "depth": 4, "embed_dim": 48, "num_heads": 2}),
+    ("eva02_base_patch14_224", {"img_size": 28, "depth": 4, "embed_dim": 48, "num_heads": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs"), SMALL, ids=[name for name, _ in SMALL])
+@pytest.mark.parametrize(("transform", "config"), [("grouped", {"group": 2}), ("shallow", {"ratio": 0.5})])
+def test_contract_on_families(name: str, kwargs: dict, transform: str, config: dict) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = timm.create_model(name, **kwargs)
+        model.mlpreduce_build = {"name": name, "kwargs": kwargs}
+        return model
+
+    side = kwargs["img_size"]
+    check_transform(transform, make, torch.randn(2, 3, side, side), **config)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), SMALL, ids=[name for name, _ in SMALL])
+def test_sliced_is_masked(name: str, kwargs: dict) -> None:
+    """A hidden unit whose fc2 column is zero is as good as gone, where no norm mixes the units."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).double().eval()
+    if any("norm" in mlp.kind for mlp in find_mlps(model)):
+        pytest.skip("a norm on the hidden axis takes its statistics over all units")
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for mlp in find_mlps(masked):
+            masked.get_parameter(f"{mlp.leaf('fc2').path}.weight")[:, mlp.hidden_features // 2 :] = 0
+        mlpreduce.apply(model, "shallow")
+        images = torch.randn(2, 3, kwargs["img_size"], kwargs["img_size"], dtype=torch.float64)
+        torch.testing.assert_close(model(images), masked(images), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "efficientformer_l1"])
+def test_no_trace_in_models_that_cache(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        before = model(images)
+        find_mlps(model)
+        assert torch.equal(copy.deepcopy(model)(images), before)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(images), before)
+    model(images)  # with gradients, after which the cache holds tensors that deepcopy refuses
+    find_mlps(model)
+
+
+def test_nothing_is_changed_by_looking(vit: nn.Module, unchanged) -> None:
+    check = unchanged(vit.train())
+    modes = [m.training for m in vit.modules()]
+    find_mlps(vit)
+    mlpreduce.to_graph(vit)
+    print(mlpreduce.plan(vit, "grouped"), mlpreduce.profile(vit), mlpreduce.verify(vit))
+    check()
+    assert modes == [m.training for m in vit.modules()]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "seresnet18", "vgg11", "mobilenetv3_small_050", "efficientnet_b0"])
+def test_convolutional_networks_have_none(name: str) -> None:
+    assert find_mlps(build(name)) == []
+    with pytest.raises(ReductionError, match="found no MLP in"):
+        mlpreduce.apply(build(name), "grouped")
+
+
+@pytest.mark.parametrize(("name", "count"), [("vit_b_16", 12), ("swin_t", 12), ("swin_v2_t", 12), ("maxvit_t", 22)])
+def test_torchvision(name: str, count: int) -> None:
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name)
+    assert len(find_mlps(model)) == count
+    assert len(mlpreduce.plan(model, "grouped", group=2).edits) > 0
+
+
+class Own(nn.Module):
+    """A user's model: functional activations, an MLP as Sequential, one that is no residual, attention by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.head = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        x = x + self.proj((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+        x = x + scale * self.down(torch.relu(self.up(x)))
+        x = x + self.mlp(x)
+        return self.head(x.mean(1))
+
+
+def test_a_users_own_model() -> None:
+    model = Own().eval()
+    assert [(mlp.name, mlp.hidden_features) for mlp in find_mlps(model)] == [("up", 24), ("mlp", 16)]
+    x = torch.randn(2, 5, 8)
+    mlpreduce.apply(model, "shallow", ratio=0.25)
+    assert model(x).shape == (2, 3)
+    assert (model.up.out_features, model.mlp[1].out_features, model.head[0].out_features) == (6, 4, 12)
+
+
+def test_a_hidden_layer_used_elsewhere_is_none() -> None:
+    class Leaky(Own):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.relu(self.up(x))
+            return x + self.down(hidden), hidden
+
+    assert find_mlps(Leaky()) == []
+
+
+def test_module_tied_by_hand_is_one_mlp(vit: nn.Module) -> None:
+    vit.blocks[1].mlp = vit.blocks[0].mlp
+    assert [mlp.owner for mlp in find_mlps(vit)] == ["blocks.0.mlp", "blocks.0.mlp", "blocks.2.mlp", "blocks.3.mlp"]
+    with pytest.raises(ReductionError, match=r"blocks.0.mlp, blocks.1.mlp are tied already"):
+        mlpreduce.apply(vit, "grouped")
+
+
+def test_untraceable_says_why() -> None:
+    class Flow(Own):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) if x.sum() > 0 else x
+
+    with pytest.raises(ReductionError, match=r"find_mlps\(Flow\): torch.fx cannot trace its forward: TraceError"):
+        find_mlps(Flow())
+
+
+@pytest.mark.parametrize("transform", ["grouped", "shallow"])
+def test_a_graph_traced_elsewhere(vit: nn.Module, images: torch.Tensor, transform: str) -> None:
+    graph = torch.fx.symbolic_trace(vit, concrete_args={"attn_mask": None, "is_causal": False})
+    mlpreduce.apply(graph, transform)
+    mlpreduce.apply(vit, transform)
+    assert torch.equal(graph(images), vit(images))
+    assert sum(p.numel() for p in graph.parameters()) == sum(p.numel() for p in vit.parameters())
+    targets = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    assert ("blocks.1.mlp.fc1" in targets) == (transform == "shallow")
+    assert dict(graph.named_modules()).keys() >= targets

@@ -1,0 +1,129 @@
+"""Who may import whom, and what `import mlpreduce` costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlpreduce
+
+PACKAGE = Path(mlpreduce.__file__).parent
+
+# a module may import those in lines above its own, and those of its own line
+ORDER = [
+    ["errors"],
+    ["edits", "values"],
+    ["graph"],
+    ["criteria", "budget", "surgery"],
+    ["parts"],
+    ["transforms"],
+    ["reduction"],
+    ["checkpoint", "profiling", "verification"],
+    ["__init__"],
+    ["testing", "data"],
+    ["train"],
+    ["launch", "records"],
+    ["report"],
+    ["recipe"],
+    ["__main__"],
+]
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+OWNERS = {"ray": "launch", "mlflow": "records", "matplotlib": "report", "optuna": "search"}
+HEAVY = (
+    "torch",
+    "torchvision",
+    "timm",
+    "ray",
+    "optuna",
+    "mlflow",
+    "matplotlib",
+    "sklearn",
+    "pandas",
+    "scipy",
+    "pydantic",
+)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if room(path) != "recipes")
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} if node.module != "mlpreduce" else {f"mlpreduce.{a.name}" for a in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_layers(path: Path) -> None:
+    mine = room(path)
+    if mine == "__init__":
+        return  # names only, each loaded when first used
+    for name in imported(path):
+        if name.split(".")[0] == "mlpreduce":
+            other = name.split(".")[1] if name.split(".")[1:] and name.split(".")[1] in RANK else "__init__"
+            assert RANK[other] <= RANK[mine], f"{mine} imports {other}"
+        owner = OWNERS.get(name.split(".")[0])
+        assert owner in (None, mine), f"{mine} imports {name}"
+
+
+def test_transforms_and_surgery_do_not_know_each_other() -> None:
+    for path in FILES:
+        if room(path) == "surgery":
+            assert not any("transforms" in name for name in imported(path))
+        if room(path) in ("transforms", "criteria"):
+            assert not any("surgery" in name for name in imported(path))
+
+
+def test_no_module_has_the_name_of_a_public_function() -> None:
+    assert not {room(path) for path in FILES} & set(mlpreduce.__all__)
+
+
+def loaded_after(code: str) -> set[str]:
+    script = f"{code}\nimport sys\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=PACKAGE.parent
+    )
+    return set(result.stdout.split())
+
+
+def test_import_loads_nothing_heavy() -> None:
+    assert loaded_after("import mlpreduce") == set()
+    assert loaded_after("import mlpreduce, mlpreduce.errors; mlpreduce.ReductionError; dir(mlpreduce)") == set()
+
+
+def test_apply_on_a_users_own_model_loads_no_timm() -> None:
+    code = (
+        "import torch, mlpreduce\n"
+        "class Own(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.up, self.down = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)\n"
+        "    def forward(self, x):\n"
+        "        return x + self.down(self.up(x).relu())\n"
+        "mlpreduce.apply(Own(), 'shallow')\n"
+    )
+    assert loaded_after(code) == {"torch"}
+
+
+def test_every_public_name_loads_and_is_documented() -> None:
+    for name in mlpreduce.__all__:
+        assert getattr(mlpreduce, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'aply'"):
+        mlpreduce.aply  # noqa: B018
+
+
+def test_modules_are_small() -> None:
+    long = {str(path.relative_to(PACKAGE)): n for path in FILES if (n := len(path.read_text().splitlines())) > 350}
+    assert long == {}

@@ -1,0 +1,88 @@
+"""Counts against formulas and hand counts; measured figures exist and are consistent."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import mlpreduce
+from mlpreduce import ReductionError
+from mlpreduce.budget import measure
+from mlpreduce.profiling import LiveMemory
+from mlpreduce.testing import tiny_vit
+
+
+def test_macs_by_formula() -> None:
+    n, d, h, blocks = 17, 32, 128, 4  # 16 patches and the class token
+    linear = 16 * 3 * 4 * 4 * d + blocks * (3 * n * d * d + n * d * d + 2 * n * d * h) + 5 * d
+    norms = 5 * ((2 * blocks + 1) * n * d)
+    profile = mlpreduce.profile(tiny_vit())
+    assert profile.macs_linear == linear
+    assert profile.macs == linear + norms
+    assert profile.macs_with_attention == linear + norms + blocks * 2 * n * n * d
+    assert (profile.throughput, profile.latency, profile.peak_memory_mib) == (None, None, None)
+
+
+def test_tying_changes_no_macs_and_slicing_does(vit: nn.Module) -> None:
+    before = mlpreduce.profile(vit)
+    tied = mlpreduce.profile(mlpreduce.apply(vit, "grouped"))
+    assert (before.macs, before.macs_with_attention) == (tied.macs, tied.macs_with_attention)
+    assert tied.unique_mlps == 2
+    assert mlpreduce.profile(mlpreduce.apply(vit, "shallow")).macs_linear == before.macs_linear - 4 * 17 * 64 * 64
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "eva02_base_patch14_224", "cait_xxs24_224"])
+def test_cost_before_equals_cost_after(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    for transform, config in (("grouped", {"group": 2}), ("shallow", {"ratio": 0.3})):
+        made = mlpreduce.plan(model, transform, **config)
+        expected = measure(model).after(made)
+        mlpreduce.apply(model, made)
+        assert measure(model).cost == expected
+
+
+def test_measured(vit: nn.Module) -> None:
+    vit.train()
+    profile = mlpreduce.profile(vit, measure_speed=True, batch_size=4, repeats=2)
+    weights = sum(p.numel() for p in vit.parameters()) * 4 / 2**20
+    assert profile.throughput > 0
+    assert profile.latency > 0
+    assert weights < profile.peak_memory_mib < weights + 4
+    assert vit.training
+    assert "images/s (batch 4, cpu, float32" in str(profile)
+
+
+def test_input_size_must_be_known() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.fc2(self.fc1(x).relu())
+
+    with pytest.raises(ReductionError, match="Own does not say what image size it takes; give inputs="):
+        mlpreduce.profile(Own())
+    assert mlpreduce.profile(Own(), torch.zeros(3, 7, 4)).macs_linear == 7 * 2 * 32
+    with pytest.raises(ReductionError, match="does not run on one input"):
+        mlpreduce.profile(Own(), torch.zeros(1, 7, 5))
+    with torch.device("meta"), pytest.raises(ReductionError, match="cannot be timed"):
+        mlpreduce.profile(timm.create_model("vit_tiny_patch16_224"), measure_speed=True)
+    assert "MACs are not counted: Own does not say" in str(mlpreduce.plan(Own(), "shallow"))
+
+
+def test_live_memory() -> None:
+    with LiveMemory() as memory:
+        a = torch.zeros(1000)
+        b = torch.zeros(500)
+        c = a[:10]  # a view holds nothing of its own
+        assert memory.live == 6000
+        del b
+        assert (memory.live, memory.peak) == (4000, 6000)
+        del a
+        assert memory.live == 4000
+        del c
+        assert memory.live == 0
