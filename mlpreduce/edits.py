@@ -93,10 +93,10 @@ class Scale:
 
 @dataclass(frozen=True)
 class Assign:
-    """Give a tensor new values of the same shape."""
+    """Give a tensor new values of the same shape. In a history, and read from JSON alone, it has no values."""
 
     tensor: str
-    value: torch.Tensor = field(compare=False, repr=False)
+    value: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
 Edit: TypeAlias = Slice | Share | Assign | Scale
@@ -174,8 +174,7 @@ class Plan:
 
         Args:
             text: the JSON document.
-            tensors: the values of its `Assign` edits by tensor path; without them those edits are left out, which is
-                what rebuilding a saved model needs.
+            tensors: the values of its `Assign` edits by tensor path; without them only its structure can be applied.
 
         Raises:
             ReductionError: the text is no plan, or of a version this library does not know.
@@ -191,11 +190,10 @@ class Plan:
                 f"Plan.from_json: plan version {document['version']!r}; this mlpreduce reads version {PLAN_VERSION}"
             )
         try:
-            edits = [_edit_from_json(entry, tensors) for entry in document["edits"]]
             return cls(
                 transform=document["transform"],
                 config=document["config"],
-                edits=tuple(edit for edit in edits if edit is not None),
+                edits=tuple(_edit_from_json(entry, tensors) for entry in document["edits"]),
                 rows=tuple(Row(*row) for row in document["rows"]),
                 left_out=document["left_out"],
                 notes=tuple(document["notes"]),
@@ -207,7 +205,11 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan to `path` (.json), and the tensors of its `Assign` edits beside it (.safetensors)."""
         path = Path(path)
-        values = {edit.tensor: edit.value.detach().contiguous() for edit in self.of(Assign)}
+        values = {edit.tensor: edit.value.detach().contiguous() for edit in self.of(Assign) if edit.value is not None}
+        if len(values) < len(self.of(Assign)):
+            raise ReductionError(
+                f"Plan.save({str(path)!r}): the plan has lost the values it assigns; save it before apply"
+            )
         if values:
             from safetensors.torch import save_file
 
@@ -246,7 +248,7 @@ def _edit_to_json(edit: Edit) -> dict[str, Any]:
     return {"edit": "assign", "tensor": edit.tensor}
 
 
-def _edit_from_json(entry: dict[str, Any], tensors: dict[str, torch.Tensor] | None) -> Edit | None:
+def _edit_from_json(entry: dict[str, Any], tensors: dict[str, torch.Tensor] | None) -> Edit:
     kind = entry["edit"]
     if kind == "slice":
         axes = tuple(Axis(tensor, dim, size, tuple(offsets)) for tensor, dim, size, offsets in entry["axes"])
@@ -259,7 +261,7 @@ def _edit_from_json(entry: dict[str, Any], tensors: dict[str, torch.Tensor] | No
         return Scale(entry["tensor"], float(entry["factor"]))
     if kind == "assign":
         if tensors is None:
-            return None
+            return Assign(entry["tensor"])
         if entry["tensor"] not in tensors:
             raise ReductionError(
                 f"Plan.from_json: the values of {entry['tensor']!r} are missing; they lie beside the plan"

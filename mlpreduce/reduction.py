@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mlpreduce.budget import Baseline, Cost, measure, outcome
-from mlpreduce.edits import Plan, Row, Share, Slice
+from mlpreduce.edits import Assign, Plan, Row, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import MLP, chains, mlps_or_raise, refuse_wrapped, select, structural_copy
 from mlpreduce.parts import Parts
@@ -113,8 +113,9 @@ def apply(model: Model, transform: str | Plan, *, include: Globs = None, exclude
 
 
 def remember(model: nn.Module, made: Plan) -> None:
-    """Append a plan to the model's history."""
-    model.mlpreduce_history = [*history(model), replace(made, costs=None)]  # type: ignore[assignment]
+    """Append a plan to the model's history, without the tensors it may hold."""
+    edits = tuple(Assign(edit.tensor) if isinstance(edit, Assign) else edit for edit in made.edits)
+    model.mlpreduce_history = [*history(model), replace(made, edits=edits, costs=None)]  # type: ignore[assignment]
 
 
 def history(model: nn.Module) -> list[Plan]:

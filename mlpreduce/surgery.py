@@ -42,10 +42,9 @@ def rehearse(model: nn.Module, plan: Plan) -> nn.Module:
             raise ReductionError(f"{call}: {share.target} would be shared with two different modules")
     for edit in plan.of(Assign, Scale):
         tensor = _tensor(rehearsal, edit.tensor, call)
-        if isinstance(edit, Assign) and edit.value.shape != tensor.shape:
-            raise ReductionError(
-                f"{call}: {edit.tensor} has shape {tuple(tensor.shape)}, its new values {tuple(edit.value.shape)}"
-            )
+        if isinstance(edit, Assign) and (edit.value is None or edit.value.shape != tensor.shape):
+            fact = "are not in the plan" if edit.value is None else f"have {tuple(edit.value.shape)}"
+            raise ReductionError(f"{call}: {edit.tensor} has shape {tuple(tensor.shape)}, its new values {fact}")
         if not tensor.is_floating_point():
             raise ReductionError(f"{call}: {edit.tensor} is {tensor.dtype}; only floating-point weights are changed")
     return rehearsal
@@ -63,15 +62,15 @@ def carry_out(model: nn.Module, plan: Plan, *, weights: bool = True) -> None:
     Raises:
         ReductionError: the plan does not fit the model, which is then unchanged.
     """
+    plan = plan if weights else plan.structure()
     rehearse(model, plan)
     with _uninterrupted(), torch.no_grad():
         _slice_all(model, plan.of(Slice))
         _share_all(model, plan.of(Share))
-        if weights:
-            for edit in plan.of(Assign):
-                _tensor(model, edit.tensor, plan.transform).copy_(edit.value)
-            for edit in plan.of(Scale):
-                _tensor(model, edit.tensor, plan.transform).mul_(edit.factor)
+        for edit in plan.of(Assign):
+            _tensor(model, edit.tensor, plan.transform).copy_(edit.value)
+        for edit in plan.of(Scale):
+            _tensor(model, edit.tensor, plan.transform).mul_(edit.factor)
         if isinstance(model, fx.GraphModule):
             canonicalize(model)
 
