@@ -34,7 +34,16 @@ _NORM = torch.ops.aten.native_layer_norm
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a model: parameters, and multiply-accumulates for one image."""
+    """Cost of a model: parameters, and multiply-accumulates for one image.
+
+    Attributes:
+        params: parameters, a tied tensor once.
+        mlp_params: those of its MLPs.
+        unique_mlps: MLPs with weights of their own.
+        macs_linear: multiply-accumulates of Linear and Conv.
+        macs: the same and LayerNorm at 5 per element (the convention of arXiv 2512.01059).
+        macs_with_attention: the same and the two products of attention.
+    """
 
     params: int
     mlp_params: int

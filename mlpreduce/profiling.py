@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from mlpreduce.budget import example_inputs, measure
+from mlpreduce.budget import Cost, example_inputs, measure
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import refuse_wrapped
 
@@ -24,16 +24,10 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Cost of a model for inference.
+class Profile(Cost):
+    """Cost of a model for inference: the counts of `Cost` and, if they were measured, speed and memory.
 
     Attributes:
-        params: parameters, a tied tensor once.
-        mlp_params: those of its MLPs.
-        unique_mlps: MLPs with weights of their own.
-        macs_linear: multiply-accumulates of Linear and Conv for one image.
-        macs: the same and LayerNorm at 5 per element (the convention of arXiv 2512.01059).
-        macs_with_attention: the same and the two products of attention.
         batch_size: images of the timed batches; None if nothing was timed.
         throughput: images/s at that batch size, the median of the repeats.
         latency: milliseconds for one image, likewise.
@@ -41,21 +35,11 @@ class Profile:
         device: where it was timed, with the dtype.
     """
 
-    params: int
-    mlp_params: int
-    unique_mlps: int
-    macs_linear: int
-    macs: int
-    macs_with_attention: int
     batch_size: int | None = None
     throughput: float | None = None
     latency: float | None = None
     peak_memory_mib: float | None = None
     device: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
     def __str__(self) -> str:
         lines = [

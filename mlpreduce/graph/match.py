@@ -3,7 +3,7 @@
 From each contracting projection the matcher walks back through elementwise operations, norms and gates to the
 expanding projections. It is an MLP when those have one common input, their output goes nowhere else, a nonlinearity
 or a gate lies between, and the result is added to something its input was computed from (the residual stream).
-What a node may be is a matter of the tables below.
+What a node may be is a matter of the tables in `rules.py`.
 """
 
 from __future__ import annotations
@@ -12,95 +12,28 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from mlpreduce.edits import Axis
+from mlpreduce.graph.rules import (
+    ACTIVATIONS,
+    ADD,
+    MULTIPLY,
+    NEUTRAL,
+    QUERIES,
+    SPLIT,
+    describe,
+    is_elementwise,
+    is_nonlinear,
+    is_projection,
+    passes,
+    target_of,
+    tensors_of,
+)  # fmt: skip
 from mlpreduce.graph.trace import module_at
 
 __all__ = ["Match", "match_mlps"]
-
-ACTIVATIONS = {
-    F.gelu, F.relu, F.relu6, F.silu, F.mish, F.elu, F.selu, F.celu, F.leaky_relu, F.softplus, F.sigmoid, F.tanh,
-    F.hardswish, F.hardsigmoid, F.hardtanh, F.logsigmoid, torch.relu, torch.sigmoid, torch.tanh, torch.square,
-    torch.nn.functional.relu_,
-    "relu", "relu_", "sigmoid", "tanh", "square", "gelu", "silu",
-}  # fmt: skip
-NEUTRAL = {
-    F.dropout,
-    torch.clamp,
-    "contiguous",
-    "clone",
-    "detach",
-    "to",
-    "type_as",
-    "float",
-    "half",
-    "bfloat16",
-    "clamp",
-}
-MULTIPLY = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-SPLIT = {torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split"}
-ADD = {operator.add, operator.iadd, operator.sub, torch.add, torch.sub, "add", "add_", "sub", "sub_"}
-# on the way from the contracting projection to the residual addition
-PASSING = NEUTRAL | {
-    F.layer_norm, F.batch_norm, F.group_norm, F.rms_norm, torch.cat, torch.stack, torch.sum, operator.truediv,
-    operator.getitem, torch.flatten, torch.transpose, torch.permute, torch.reshape, "sum", "div", "flatten",
-    "transpose", "permute", "reshape", "view", "unsqueeze", "squeeze", "stochastic_depth",
-}  # fmt: skip
-QUERIES = {getattr, "size", "dim", "numel", "new_empty"}  # they read a tensor's shape, not its values
-NOT_ELEMENTWISE = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU)
-
-
-def _target(node: fx.Node) -> object:
-    """What a call does: the function, or the name of the method; fx-wrapped functions count by name too."""
-    if node.op == "call_function" and node.target not in PASSING | MULTIPLY | ADD | ACTIVATIONS:
-        name = getattr(node.target, "__name__", "")
-        return name if name in ("stochastic_depth", "drop_path", "dropout") else node.target
-    return node.target
-
-
-def _is_projection(module: nn.Module | None) -> bool:
-    if isinstance(module, nn.Linear):
-        return True
-    if not isinstance(module, nn.Conv2d):
-        return False
-    return set(module.kernel_size) == {1} and set(module.stride) == {1} and module.groups == 1
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers of a leaf with an axis to slice (a counter or a scalar has none)."""
-    return [(name, t) for name, t in [*module.named_parameters(), *module.named_buffers()] if t.numel() > 1]
-
-
-def _elementwise_class(module: nn.Module) -> bool | None:
-    if isinstance(module, NOT_ELEMENTWISE):
-        return False
-    if (
-        isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
-        or type(module).__module__ == nn.ReLU.__module__
-    ):
-        return True
-    return None
-
-
-def _is_elementwise(module: nn.Module) -> bool:
-    """Whether a leaf without tensors treats each element alone. An unknown class is asked, on ten numbers."""
-    known = _elementwise_class(module)
-    if known is not None:
-        return known
-    x = torch.linspace(-3.0, 3.0, 10, device="cpu").reshape(1, 10)
-    try:
-        with torch.no_grad():
-            y, part = module(x), module(x[:, 2:5])
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-        return False
-    return isinstance(y, torch.Tensor) and y.shape == x.shape and torch.equal(y[:, 2:5], part)
-
-
-def _is_nonlinear(module: nn.Module) -> bool:
-    return not isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)) and type(module).__name__ != "DropPath"
 
 
 @dataclass
@@ -139,7 +72,7 @@ class _Walk:
             return self._module(node, offset, first)
         if node.op not in ("call_function", "call_method"):
             return False
-        target = _target(node)
+        target = target_of(node)
         if target in ACTIVATIONS or target in NEUTRAL or target == "dropout":
             self.nonlinear |= target in ACTIVATIONS
             self.signature.append((str(target), str(node.args[1:]), str(node.kwargs)))
@@ -154,11 +87,11 @@ class _Walk:
         module = module_at(self.model, str(node.target))
         if module is None or module._modules or len(node.args) != 1:
             return False
-        if _is_projection(module):
+        if is_projection(module):
             if first:
                 self.expand.append(node)
             return True
-        tensors = _tensors(module)
+        tensors = tensors_of(module)
         if tensors:
             # a norm or a scale on the hidden axis: every tensor one value a channel
             if any(t.dim() != 1 or t.numel() % self.hidden for _, t in tensors):
@@ -166,11 +99,11 @@ class _Walk:
             if first:
                 self.inner.append(node)
             self.nonlinear |= type(module).__module__ == nn.ReLU.__module__
-        elif not _is_elementwise(module):
+        elif not is_elementwise(module):
             return False
         else:
-            self.nonlinear |= _is_nonlinear(module)
-        self.signature.append(_describe(module))
+            self.nonlinear |= is_nonlinear(module)
+        self.signature.append(describe(module))
         return self.visit(node.args[0], offset)
 
     def _multiply(self, node: fx.Node, offset: int) -> bool:
@@ -185,7 +118,7 @@ class _Walk:
     def _half(self, node: fx.Node, offset: int) -> bool:
         """`y.chunk(2, dim)[i]`: hidden units lie `i` times their number further on in `y`."""
         parts, index = node.args
-        if not isinstance(parts, fx.Node) or _target(parts) not in SPLIT or not isinstance(index, int):
+        if not isinstance(parts, fx.Node) or target_of(parts) not in SPLIT or not isinstance(index, int):
             return False
         dim = parts.kwargs.get("dim", parts.args[2] if len(parts.args) > 2 else 0)
         sizes = parts.args[1] if len(parts.args) > 1 else next(iter(parts.kwargs.values()))
@@ -201,23 +134,18 @@ class _Walk:
         """Whether what lies between the projections goes nowhere else."""
         inside = {*self.offsets, self.contract}
         users = {user for node in self.offsets for user in node.users}
-        return all(user in inside or _target(user) in QUERIES for user in users)
-
-
-def _describe(module: nn.Module) -> tuple[object, ...]:
-    shapes = tuple((name, tuple(t.shape), str(t.dtype)) for name, t in _tensors(module))
-    return type(module).__qualname__, module.extra_repr(), shapes
+        return all(user in inside or target_of(user) in QUERIES for user in users)
 
 
 def _strip(node: object) -> object:
-    while isinstance(node, fx.Node) and node.op != "placeholder" and _target(node) in NEUTRAL:
+    while isinstance(node, fx.Node) and node.op != "placeholder" and target_of(node) in NEUTRAL:
         node = node.args[0]
     return node
 
 
 def _match(model: nn.Module, contract: fx.Node, order: dict[fx.Node, int]) -> Match | None:
     module = module_at(model, str(contract.target))
-    if module is None or not _is_projection(module) or len(contract.args) != 1:
+    if module is None or not is_projection(module) or len(contract.args) != 1:
         return None
     hidden = int(module.get_parameter("weight").shape[1])
     walk = _Walk(model, contract, hidden)
@@ -232,13 +160,13 @@ def _match(model: nn.Module, contract: fx.Node, order: dict[fx.Node, int]) -> Ma
     for node in [*expand, *walk.inner]:
         leaf = module_at(model, str(node.target))
         offsets = tuple(sorted(walk.offsets[node]))
-        for name, tensor in _tensors(leaf):  # type: ignore[arg-type]
+        for name, tensor in tensors_of(leaf):  # type: ignore[arg-type]
             if tensor.shape[0] != hidden * len(offsets) or offsets != tuple(range(0, tensor.shape[0], hidden)):
                 return None
             match.axes.append(Axis(f"{node.target}.{name}", 0, int(tensor.shape[0]), offsets))
     match.axes.append(Axis(f"{contract.target}.weight", 1, hidden))
     leaves = [module_at(model, str(node.target)) for node in [*expand, contract]]
-    match.signature = [*(_describe(leaf) for leaf in leaves if leaf is not None), *walk.signature]
+    match.signature = [*(describe(leaf) for leaf in leaves if leaf is not None), *walk.signature]
     return match
 
 
@@ -252,7 +180,7 @@ def _terms(node: fx.Node) -> Iterable[fx.Node]:
             continue
         seen.add(term)
         yield term
-        if _target(term) in ADD:
+        if target_of(term) in ADD:
             stack.extend(arg for arg in term.args if isinstance(arg, fx.Node))
 
 
@@ -269,25 +197,6 @@ def _is_ancestor(candidate: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -
     return False
 
 
-def _passes(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a node hands the output of an MLP on to the residual addition: a norm, a scale, a drop, a shape."""
-    if node.op == "call_module":
-        module = module_at(model, str(node.target))
-        if module is None or _is_projection(module):
-            return False
-        tensors = _tensors(module)
-        return all(t.dim() == 1 for _, t in tensors) and (bool(tensors) or not _is_nonlinear_leaf(module))
-    target = _target(node)
-    if target in MULTIPLY:  # a layer scale, not a gate
-        others = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        return len(others) < 2 or any(arg.op == "get_attr" for arg in others)
-    return target in PASSING or target in ("drop_path", "dropout")
-
-
-def _is_nonlinear_leaf(module: nn.Module) -> bool:
-    return _elementwise_class(module) is True and _is_nonlinear(module)
-
-
 def _is_residual(model: nn.Module, contract: fx.Node, source: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Whether the output is added to what the input was computed from."""
     stack, seen = [contract], {contract}
@@ -297,11 +206,11 @@ def _is_residual(model: nn.Module, contract: fx.Node, source: fx.Node, order: di
             if user in seen:
                 continue
             seen.add(user)
-            if _target(user) in ADD:
+            if target_of(user) in ADD:
                 others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not node]
                 if any(_is_ancestor(t, source, order) for o in others for t in _terms(o) if order[t] <= order[source]):
                     return True
-            elif not _passes(model, user):
+            elif not passes(model, user):
                 continue
             stack.append(user)
     return False
@@ -317,7 +226,7 @@ def _acts_on_class_token(model: nn.Module, match: Match, order: dict[fx.Node, in
     while True:
         if node.op == "get_attr":
             return True
-        target = _target(node)
+        target = target_of(node)
         if target is operator.getitem:
             index = node.args[1]
             token = index[1] if isinstance(index, tuple) and len(index) > 1 else None
@@ -325,7 +234,7 @@ def _acts_on_class_token(model: nn.Module, match: Match, order: dict[fx.Node, in
         operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
         if target in ADD and len(operands) > 1:  # a position embedding is no stream
             operands = [arg for arg in operands if arg.op != "get_attr"] or operands
-        elif not (node.op == "call_module" and _passes(model, node)) and target not in NEUTRAL | {
+        elif not (node.op == "call_module" and passes(model, node)) and target not in NEUTRAL | {
             F.layer_norm,
             "expand",
         }:
