@@ -138,7 +138,10 @@ def test_nothing_is_changed_by_looking(vit: nn.Module, unchanged) -> None:
     assert modes == [m.training for m in vit.modules()]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "seresnet18", "vgg11", "mobilenetv3_small_050", "efficientnet_b0"])
+CONVOLUTIONAL = ["resnet18", "seresnet18", "gcresnet33ts", "vgg11", "mobilenetv3_small_050", "efficientnet_b0"]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_convolutional_networks_have_none(name: str) -> None:
     assert find_mlps(build(name)) == []
     with pytest.raises(ReductionError, match="found no MLP in"):
@@ -150,7 +153,7 @@ def test_torchvision(name: str, count: int) -> None:
     with torch.device("meta"):
         model = torchvision.models.get_model(name)
     assert len(find_mlps(model)) == count
-    assert len(mlpreduce.plan(model, "grouped", group=2).edits) > 0
+    assert len(mlpreduce.plan(model, "grouped", group=2, remainder="own").edits) > 0
 
 
 class Own(nn.Module):
@@ -196,6 +199,87 @@ def test_module_tied_by_hand_is_one_mlp(vit: nn.Module) -> None:
         mlpreduce.apply(vit, "grouped")
 
 
+def test_parallel_mlps_pair_across_blocks() -> None:
+    rows = mlpreduce.plan(build("vit_small_patch16_18x2_224", depth=4), "grouped").rows
+    owners = {row.mlp: row.owner for row in rows}
+    assert owners["blocks.1.ffns.0.mlp"] == "blocks.0.ffns.0.mlp"
+    assert owners["blocks.1.ffns.1.mlp"] == "blocks.0.ffns.1.mlp"
+
+
+def test_a_leaf_used_elsewhere_is_left_alone() -> None:
+    class Twice(Own):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.down(torch.relu(self.up(x)))
+            return x, self.up(x)
+
+    class Read(Own):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.down(torch.relu(self.up(x)))
+            return x @ self.up.weight.T
+
+    assert find_mlps(Twice()) == []
+    assert find_mlps(Read()) == []
+
+
+def test_what_is_pooled_first_is_no_mlp() -> None:
+    class Squeeze(Own):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(torch.relu(self.up(x.mean(1, keepdim=True))))
+
+    assert find_mlps(Squeeze()) == []
+
+
+def test_a_computed_position_embedding_is_no_class_token() -> None:
+    class Positions(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pos = nn.Parameter(torch.zeros(1, 5, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            pos = self.pos.to(x.dtype)
+            return super().forward(self.proj(x) + pos)
+
+    assert {mlp.acts_on for mlp in find_mlps(Positions())} == {"tokens"}
+
+
+def test_odd_layers_do_not_stop_the_search() -> None:
+    class Keywords(Own):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.nn.functional.gelu(input=self.up(input=x)).to(x.dtype)
+            return x + self.down(hidden)
+
+    model = Keywords()
+    model.head[0] = nn.utils.parametrizations.weight_norm(model.head[0])
+    assert [mlp.name for mlp in find_mlps(model)] == ["up"]
+    model.up = nn.utils.parametrizations.spectral_norm(model.up)
+    assert find_mlps(model) == []
+
+
+def test_activations_nobody_knows() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.beta = 0, nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x * torch.sigmoid(self.beta * x)
+
+    class Rolling(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.roll(1, -1)
+
+    model = Own()
+    model.mlp[2] = Scaled()
+    assert len(find_mlps(model)) == 2
+    assert model.mlp[2].calls == 0
+    with torch.device("meta"):
+        model.mlp[2] = Scaled()
+    assert len(find_mlps(model)) == 2
+    model.mlp[2] = Rolling()
+    assert len(find_mlps(model)) == 1
+
+
 def test_untraceable_says_why() -> None:
     class Flow(Own):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -215,3 +299,13 @@ def test_a_graph_traced_elsewhere(vit: nn.Module, images: torch.Tensor, transfor
     targets = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     assert ("blocks.1.mlp.fc1" in targets) == (transform == "shallow")
     assert dict(graph.named_modules()).keys() >= targets
+
+
+def test_graph_modules_are_not_entangled(vit: nn.Module, images: torch.Tensor) -> None:
+    graph = mlpreduce.to_graph(vit)
+    other = mlpreduce.to_graph(graph)
+    mlpreduce.apply(other, "grouped")
+    assert torch.equal(graph(images), vit(images))
+    assert "blocks.1.mlp.fc1" in {str(node.target) for node in graph.graph.nodes}
+    assert mlpreduce.profile(other, images).unique_mlps == 2
+    assert mlpreduce.history(copy.deepcopy(other)) == mlpreduce.history(other)

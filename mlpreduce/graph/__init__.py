@@ -38,7 +38,8 @@ def find_mlps(model: nn.Module) -> list[MLP]:
     refuse_wrapped(model, "find_mlps")
     tree, graph = trace(model)
     matches = match_mlps(tree, graph)
-    places = locate(tree, [[str(n.target) for n in (*m.expand, *m.inner, m.contract)] for m in matches])
+    paths = [[str(node.target) for node in (*m.expand, *m.inner, m.contract)] for m in matches]
+    places = locate(tree, paths, [tuple(match.signature) for match in matches])
     owners: dict[tuple[int, ...], str] = {}
     mlps = []
     for match, place in zip(matches, places, strict=True):
@@ -106,9 +107,7 @@ def to_graph(model: nn.Module) -> fx.GraphModule:
         ReductionError: torch.fx cannot trace the model.
     """
     refuse_wrapped(model, "to_graph")
-    tree, graph = trace(model)
-    if isinstance(tree, fx.GraphModule):
-        tree, graph = structural_copy(tree), graph
+    tree, graph = trace(structural_copy(model) if isinstance(model, fx.GraphModule) else model)
     graph_module = fx.GraphModule(tree, graph, class_name=type(model).__name__)
     canonicalize(graph_module)
     return graph_module

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -24,9 +25,12 @@ from mlpreduce.graph.rules import (
     QUERIES,
     SPLIT,
     describe,
+    is_channelwise,
     is_elementwise,
     is_nonlinear,
     is_projection,
+    mixes_positions,
+    operand,
     passes,
     target_of,
     tensors_of,
@@ -75,8 +79,8 @@ class _Walk:
         target = target_of(node)
         if target in ACTIVATIONS or target in NEUTRAL or target == "dropout":
             self.nonlinear |= target in ACTIVATIONS
-            self.signature.append((str(target), str(node.args[1:]), str(node.kwargs)))
-            return self.visit(node.args[0], offset)
+            self.signature.append((str(target), *_constants(node)))
+            return self.visit(operand(node), offset)
         if target in MULTIPLY:
             return self._multiply(node, offset)
         if target is operator.getitem:
@@ -85,7 +89,7 @@ class _Walk:
 
     def _module(self, node: fx.Node, offset: int, first: bool) -> bool:
         module = module_at(self.model, str(node.target))
-        if module is None or module._modules or len(node.args) != 1:
+        if module is None or module._modules or len(node.args) + len(node.kwargs) != 1:
             return False
         if is_projection(module):
             if first:
@@ -94,7 +98,10 @@ class _Walk:
         tensors = tensors_of(module)
         if tensors:
             # a norm or a scale on the hidden axis: every tensor one value a channel
-            if any(t.dim() != 1 or t.numel() % self.hidden for _, t in tensors):
+            channel_last = -1 in self.channel_dims
+            if not is_channelwise(module, channel_last) or any(
+                t.dim() != 1 or t.numel() % self.hidden for _, t in tensors
+            ):
                 return False
             if first:
                 self.inner.append(node)
@@ -104,7 +111,7 @@ class _Walk:
         else:
             self.nonlinear |= is_nonlinear(module)
         self.signature.append(describe(module))
-        return self.visit(node.args[0], offset)
+        return self.visit(operand(node), offset)
 
     def _multiply(self, node: fx.Node, offset: int) -> bool:
         operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
@@ -112,7 +119,7 @@ class _Walk:
             self.nonlinear = self.gated = True
             self.signature.append("gate")
             return all(self.visit(operand, offset) for operand in operands)
-        self.signature.append(("mul", str([arg for arg in node.args if not isinstance(arg, fx.Node)])))
+        self.signature.append(("mul", *_constants(node)))
         return len(operands) == 1 and self.visit(operands[0], offset)
 
     def _half(self, node: fx.Node, offset: int) -> bool:
@@ -137,21 +144,27 @@ class _Walk:
         return all(user in inside or target_of(user) in QUERIES for user in users)
 
 
+def _constants(node: fx.Node) -> tuple[str, ...]:
+    """Arguments that are no tensors, for comparison."""
+    named = [f"{key}={value!r}" for key, value in node.kwargs.items() if not isinstance(value, fx.Node)]
+    return (*(repr(arg) for arg in node.args if not isinstance(arg, fx.Node)), *named)
+
+
 def _strip(node: object) -> object:
     while isinstance(node, fx.Node) and node.op != "placeholder" and target_of(node) in NEUTRAL:
-        node = node.args[0]
+        node = operand(node)
     return node
 
 
 def _match(model: nn.Module, contract: fx.Node, order: dict[fx.Node, int]) -> Match | None:
     module = module_at(model, str(contract.target))
-    if module is None or not is_projection(module) or len(contract.args) != 1:
+    if module is None or not is_projection(module) or len(contract.args) + len(contract.kwargs) != 1:
         return None
     hidden = int(module.get_parameter("weight").shape[1])
     walk = _Walk(model, contract, hidden)
-    if not walk.visit(contract.args[0], 0) or not walk.nonlinear or not walk.expand or not walk.closed():
+    if not walk.visit(operand(contract), 0) or not walk.nonlinear or not walk.expand or not walk.closed():
         return None
-    sources = {_strip(node.args[0]) for node in walk.expand}
+    sources = {_strip(operand(node)) for node in walk.expand}
     source = sources.pop()
     if sources or not isinstance(source, fx.Node) or not _is_residual(model, contract, source, order):
         return None
@@ -170,8 +183,8 @@ def _match(model: nn.Module, contract: fx.Node, order: dict[fx.Node, int]) -> Ma
     return match
 
 
-def _terms(node: fx.Node) -> Iterable[fx.Node]:
-    """The node, and what it is the sum of."""
+def _terms(model: nn.Module, node: fx.Node) -> Iterable[fx.Node]:
+    """The node, and what it is the sum of, through scales and norms."""
     stack = [node]
     seen = set()
     while stack:
@@ -180,16 +193,19 @@ def _terms(node: fx.Node) -> Iterable[fx.Node]:
             continue
         seen.add(term)
         yield term
-        if target_of(term) in ADD:
+        if target_of(term) in ADD or passes(model, term):
             stack.extend(arg for arg in term.args if isinstance(arg, fx.Node))
 
 
-def _is_ancestor(candidate: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
+def _comes_from(model: nn.Module, node: fx.Node, candidate: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether each position of `node` is computed from that of `candidate`; a mean or attention between them is none."""
     stack, seen = [node], {node}
     while stack:
         current = stack.pop()
         if current is candidate:
             return True
+        if mixes_positions(model, current) or target_of(current) in QUERIES:
+            continue
         for parent in current.all_input_nodes:
             if parent not in seen and order[parent] >= order[candidate]:
                 seen.add(parent)
@@ -208,7 +224,8 @@ def _is_residual(model: nn.Module, contract: fx.Node, source: fx.Node, order: di
             seen.add(user)
             if target_of(user) in ADD:
                 others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not node]
-                if any(_is_ancestor(t, source, order) for o in others for t in _terms(o) if order[t] <= order[source]):
+                terms = [term for other in others for term in _terms(model, other) if order[term] <= order[source]]
+                if any(_comes_from(model, source, term, order) for term in terms):
                     return True
             elif not passes(model, user):
                 continue
@@ -216,16 +233,18 @@ def _is_residual(model: nn.Module, contract: fx.Node, source: fx.Node, order: di
     return False
 
 
-def _acts_on_class_token(model: nn.Module, match: Match, order: dict[fx.Node, int]) -> bool:
-    """Whether the input is the class token alone: sliced from the tokens, or grown from a parameter.
+def _acts_on_class_token(model: nn.Module, match: Match, order: dict[fx.Node, int], fed: set[fx.Node]) -> bool:
+    """Whether the input is the class token alone: sliced from the tokens, or grown from a parameter of one token.
 
-    Follows the input back through norms and residual additions, always to the older operand, to the root of its
-    residual stream.
+    Follows the input back through norms and residual additions, always to the older operand that depends on the
+    model's input (`fed`), to the root of its residual stream.
     """
     node = match.source
     while True:
         if node.op == "get_attr":
-            return True
+            path, _, name = str(node.target).rpartition(".")
+            token = getattr(module_at(model, path), name, None)
+            return isinstance(token, torch.Tensor) and token.dim() >= 2 and token.shape[-2] == 1
         target = target_of(node)
         if target is operator.getitem:
             index = node.args[1]
@@ -233,7 +252,7 @@ def _acts_on_class_token(model: nn.Module, match: Match, order: dict[fx.Node, in
             return isinstance(token, int) or (isinstance(token, slice) and token.stop == 1 and not token.start)
         operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
         if target in ADD and len(operands) > 1:  # a position embedding is no stream
-            operands = [arg for arg in operands if arg.op != "get_attr"] or operands
+            operands = [arg for arg in operands if arg in fed] or operands
         elif not (node.op == "call_module" and passes(model, node)) and target not in NEUTRAL | {
             F.layer_norm,
             "expand",
@@ -244,11 +263,33 @@ def _acts_on_class_token(model: nn.Module, match: Match, order: dict[fx.Node, in
         node = min(operands, key=order.__getitem__)
 
 
+def _used_elsewhere(model: nn.Module, graph: fx.Graph, matches: list[Match]) -> set[int]:
+    """Leaf modules of matches that the graph also calls, or reads a tensor of, outside of them."""
+    inside = {node for match in matches for node in (*match.expand, *match.inner, match.contract)}
+    elsewhere = set()
+    for node in graph.nodes:
+        path = str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
+        if node.op in ("call_module", "get_attr") and node not in inside:
+            elsewhere.add(id(module_at(model, path)))
+    return elsewhere
+
+
 def match_mlps(model: nn.Module, graph: fx.Graph) -> list[Match]:
     """All MLPs of a graph, in order of execution, tied ones once for each call."""
     order = {node: position for position, node in enumerate(graph.nodes)}
+    fed: set[fx.Node] = set()  # what depends on the model's input
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(parent in fed for parent in node.all_input_nodes):
+            fed.add(node)
     found = (_match(model, node, order) for node in graph.nodes if node.op == "call_module")
     matches = [match for match in found if match is not None]
+    elsewhere = _used_elsewhere(model, graph, matches)
     for match in matches:
-        match.class_token = _acts_on_class_token(model, match, order)
-    return matches
+        match.class_token = _acts_on_class_token(model, match, order, fed)
+    return [
+        match
+        for match in matches
+        if not any(
+            id(module_at(model, str(n.target))) in elsewhere for n in (*match.expand, *match.inner, match.contract)
+        )
+    ]

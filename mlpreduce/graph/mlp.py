@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -99,31 +99,30 @@ class Place:
     stage: str
 
 
-def locate(model: nn.Module, paths: Sequence[Sequence[str]]) -> list[Place]:
-    """Name, block and stage of MLPs, given the paths of the leaves of each.
+def locate(model: nn.Module, paths: Sequence[Sequence[str]], signatures: Sequence[object]) -> list[Place]:
+    """Name, block and stage of MLPs, given the paths of the leaves of each, and what tells them apart.
 
-    The stage is the nearest sequence of modules (Sequential, ModuleList, or children named by numbers) around the MLP
-    in which at least two children hold MLPs, or that has one child only. A list such as [attention, MLP] inside a
-    block is no stage.
+    A stage is a sequence of modules (Sequential, ModuleList, or children named by numbers) around the MLP: the
+    outermost one whose children hold like MLPs, else the innermost one that has several children with MLPs, or one
+    child. So parallel MLPs in a block are no stage, nor is a list such as [attention, MLP], nor a list of stages.
     """
     common = [_common(leaves) for leaves in paths]
     different = [name for name, _ in {(name, tuple(leaves)) for name, leaves in zip(common, paths, strict=True)}]
     names = [n if n and different.count(n) == 1 else leaves[0] for n, leaves in zip(common, paths, strict=True)]
+    kinds = dict(zip(names, signatures, strict=True))
     places: list[Place] = []
     for name in names:
         steps = name.split(".")
-        lists = []  # (stage, block) from the inside out
-        for depth in range(len(steps) - 1, -1, -1):
+        lists = []  # (stage, block) from the outside in
+        for depth in range(len(steps)):
             stage, block = ".".join(steps[:depth]), ".".join(steps[: depth + 1])
             parent = module_at(model, stage)
             if isinstance(parent, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or steps[depth].isdigit():
                 lists.append((stage, block))
-        chosen = [
-            (stage, block)
-            for stage, block in lists
-            if len(_children_with_mlps(stage, names)) > 1 or len(_children(model, stage)) == 1
-        ]
-        stage, block = (chosen or lists or [("", name.rpartition(".")[0])])[0]
+        contents = {stage: _contents(stage, kinds) for stage, _ in lists}
+        repeated = [pair for pair in lists if len(contents[pair[0]]) > 1 and _all_equal(contents[pair[0]].values())]
+        several = [pair for pair in lists if len(contents[pair[0]]) > 1 or len(_children(model, pair[0])) == 1]
+        stage, block = (repeated[:1] or several[-1:] or lists[-1:] or [("", name.rpartition(".")[0])])[0]
         again = sum(place.name.split("@")[0] == name for place in places)
         unique = f"{name}@{again}" if again else name  # a flat graph calls a tied MLP by one path
         places.append(Place(unique, block, stage))
@@ -145,9 +144,20 @@ def _children(model: nn.Module, stage: str) -> list[str]:
     return list(module._modules) if module is not None else []
 
 
-def _children_with_mlps(stage: str, names: Sequence[str]) -> set[str]:
+def _contents(stage: str, kinds: Mapping[str, object]) -> dict[str, list[tuple[str, object]]]:
+    """For each child of a stage that holds MLPs: where in it, and which."""
     start = f"{stage}." if stage else ""
-    return {name[len(start) :].split(".")[0] for name in names if name.startswith(start)}
+    contents: dict[str, list[tuple[str, object]]] = {}
+    for name, kind in kinds.items():
+        if name.startswith(start):
+            child, _, rest = name[len(start) :].partition(".")
+            contents.setdefault(child, []).append((rest, kind))
+    return contents
+
+
+def _all_equal(values: Iterable[object]) -> bool:
+    first, *others = values
+    return all(value == first for value in others)
 
 
 def chains(mlps: Sequence[MLP]) -> list[list[MLP]]:
@@ -168,6 +178,10 @@ def select(
     """
 
     def globs(option: str, patterns: str | Sequence[str] | None) -> Iterator[str]:
+        if patterns is not None and (
+            isinstance(patterns, int) or not patterns or not all(isinstance(pattern, str) for pattern in patterns)
+        ):
+            raise ReductionError(f"{option}={patterns!r}; it must be a glob over MLP names, or a list of globs")
         for pattern in (patterns,) if isinstance(patterns, str) else patterns or ():
             if not fnmatch.filter(names, pattern):
                 raise ReductionError(

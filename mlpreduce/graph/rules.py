@@ -5,6 +5,7 @@ To teach the matcher an operation, add it to a table.
 
 from __future__ import annotations
 
+import copy
 import operator
 
 import torch
@@ -14,8 +15,22 @@ from torch import fx, nn
 from mlpreduce.graph.trace import module_at
 
 __all__ = [
-    "ACTIVATIONS", "ADD", "MULTIPLY", "NEUTRAL", "QUERIES", "SPLIT", "describe", "is_elementwise", "is_nonlinear",
-    "is_projection", "passes", "target_of", "tensors_of",
+    "ACTIVATIONS",
+    "ADD",
+    "MULTIPLY",
+    "NEUTRAL",
+    "QUERIES",
+    "SPLIT",
+    "describe",
+    "is_channelwise",
+    "is_elementwise",
+    "is_nonlinear",
+    "is_projection",
+    "mixes_positions",
+    "operand",
+    "passes",
+    "target_of",
+    "tensors_of",
 ]  # fmt: skip
 
 ACTIVATIONS = {
@@ -46,7 +61,15 @@ PASSING = NEUTRAL | {
     operator.getitem, torch.flatten, torch.transpose, torch.permute, torch.reshape, "sum", "div", "flatten",
     "transpose", "permute", "reshape", "view", "unsqueeze", "squeeze", "stochastic_depth",
 }  # fmt: skip
+# between the residual stream and an MLP's input: what mixes positions, so that the input is no longer the stream's
+MIXING = {
+    torch.mean, torch.sum, torch.amax, torch.max, torch.matmul, torch.bmm, torch.einsum, torch.softmax, operator.matmul,
+    F.softmax, F.scaled_dot_product_attention, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d,
+    "mean", "sum", "amax", "max", "matmul", "bmm", "softmax",
+}  # fmt: skip
 QUERIES = {getattr, "size", "dim", "numel", "new_empty"}  # they read a tensor's shape, not its values
+_NUMBERS = torch.linspace(-3.0, 3.0, 24, device="cpu")
+_PROBED: dict[tuple[type[nn.Module], str], bool] = {}
 NOT_ELEMENTWISE = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU)
 
 
@@ -59,10 +82,10 @@ def target_of(node: fx.Node) -> object:
 
 
 def is_projection(module: nn.Module | None) -> bool:
+    if not isinstance(module, (nn.Linear, nn.Conv2d)) or not _is_ordinary(module):
+        return False
     if isinstance(module, nn.Linear):
         return True
-    if not isinstance(module, nn.Conv2d):
-        return False
     return set(module.kernel_size) == {1} and set(module.stride) == {1} and module.groups == 1
 
 
@@ -82,18 +105,53 @@ def _elementwise_class(module: nn.Module) -> bool | None:
     return None
 
 
+def _is_ordinary(module: nn.Linear | nn.Conv2d) -> bool:
+    """Whether a projection has just a weight and a bias, and a forward that is known: not parametrised, lazy or quantised."""
+    known = type(module).forward in (nn.Linear.forward, nn.Conv2d.forward) or type(module).__module__.startswith(
+        "timm."
+    )
+    lazy = any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values())
+    return known and not lazy and set(module._parameters) == {"weight", "bias"} and not module._buffers
+
+
+def is_channelwise(module: nn.Module, channel_last: bool) -> bool:
+    """Whether a leaf with one value a channel can be sliced along its channels: a known norm or scale."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return not channel_last  # BatchNorm1d counts the tokens of (batch, tokens, features) as channels
+    known = isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.PReLU)) or type(module).__module__.startswith("timm.")
+    return known and not isinstance(module, nn.GroupNorm)
+
+
+def operand(node: fx.Node) -> object:
+    """The tensor that a unary operation is applied to."""
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
+
+
 def is_elementwise(module: nn.Module) -> bool:
-    """Whether a leaf without tensors treats each element alone. An unknown class is asked, on ten numbers."""
+    """Whether a leaf without tensors treats each element alone. An unknown class is asked, on a few numbers."""
     known = _elementwise_class(module)
     if known is not None:
         return known
-    x = torch.linspace(-3.0, 3.0, 10, device="cpu").reshape(1, 10)
-    try:
+    key = (type(module), module.extra_repr())
+    if key not in _PROBED:
+        _PROBED[key] = _probe(module)
+    return _PROBED[key]
+
+
+def _probe(module: nn.Module) -> bool:
+    try:  # on a copy, in case it counts its calls, and on the CPU, where its scalars have values
+        probe = copy.deepcopy(module).to_empty(device="cpu")
+        for scalar in [*probe.parameters(), *probe.buffers()]:
+            nn.init.constant_(scalar, 0.5)
         with torch.no_grad():
-            y, part = module(x), module(x[:, 2:5])
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            return all(_keeps_elements_apart(probe, x) for x in (_NUMBERS.reshape(1, 24), _NUMBERS.reshape(1, 4, 6)))
+    except Exception:  # whatever a foreign module raises on such a tensor
         return False
-    return isinstance(y, torch.Tensor) and y.shape == x.shape and torch.equal(y[:, 2:5], part)
+
+
+def _keeps_elements_apart(module: nn.Module, x: torch.Tensor) -> bool:
+    y, part = module(x), module(x[..., 2:5])
+    return isinstance(y, torch.Tensor) and y.shape == x.shape and torch.allclose(y[..., 2:5], part)
 
 
 def is_nonlinear(module: nn.Module) -> bool:
@@ -122,3 +180,11 @@ def passes(model: nn.Module, node: fx.Node) -> bool:
 
 def _is_nonlinear_leaf(module: nn.Module) -> bool:
     return _elementwise_class(module) is True and is_nonlinear(module)
+
+
+def mixes_positions(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node computes one position from several: pooling, attention, a mean."""
+    if node.op == "call_module":
+        module = module_at(model, str(node.target))
+        return "Pool" in type(module).__name__ or isinstance(module, (nn.MultiheadAttention, nn.Softmax))
+    return target_of(node) in MIXING

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import OrderedDict
+from copy import deepcopy
 from types import MethodType
 from typing import Any
 
@@ -49,9 +50,11 @@ def refuse_wrapped(model: Any, call: str) -> None:
                 f"{call}: the model is wrapped in {cls.__name__}, whose buffers and buckets were made for the old "
                 f"parameters; reduce {_WRAPPERS[cls.__name__]}, then wrap it"
             )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ReductionError(f"{call}: the model is a ScriptModule, whose graph is fixed; reduce it, then script it")
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ReductionError(
+                f"{call}: {name or 'the model'} is scripted and cannot change; reduce it, then script it"
+            )
         if module._compiled_call_impl is not None or any(c.__name__ == "OptimizedModule" for c in type(module).__mro__):
             raise ReductionError(f"{call}: {name or 'the model'} is compiled; reduce the model, then compile it")
     for name, parameter in model.named_parameters():
@@ -91,7 +94,7 @@ def structural_copy(model: nn.Module, device: str | None = None) -> nn.Module:
     def module(original: nn.Module) -> nn.Module:
         if id(original) in modules:
             return modules[id(original)]
-        copy = modules[id(original)] = original.__new__(type(original))
+        copy = modules[id(original)] = object.__new__(type(original))
         state = copy.__dict__
         for name, value in original.__dict__.items():
             if name in ("_parameters", "_buffers"):
@@ -102,6 +105,8 @@ def structural_copy(model: nn.Module, device: str | None = None) -> nn.Module:
                 state[name] = OrderedDict()
             elif name == "_compiled_call_impl":
                 state[name] = None
+            elif isinstance(value, fx.Graph):  # a GraphModule's
+                state[name] = deepcopy(value)
             else:
                 state[name] = attribute(value)
         return copy
