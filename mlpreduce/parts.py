@@ -69,7 +69,7 @@ class Parts(Sequence[MLP]):
         if needs_weights(criterion):
             weights = unit_weights(mlp, self.tensor)
         else:
-            weights = torch.empty(mlp.hidden_features, 0)
+            weights = torch.empty(mlp.hidden_features, 0, device="cpu")
         index = next(i for i, other in enumerate(self._mlps) if other.name == mlp.name)
         return [int(unit) for unit in function(weights, seed + index)]
 

@@ -33,6 +33,7 @@ def rehearse(model: nn.Module, plan: Plan) -> nn.Module:
     """
     call = call_text(plan.transform, plan.config)
     rehearsal = structural_copy(model, device="meta")
+    _check_tensors(model, plan, call)
     _check_slices(rehearsal, plan.of(Slice), call)
     _slice_all(rehearsal, plan.of(Slice))
     _check_shares(rehearsal, plan.of(Share), call)
@@ -64,7 +65,7 @@ def carry_out(model: nn.Module, plan: Plan, *, weights: bool = True) -> None:
     """
     plan = plan if weights else plan.structure()
     rehearse(model, plan)
-    with _uninterrupted(), torch.no_grad():
+    with _uninterrupted(), torch.inference_mode(False), torch.no_grad():
         _slice_all(model, plan.of(Slice))
         _share_all(model, plan.of(Share))
         for edit in plan.of(Assign):
@@ -127,7 +128,9 @@ def _slice(model: nn.Module, edit: Slice) -> None:
         else:
             part = tensor.detach().index_select(axis.dim, torch.tensor(kept, device=tensor.device))
         if isinstance(tensor, nn.Parameter):
+            attributes = tensor.__dict__  # marks such as timm's _no_weight_decay
             part = nn.Parameter(part, requires_grad=tensor.requires_grad)
+            part.__dict__.update(attributes)
         new.append((leaf, name, part))
         del tensor
     for leaf, name, part in new:
@@ -167,12 +170,47 @@ def _tensor(model: nn.Module, path: str, call: str) -> torch.Tensor:
     return _find(model, path, call)[2]
 
 
-def _check_slices(model: nn.Module, slices: list[Slice], call: str) -> None:
-    """Whether every slice names what the model has, in the size the plan was made for."""
+def _check_tensors(model: nn.Module, plan: Plan, call: str) -> None:
+    """Whether the tensors that the plan names can change: each held by one module, in memory of its own."""
     holders: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), set()).add(id(module))
+    paths = [axis.tensor for edit in plan.of(Slice) for axis in edit.axes]
+    paths += [edit.tensor for edit in plan.of(Assign, Scale)]
+    for share in plan.of(Share):
+        leaves = {path: module_at(model, path) for path in (share.source, share.target)}
+        paths += [f"{path}.{name}" for path, leaf in leaves.items() if leaf is not None for name in leaf._parameters]
+        hooked = [
+            name for name, value in getattr(leaves[share.target], "__dict__", {}).items() if "_hooks" in name and value
+        ]
+        if hooked:
+            raise ReductionError(
+                f"{call}: {share.target} has hooks, which would go with it; remove them or exclude the MLP"
+            )
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        leaf = module_at(model, parent)
+        tensor = None if leaf is None else leaf._parameters.get(name, leaf._buffers.get(name))
+        if tensor is None:  # a layer without bias; a path that is wrong is found by the rehearsal
+            continue
+        if len(holders.get(id(tensor), ())) > 1:
+            raise ReductionError(
+                f"{call}: {path} is one Parameter in {len(holders[id(tensor)])} modules, and slicing or tying would untie "
+                f"it; share the module instead of the Parameter, or give each module its own"
+            )
+        changed_in_place = tensor.is_inference() or 0 in [
+            stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+        ]
+        if changed_in_place and any(path == edit.tensor for edit in plan.of(Assign, Scale)):
+            raise ReductionError(
+                f"{call}: {path} cannot be changed in place: it was made in torch.inference_mode, or its elements share "
+                f"memory; build the model outside, with tensors of its own"
+            )
+
+
+def _check_slices(model: nn.Module, slices: list[Slice], call: str) -> None:
+    """Whether every slice names what the model has, in the size the plan was made for."""
     sliced: set[tuple[int, int]] = set()
     for edit in slices:
         if not edit.units or min(edit.units) < 0 or max(edit.units) >= edit.hidden:
@@ -183,11 +221,6 @@ def _check_slices(model: nn.Module, slices: list[Slice], call: str) -> None:
                 raise ReductionError(
                     f"{call}: {axis.tensor} has shape {tuple(tensor.shape)}, but the plan was made for {axis.size} at "
                     f"dimension {axis.dim}; it is of another model, or already carried out"
-                )
-            if len(holders.get(id(tensor), ())) > 1:
-                raise ReductionError(
-                    f"{call}: {axis.tensor} is one Parameter in {len(holders[id(tensor)])} modules, and slicing would "
-                    f"untie it; share the module instead of the Parameter, or give each module its own"
                 )
             if (id(tensor), axis.dim) in sliced:
                 raise ReductionError(f"{call}: {axis.tensor} would be sliced twice")
@@ -212,7 +245,7 @@ def _check_shares(model: nn.Module, shares: list[Share], call: str) -> None:
 
 def _form(leaf: nn.Module | None) -> tuple[Any, ...]:
     tensors = [*leaf.named_parameters(), *leaf.named_buffers()] if leaf is not None else []
-    return repr(leaf), [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
+    return repr(leaf), [(name, tuple(t.shape), str(t.dtype), "trains" * t.requires_grad) for name, t in tensors]
 
 
 @contextlib.contextmanager

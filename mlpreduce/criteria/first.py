@@ -13,4 +13,4 @@ from mlpreduce.criteria import register_criterion
 @register_criterion("first", weights=False)
 def first(weights: torch.Tensor, seed: int) -> torch.Tensor:
     """Units 0, 1, 2, ...; at random initialisation as good as any choice."""
-    return torch.arange(weights.shape[0])
+    return torch.arange(weights.shape[0], device="cpu")

@@ -10,4 +10,4 @@ from mlpreduce.criteria import register_criterion
 @register_criterion("last", weights=False)
 def last(weights: torch.Tensor, seed: int) -> torch.Tensor:
     """The last unit, the one before it, ..."""
-    return torch.arange(weights.shape[0]).flip(0)
+    return torch.arange(weights.shape[0], device="cpu").flip(0)

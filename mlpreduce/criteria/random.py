@@ -10,4 +10,4 @@ from mlpreduce.criteria import register_criterion
 @register_criterion("random", weights=False)
 def random(weights: torch.Tensor, seed: int) -> torch.Tensor:
     """A permutation from a generator of its own: the global random state is not touched."""
-    return torch.randperm(weights.shape[0], generator=torch.Generator().manual_seed(seed))
+    return torch.randperm(weights.shape[0], generator=torch.Generator().manual_seed(seed), device="cpu")

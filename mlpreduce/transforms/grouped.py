@@ -58,7 +58,12 @@ def grouped(
     tied = [mlp for mlp in parts if len(parts.uses(mlp)) > 1]
     if tied:
         names = ", ".join(use.name for use in parts.uses(tied[0]))
-        raise ReductionError(f"{names} are tied already, and nothing is scaled twice; mlpreduce.untie(model) first")
+        raise ReductionError(
+            f"{names} are tied already, and nothing is scaled twice; mlpreduce.untie(model) undoes ties of this library, "
+            f"exclude= leaves out those the model was built with"
+        )
+    if not isinstance(pattern, (str, list, tuple)):
+        raise ReductionError(f"pattern is {pattern!r}; it must be a name or lists of row numbers")
     if isinstance(pattern, str):
         groups = [members for chain in parts.chains for members in _split(parts, chain, group, pattern, remainder)]
     else:
@@ -83,7 +88,7 @@ def _split(parts: Parts, chain: list[MLP], group: int, pattern: str, remainder: 
         raise ReductionError(f"group is {group!r}, the number of blocks that share one MLP; {advice}")
     length = len(chain)
     if remainder == "error" and length % group:
-        where = f" of {chain[0].stage}" if len(parts.chains) > 1 else ""
+        where = f" ({chain[0].name} to {chain[-1].name})" if len(parts.chains) > 1 else ""
         raise ReductionError(
             f'{length} MLPs{where} do not split into equal groups; {advice}, or remainder="own" or "merge"'
         )
@@ -104,7 +109,7 @@ def _listed(parts: Parts, pattern: Sequence[Sequence[int]]) -> list[list[MLP]]:
     seen: set[int] = set()
     groups = []
     for rows in pattern:
-        if isinstance(rows, (str, int)):
+        if not isinstance(rows, (list, tuple)) or not rows:
             raise ReductionError(f"pattern has {rows!r}; it must be lists of row numbers, such as [[0, 1], [2, 3]]")
         for row in rows:
             if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < len(parts):
@@ -191,4 +196,6 @@ def _matching(parts: Parts, first: MLP, member: MLP) -> torch.Tensor:
     except ModuleNotFoundError as error:
         raise ReductionError("keep='align_mean' needs scipy, which is not installed: pip install scipy") from error
     gain = unit_weights(first, parts.tensor) @ unit_weights(member, parts.tensor).T
+    if not gain.isfinite().all():
+        raise ReductionError(f"keep='align_mean': the weights of {first.name} or {member.name} are not finite")
     return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])

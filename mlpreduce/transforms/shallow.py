@@ -51,8 +51,10 @@ def shallow(
         raise ReductionError(f"{len(sizes)} sizes are given ({', '.join(sizes)}); give one of ratio, width, widths")
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ReductionError(f"round_to is {round_to!r}; it must be a whole number from 1")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(criterion, str):
+        raise ReductionError(f"criterion is {criterion!r} with seed {seed!r}; it must be a name with a whole number")
     owners = _owners(parts)
-    targets = _widths(owners, ratio, width, widths)
+    targets = _widths(parts, owners, ratio, width, widths)
     for mlp, target in zip(owners, targets, strict=True):
         kept = target if target == mlp.hidden_features else max(target // round_to, 1) * round_to
         if not 1 <= target <= mlp.hidden_features or kept > mlp.hidden_features:
@@ -79,10 +81,14 @@ def _owners(parts: Parts) -> list[MLP]:
 
 
 def _widths(
-    owners: list[MLP], ratio: float | None, width: int | None, widths: Sequence[int] | Mapping[str, int] | None
+    parts: Parts,
+    owners: list[MLP],
+    ratio: float | None,
+    width: int | None,
+    widths: Sequence[int] | Mapping[str, int] | None,
 ) -> list[int]:
     if widths is not None:
-        return _given_widths(owners, widths)
+        return _given_widths(parts, owners, widths)
     if width is not None:
         return [_whole("width", width)] * len(owners)
     ratio = 0.5 if ratio is None else ratio
@@ -97,14 +103,17 @@ def _widths(
     return [int(mlp.hidden_features * ratio) for mlp in owners]
 
 
-def _given_widths(owners: list[MLP], widths: Sequence[int] | Mapping[str, int]) -> list[int]:
+def _given_widths(parts: Parts, owners: list[MLP], widths: Sequence[int] | Mapping[str, int]) -> list[int]:
     if isinstance(widths, Mapping):
         names = [mlp.name for mlp in owners]
         for name in widths:
+            tied = [mlp.name for mlp in owners for use in parts.uses(mlp) if use.name == name != mlp.name]
+            if tied:
+                raise ReductionError(f"widths has {name!r}, which is tied to {tied[0]}; give the width of that one")
             if name not in names:
                 raise ReductionError(f"widths has {name!r}, which is no MLP to slice{did_you_mean(str(name), names)}")
         return [_whole(mlp.name, widths.get(mlp.name, mlp.hidden_features)) for mlp in owners]
-    if isinstance(widths, (str, int)) or len(widths) != len(owners):
+    if not isinstance(widths, (list, tuple)) or len(widths) != len(owners):
         raise ReductionError(
             f"widths is {widths!r}; it must have one width for each of {len(owners)} MLPs, or be by name"
         )
