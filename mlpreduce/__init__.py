@@ -21,7 +21,7 @@ _NAMES = {
     "ReductionError": "errors",
     "Report": "verification",
     "apply": "reduction",
-    "create_model": "reduction",
+    "create_model": "construction",
     "find_mlps": "graph",
     "history": "reduction",
     "list_criteria": "criteria",
@@ -42,12 +42,13 @@ __all__ += ["verify"]
 
 if TYPE_CHECKING:
     from mlpreduce.checkpoint import load, save
+    from mlpreduce.construction import create_model
     from mlpreduce.criteria import list_criteria
     from mlpreduce.edits import Plan
     from mlpreduce.errors import ReductionError
     from mlpreduce.graph import MLP, find_mlps, to_graph
     from mlpreduce.profiling import Profile, profile
-    from mlpreduce.reduction import apply, create_model, history, plan, untie
+    from mlpreduce.reduction import apply, history, plan, untie
     from mlpreduce.transforms import list_transforms, register
     from mlpreduce.verification import Report, verify
 

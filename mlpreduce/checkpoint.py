@@ -17,18 +17,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from mlpreduce.construction import NOT_RECORDED
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import refuse_wrapped, structural_copy
-from mlpreduce.reduction import history, remember
+from mlpreduce.reduction import broken_ties, history, remember
 from mlpreduce.surgery import carry_out
 
 __all__ = ["load", "save"]
 
 VERSION = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "mlpreduce.json"
-# timm arguments that read other files or the network
-_FORBIDDEN = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 def save(model: nn.Module, directory: str | Path, build: dict[str, Any] | Literal[False] | None = None) -> None:
@@ -47,6 +46,11 @@ def save(model: nn.Module, directory: str | Path, build: dict[str, Any] | Litera
     """
     call = f"save({type(model).__name__}, {str(directory)!r})"
     refuse_wrapped(model, call)
+    for share in broken_ties(model):
+        raise ReductionError(
+            f"{call}: {share.target} is no longer tied to {share.source}, as its history tells; it was replaced or copied "
+            f"after apply: tie it again by assigning the module, or mlpreduce.untie(model) before changing it"
+        )
     description: dict[str, Any] = {
         "format": "mlpreduce",
         "version": VERSION,
@@ -92,6 +96,8 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     elif history(model):
         raise ReductionError(f"{call}: the given model is reduced already; give one as it was built")
     refuse_wrapped(model, call)
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ReductionError(f"{call}: the given model is on the meta device; move it with .to_empty(device=...) first")
     rehearsal = structural_copy(model, device="meta")
     try:
         for made in plans:
@@ -179,6 +185,11 @@ def _check_fit(rehearsal: nn.Module, file: Any, call: str) -> None:
     for alias, name in aliases.items():
         if state[alias] is not state.get(name):
             raise ReductionError(f"{call}: {alias} is tied to {name} in the file, but not in the model")
+    first: dict[int, str] = {}
+    for name in sorted(stored):
+        other = first.setdefault(id(state[name]), name)
+        if other != name:
+            raise ReductionError(f"{call}: {name} is tied to {other} in the model, but not in the file")
 
 
 def _fill(model: nn.Module, file: Any) -> None:
@@ -196,11 +207,12 @@ def _how_built(model: nn.Module, build: dict[str, Any] | Literal[False] | None, 
     """A checked build of the model, or None if none is to be recorded."""
     if build is False:
         return None
-    known = build or getattr(model, "mlpreduce_build", None)
-    config = getattr(model, "pretrained_cfg", None) or {}
-    if known is None and "architecture" not in config:
+    if build is not None:
+        candidates = [_checked(build, call)]
+    elif "architecture" in (getattr(model, "pretrained_cfg", None) or {}) or hasattr(model, "mlpreduce_build"):
+        candidates = _guesses(model)
+    else:
         return None
-    candidates = [known] if known is not None else _guesses(model, config)
     reasons = []
     for candidate in candidates:
         try:
@@ -219,30 +231,32 @@ def _how_built(model: nn.Module, build: dict[str, Any] | Literal[False] | None, 
     )
 
 
-def _guesses(model: nn.Module, config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Builds of a timm model from what can be read off it, the plainest first."""
-    settings: dict[str, Any] = {}
-    guesses: list[dict[str, Any]] = [{"name": config["architecture"], "kwargs": {}}]
+def _guesses(model: nn.Module) -> list[dict[str, Any]]:
+    """Builds of a timm model: the recorded one, or its architecture, then with more and more that is read off it."""
+    start: Any = getattr(model, "mlpreduce_build", None)
+    start = start or {"name": model.pretrained_cfg["architecture"], "kwargs": {}}  # type: ignore[index]
+    settings: dict[str, Any] = dict(start["kwargs"])
+    guesses: list[dict[str, Any]] = [start]
     if isinstance(classes := getattr(model, "num_classes", None), int):
         settings["num_classes"] = classes
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if convolution is not None and convolution.in_channels != 3:
         settings["in_chans"] = convolution.in_channels
-    guesses.append({"name": config["architecture"], "kwargs": dict(settings)})
+    guesses.append({"name": start["name"], "kwargs": dict(settings)})
+    if isinstance(pool := getattr(model, "global_pool", None), str):
+        settings["global_pool"] = pool
+    guesses.append({"name": start["name"], "kwargs": dict(settings)})
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(size, tuple):
         settings["img_size"] = list(size)
-    if isinstance(pool := getattr(model, "global_pool", None), str):
-        settings["global_pool"] = pool
-    guesses.append({"name": config["architecture"], "kwargs": settings})
+    guesses.append({"name": start["name"], "kwargs": settings})
     return guesses
 
 
 def _difference(model: nn.Module, build: dict[str, Any], call: str) -> str | None:
     """What tells a build, after the plans, from the model; None if nothing does."""
     try:
-        with torch.device("meta"):
-            built = _build(build, call)
+        built = _build(build, call, device="meta")
         for made in history(model):
             carry_out(built, made, weights=False)
     except (ReductionError, TypeError, RuntimeError, ValueError, AssertionError) as error:
@@ -252,31 +266,54 @@ def _difference(model: nn.Module, build: dict[str, Any], call: str) -> str | Non
     if theirs != ours:
         name = next(iter(sorted(theirs.items() ^ ours.items())))[0]
         return f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
-    for line, other in zip(repr(built).splitlines(), repr(model).splitlines(), strict=False):
-        if line != other:
-            return f"it has {line.strip()} where this has {other.strip()}"
+    others = dict(model.named_modules(remove_duplicate=False))
+    for path, module in built.named_modules(remove_duplicate=False):
+        other = others.get(path)
+        if other is None or type(other) is not type(module):
+            return f"{path} is a {type(module).__name__} there and a {type(other).__name__} here"
+        here, there = _settings(other), _settings(module)
+        for name in sorted(here.keys() & there.keys()):
+            if here[name] != there[name]:
+                return f"{path}.{name} is {there[name]!r} there and {here[name]!r} here".lstrip(".")
     return None
 
 
-def _build(build: Any, call: str) -> nn.Module:
-    if build is None:
-        raise ReductionError(f"{call}: how the model was built is not recorded; build it and give it as model=")
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a module: what its forward may depend on beside its tensors."""
+    values = {name: value for name, value in vars(module).items() if not name.startswith(("_", "mlpreduce"))}
+    return {name: value for name, value in values.items() if name != "training" and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(entry) for entry in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _checked(build: Any, call: str) -> dict[str, Any]:
     if (
         not isinstance(build, dict)
         or not isinstance(build.get("name"), str)
         or not isinstance(build.get("kwargs"), dict)
     ):
         raise ReductionError(f'{call}: build is {build!r}; it must be {{"name": architecture, "kwargs": {{...}}}}')
+    return build
+
+
+def _build(build: Any, call: str, device: str = "cpu") -> nn.Module:
+    if build is None:
+        raise ReductionError(f"{call}: how the model was built is not recorded; build it and give it as model=")
+    build = _checked(build, call)
     import timm
 
     if not timm.is_model(build["name"].split(".")[0]):
         raise ReductionError(f"{call}: timm {timm.__version__} has no architecture {build['name']!r}")
-    forbidden = [key for key in build["kwargs"] if key in _FORBIDDEN]
+    forbidden = [key for key in build["kwargs"] if key in ("pretrained", *NOT_RECORDED)]
     if forbidden:
         raise ReductionError(
             f"{call}: the build has {', '.join(forbidden)}, which would read other files; it is refused"
         )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         try:
             model: nn.Module = timm.create_model(build["name"], pretrained=False, **build["kwargs"])
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from safetensors import SafetensorError
+
 from mlpreduce.errors import ReductionError, call_text, did_you_mean
 
 if TYPE_CHECKING:
@@ -110,6 +112,7 @@ class Row:
     kind: str
     hidden_before: int
     hidden: int
+    owner_before: str
     owner: str
     params_before: int
     params: int
@@ -152,6 +155,9 @@ class Plan:
 
     def __str__(self) -> str:
         return _table(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"costs": None}  # a closure over a model
 
     def to_json(self) -> str:
         """The plan as JSON. Tensors of `Assign` are named, not stored: `save` writes them beside it."""
@@ -203,7 +209,7 @@ class Plan:
             raise ReductionError(f"Plan.from_json: damaged plan: {type(error).__name__}: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to `path` (.json), and the tensors of its `Assign` edits beside it (.safetensors)."""
+        """Write the plan to `path` (.json), and the tensors of its `Assign` edits beside it (.plan.safetensors)."""
         path = Path(path)
         values = {edit.tensor: edit.value.detach().contiguous() for edit in self.of(Assign) if edit.value is not None}
         if len(values) < len(self.of(Assign)):
@@ -213,7 +219,7 @@ class Plan:
         if values:
             from safetensors.torch import save_file
 
-            save_file(values, path.with_suffix(".safetensors"))
+            save_file(values, path.with_suffix(".plan.safetensors"))
         path.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
@@ -227,11 +233,14 @@ class Plan:
         if not path.is_file():
             raise ReductionError(f"Plan.load({str(path)!r}): no such file")
         tensors: dict[str, torch.Tensor] = {}
-        if path.with_suffix(".safetensors").is_file():
-            from safetensors.torch import load_file
+        try:
+            if path.with_suffix(".plan.safetensors").is_file():
+                from safetensors.torch import load_file
 
-            tensors = load_file(path.with_suffix(".safetensors"))
-        return cls.from_json(path.read_text(encoding="utf-8"), tensors)
+                tensors = load_file(path.with_suffix(".plan.safetensors"))
+            return cls.from_json(path.read_text(encoding="utf-8"), tensors)
+        except (UnicodeDecodeError, SafetensorError) as error:
+            raise ReductionError(f"Plan.load({str(path)!r}): the plan or its tensors are damaged: {error}") from error
 
 
 def _edit_to_json(edit: Edit) -> dict[str, Any]:

@@ -1,26 +1,27 @@
-"""The calls that reduce a model: plan, apply, history, untie, create_model, verify."""
+"""The calls that reduce a built model: plan, apply, history, untie."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from mlpreduce.budget import Baseline, Cost, measure, outcome
-from mlpreduce.edits import Assign, Plan, Row, Share, Slice
+from mlpreduce.edits import Assign, Edit, Plan, Row, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
-from mlpreduce.graph import MLP, chains, mlps_or_raise, refuse_wrapped, select, structural_copy
+from mlpreduce.graph import MLP, chains, find_mlps, mlps_or_raise, module_at, refuse_wrapped, select, structural_copy
 from mlpreduce.parts import Parts
 from mlpreduce.surgery import carry_out, untie_leaves
-from mlpreduce.transforms import Transform, check_config, get_transform
+from mlpreduce.transforms import Transform, check_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["apply", "create_model", "history", "plan", "untie"]
+__all__ = ["apply", "broken_ties", "history", "plan", "untie"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Globs = str | Sequence[str] | None
@@ -52,9 +53,12 @@ def plan(model: nn.Module, transform: str, *, include: Globs = None, exclude: Gl
 def _make(
     model: nn.Module, transform: str, include: Globs, exclude: Globs, config: dict[str, Any]
 ) -> tuple[Plan, list[MLP]]:
+    if not isinstance(transform, str):
+        raise ReductionError(f"the transform is {transform!r}; it must be a name, or for apply a plan")
     call = call_text(transform, config)
     refuse_wrapped(model, call)
     entry = check_config(transform, config)
+    config = {key: plain(value, call) for key, value in config.items()}
     if entry.construction:
         arguments = ", ".join(f"{key}={value!r}" for key, value in config.items()) or "..."
         raise ReductionError(
@@ -73,7 +77,7 @@ def _make(
         raise ReductionError(f"{call}: {error}") from error
     if not edits:
         raise ReductionError(f"{call}: nothing would change on {len(scope)} MLPs")
-    draft = Plan(transform, _plain(config), edits, left_out=left_out)
+    draft = Plan(transform, config, edits, left_out=left_out)
     return replace(draft, rows=_rows(scope, mlps, draft), notes=_notes(edits)), mlps
 
 
@@ -105,6 +109,7 @@ def apply(model: Model, transform: str | Plan, *, include: Globs = None, exclude
             raise ReductionError("apply(model, plan): a plan is applied as it is; give it no further arguments")
         refuse_wrapped(model, "apply(model, plan)")
         made = transform
+        _check_same(model, made)
     else:
         made, _ = _make(model, transform, include, exclude, config)
     carry_out(model, made)
@@ -112,15 +117,44 @@ def apply(model: Model, transform: str | Plan, *, include: Globs = None, exclude
     return model
 
 
+def _check_same(model: nn.Module, made: Plan) -> None:
+    """Whether a model has the MLPs that a plan was made for: all, and in the same widths and ties.
+
+    Raises:
+        ReductionError: it has not. Plans made by hand list no MLPs, and are checked edit by edit only.
+    """
+    if not made.rows:
+        return
+    call = f"apply(model, {call_text(made.transform, made.config)})"
+    found = {mlp.name: mlp for mlp in find_mlps(model)}
+    planned = {row.mlp for row in made.rows} | made.left_out.keys()
+    if planned != found.keys():
+        names = sorted(planned ^ found.keys())
+        raise ReductionError(
+            f"{call}: the plan is of another model: {names[0]} is in one of them only, of {len(names)} MLPs"
+        )
+    for row in made.rows:
+        mlp = found[row.mlp]
+        if (row.hidden_before, row.owner_before) != (mlp.hidden_features, mlp.owner):
+            raise ReductionError(
+                f"{call}: {row.mlp} has {mlp.hidden_features} hidden units and is owned by {mlp.owner}; the plan was made "
+                f"for {row.hidden_before} and {row.owner_before}: it is of another model, or already carried out"
+            )
+
+
 def remember(model: nn.Module, made: Plan) -> None:
     """Append a plan to the model's history, without the tensors it may hold."""
     edits = tuple(Assign(edit.tensor) if isinstance(edit, Assign) else edit for edit in made.edits)
-    model.mlpreduce_history = [*history(model), replace(made, edits=edits, costs=None)]  # type: ignore[assignment]
+    plans = [*history(model), replace(made, edits=edits, costs=None)]
+    model.mlpreduce_history = plans  # type: ignore[assignment]
+    if isinstance(model, fx.GraphModule):
+        model.meta["mlpreduce_history"] = plans  # what a GraphModule's deepcopy keeps
 
 
 def history(model: nn.Module) -> list[Plan]:
     """The plans that were applied to a model, first to last. Kept in the attribute `mlpreduce_history`."""
-    return list(getattr(model, "mlpreduce_history", []))
+    kept = model.meta.get("mlpreduce_history", []) if isinstance(model, fx.GraphModule) else []
+    return list(getattr(model, "mlpreduce_history", kept))
 
 
 def untie(model: Model) -> Model:
@@ -136,75 +170,38 @@ def untie(model: Model) -> Model:
     if not shares:
         raise ReductionError("untie: this model has no tie made by mlpreduce")
     untie_leaves(model, shares)
-    plans = [made.without(Share) for made in history(model)]
+    plans = _without_ties(history(model))
     model.mlpreduce_history = [made for made in plans if made.edits]  # type: ignore[assignment]
     return model
 
 
-def create_model(name: str, transform: str | None = None, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """`timm.create_model` and a transform, in one call; the model remembers how it was built.
-
-    Args:
-        name: a timm architecture.
-        transform: a name of `list_transforms`, those that act at construction (`thin`) too; None for none.
-        pretrained: whether timm loads its weights, before anything is reduced.
-        **kwargs: keyword parameters of the transform, and of `timm.create_model`.
-
-    Raises:
-        ReductionError: as `apply`; the architecture has no such construction argument; pretrained weights for a
-            model that is built with other shapes.
-
-    Example:
-        >>> vit = create_model("vit_tiny_patch16_224", "thin", mlp_ratio=2.0, depth=2)
-        >>> vit.blocks[0].mlp.fc1.out_features
-        384
-    """
-    import timm
-
-    entry = get_transform(transform) if transform is not None else None
-    config = {key: kwargs.pop(key) for key in list(kwargs) if entry is not None and key in entry.parameters}
-    given = dict(kwargs)
-    if entry is not None and entry.construction:
-        given |= _construction(entry, name, pretrained, kwargs, config)
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **given)
-    model.mlpreduce_build = {"name": name, "kwargs": _plain(given)}  # type: ignore[assignment]
-    if entry is not None and entry.construction:
-        remember(model, Plan(entry.name, _plain(config), ()))
-    elif entry is not None:
-        apply(model, entry.name, **config)
-    return model
+def _without_ties(plans: list[Plan]) -> list[Plan]:
+    """Plans that give the same shapes without sharing: a slice of what was tied becomes one of each use."""
+    uses: dict[str, set[str]] = {}  # leaf path -> all paths of its tie
+    untied = []
+    for made in plans:
+        edits: list[Edit] = []
+        for edit in made.edits:
+            if isinstance(edit, Share):
+                together = uses.get(edit.source, {edit.source}) | uses.get(edit.target, {edit.target})
+                uses.update(dict.fromkeys(together, together))
+            elif isinstance(edit, Slice):
+                axes = []
+                for axis in edit.axes:
+                    leaf, _, name = axis.tensor.rpartition(".")
+                    axes += [replace(axis, tensor=f"{path}.{name}") for path in sorted(uses.get(leaf, {leaf}))]
+                edits.append(replace(edit, axes=tuple(axes)))
+            else:
+                edits.append(edit)
+        untied.append(replace(made, edits=tuple(edits)))
+    return untied
 
 
-def _construction(
-    entry: Transform, name: str, pretrained: bool, kwargs: dict[str, Any], config: dict[str, Any]
-) -> dict[str, Any]:
-    """Construction arguments, after a look at what they do to the architecture on the meta device."""
-    import timm
-
-    call = f"create_model({name!r}, {call_text(entry.name, config)})"
-    try:
-        arguments: dict[str, Any] = entry.function(**config)
-    except ReductionError as error:
-        raise ReductionError(f"{call}: {error}") from error
-    if pretrained:
-        raise ReductionError(
-            f"{call}: pretrained weights do not fit a model built with {call_text('', arguments).strip('()')}; slice "
-            f'trained weights with mlpreduce.create_model({name!r}, "shallow", pretrained=True)'
-        )
-
-    def widths(**more: Any) -> list[int]:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model = timm.create_model(name, **kwargs, **more)
-        return [mlp.hidden_features for mlp in mlps_or_raise(model, call)]
-
-    usual = widths()
-    try:
-        built = widths(**arguments)
-    except TypeError as error:
-        raise ReductionError(f"{call}: {name} cannot be built so: {error}; slice it with shallow instead") from error
-    if built == usual and config:
-        raise ReductionError(f"{call}: {name} takes the argument, but its MLPs keep their width; slice it with shallow")
-    return arguments
+def broken_ties(model: nn.Module, tree: nn.Module | None = None) -> list[Share]:
+    """Ties of the model's history that no longer hold in it, or in `tree`, such as its EMA."""
+    tree = model if tree is None else tree
+    shares = (share for made in history(model) for share in made.of(Share))
+    return [share for share in shares if module_at(tree, share.source) is not module_at(tree, share.target)]
 
 
 def _scope(entry: Transform, mlps: list[MLP], left_out: dict[str, str]) -> tuple[list[MLP], dict[str, str]]:
@@ -227,7 +224,7 @@ def _rows(scope: list[MLP], mlps: list[MLP], made: Plan) -> tuple[Row, ...]:
         hidden, owner = after[mlp.name]
         before = mlp.params(owned=mlp.owner == mlp.name)
         now = mlp.params(hidden, owned=owner == mlp.name)
-        rows.append(Row(mlp.name, mlp.kind, mlp.hidden_features, hidden, owner, before, now))
+        rows.append(Row(mlp.name, mlp.kind, mlp.hidden_features, hidden, mlp.owner, owner, before, now))
     return tuple(rows)
 
 
@@ -257,10 +254,20 @@ def _notes(edits: Sequence[object]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _plain(value: Any) -> Any:
-    """Config as JSON values."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return value
+def plain(value: Any, call: str) -> Any:
+    """Config as JSON values, so that a plan can be saved whatever the user wrote.
+
+    Raises:
+        ReductionError: it is none.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry, call) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [plain(entry, call) for entry in value]
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        return plain(value.tolist(), call)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ReductionError(
+        f"{call}: {value!r} is a {type(value).__name__}; arguments are numbers, strings, lists and dicts"
+    )

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from mlpreduce.edits import Share
-from mlpreduce.graph import find_mlps, module_at, refuse_wrapped
-from mlpreduce.reduction import history
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import find_mlps, refuse_wrapped
+from mlpreduce.reduction import broken_ties, history
 
 __all__ = ["Report", "verify"]
 
@@ -60,7 +61,7 @@ def verify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, ema
     refuse_wrapped(model, "verify")
     mlps = find_mlps(model)
     shares = [share for made in history(model) for share in made.of(Share)]
-    problems = [f"{share.target} is no longer tied to {share.source}" for share in _broken(model, shares)]
+    problems = [f"{share.target} is no longer tied to {share.source}" for share in broken_ties(model)]
     holders: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -71,16 +72,14 @@ def verify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, ema
         for names in holders.values()
         if len(names) > 1
     ]
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise ReductionError(f"verify: optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer")
     if optimizer is not None:
         problems += _optimizer_problems(model, optimizer)
     if ema is not None:
         problems += _ema_problems(model, shares, ema)
     params = sum(parameter.numel() for parameter in model.parameters())
     return Report(params, len(mlps), len({mlp.owner for mlp in mlps}), len(shares), tuple(problems))
-
-
-def _broken(model: nn.Module, shares: list[Share]) -> list[Share]:
-    return [share for share in shares if module_at(model, share.source) is not module_at(model, share.target)]
 
 
 def _optimizer_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -104,7 +103,7 @@ def _optimizer_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> l
 
 def _ema_problems(model: nn.Module, shares: list[Share], ema: Any) -> list[str]:
     averaged = ema if type(ema) is type(model) else getattr(ema, "module", ema)
-    problems = [f"in the EMA {share.target} is not tied to {share.source}" for share in _broken(averaged, shares)]
+    problems = [f"in the EMA {share.target} is not tied to {share.source}" for share in broken_ties(model, averaged)]
     over_state_dict = type(ema).__name__ in ("ModelEma", "ModelEmaV2") or getattr(ema, "exclude_buffers", True) is False
     if shares and over_state_dict:
         problems.append(

@@ -22,6 +22,7 @@ ORDER = [
     ["parts"],
     ["transforms"],
     ["reduction"],
+    ["construction"],
     ["checkpoint", "profiling", "verification"],
     ["__init__"],
     ["testing", "data"],

@@ -1,0 +1,102 @@
+"""Models that are reduced when they are built: `create_model`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlpreduce.edits import Plan
+from mlpreduce.errors import ReductionError, call_text, did_you_mean
+from mlpreduce.graph import mlps_or_raise
+from mlpreduce.reduction import apply, plain, remember
+from mlpreduce.transforms import Transform, get_transform
+
+__all__ = ["NOT_RECORDED", "create_model"]
+
+NOT_RECORDED = (
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+)  # of a build; they load weights
+
+
+def create_model(name: str, transform: str | None = None, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """`timm.create_model` and a transform, in one call; the model remembers how it was built.
+
+    Args:
+        name: a timm architecture.
+        transform: a name of `list_transforms`, those that act at construction (`thin`) too; None for none.
+        pretrained: whether timm loads its weights, before anything is reduced.
+        **kwargs: keyword parameters of the transform, and of `timm.create_model`.
+
+    Raises:
+        ReductionError: as `apply`; the architecture has no such construction argument; pretrained weights for a
+            model that is built with other shapes.
+
+    Example:
+        >>> vit = create_model("vit_tiny_patch16_224", "thin", mlp_ratio=2.0, depth=2)
+        >>> vit.blocks[0].mlp.fc1.out_features
+        384
+    """
+    import timm
+
+    entry = get_transform(transform) if transform is not None else None
+    if not timm.is_model(name.split(".")[0]):
+        raise ReductionError(
+            f"create_model: timm has no architecture {name!r}{did_you_mean(name, timm.list_models())[:200]}"
+        )
+    config = {key: kwargs.pop(key) for key in list(kwargs) if entry is not None and key in entry.parameters}
+    given = dict(kwargs)
+    if entry is not None and entry.construction:
+        given |= _construction(entry, name, pretrained, kwargs, config)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **given)
+    except TypeError as error:
+        raise ReductionError(f"create_model({name!r}, {transform!r}): {error}; {_known(entry)}") from error
+    recorded = {key: value for key, value in given.items() if key not in NOT_RECORDED}
+    model.mlpreduce_build = {"name": name, "kwargs": recorded}  # type: ignore[assignment]
+    if entry is not None and entry.construction:
+        remember(model, Plan(entry.name, {key: plain(value, entry.name) for key, value in config.items()}, ()))
+    elif entry is not None:
+        apply(model, entry.name, **config)
+    return model
+
+
+def _known(entry: Transform | None) -> str:
+    own = f"{entry.name} has {', '.join(entry.parameters)}; " if entry is not None else ""
+    return f"{own}all other arguments are timm's"
+
+
+def _construction(
+    entry: Transform, name: str, pretrained: bool, kwargs: dict[str, Any], config: dict[str, Any]
+) -> dict[str, Any]:
+    """Construction arguments, after a look at what they do to the architecture on the meta device."""
+    import timm
+
+    call = f"create_model({name!r}, {call_text(entry.name, config)})"
+    try:
+        arguments: dict[str, Any] = entry.function(**config)
+    except ReductionError as error:
+        raise ReductionError(f"{call}: {error}") from error
+    if pretrained:
+        raise ReductionError(
+            f"{call}: pretrained weights do not fit a model built with {call_text('', arguments).strip('()')}; slice "
+            f'trained weights with mlpreduce.create_model({name!r}, "shallow", pretrained=True)'
+        )
+
+    def widths(**more: Any) -> list[int]:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = timm.create_model(name, **kwargs, **more)
+        return [mlp.hidden_features for mlp in mlps_or_raise(model, call)]
+
+    usual = widths()
+    try:
+        built = widths(**arguments)
+    except TypeError as error:
+        raise ReductionError(f"{call}: {name} cannot be built so: {error}; slice it with shallow instead") from error
+    if built == usual and config:
+        raise ReductionError(f"{call}: {name} takes the argument, but its MLPs keep their width; slice it with shallow")
+    return arguments
