@@ -137,7 +137,7 @@ def measure(model: nn.Module, inputs: torch.Tensor | None = None, mlps: Sequence
     except Exception as error:  # whatever a foreign forward raises
         raise ReductionError(
             f"measure({type(model).__name__}): it does not run on one input of shape {tuple(image.shape)}: "
-            f"{type(error).__name__}: {error}; give inputs= of the right shape"
+            f"{type(error).__name__}: {error}; if the shape is wrong, give inputs="
         ) from error
     flops = counter.get_flop_counts()["Global"]
     linear = sum(count for op, count in flops.items() if op in _LINEAR) // 2
@@ -167,9 +167,10 @@ def example_inputs(model: nn.Module, batch: int = 1) -> torch.Tensor:
     """
     embed = getattr(model, "patch_embed", None)
     size, channels = getattr(embed, "img_size", None), None
-    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if convolution is not None:
-        channels = convolution.in_channels
+    convolutions = (m for m in (embed if isinstance(embed, nn.Module) else model).modules() if isinstance(m, nn.Conv2d))
+    channels = next((convolution.in_channels for convolution in convolutions), None)
+    if channels is not None and channels > 16:  # no stem, but some other convolution that was registered first
+        channels = None
     if not (isinstance(size, tuple) and all(isinstance(side, int) for side in size)):
         size = getattr(model, "image_size", None)  # torchvision
         size = (size, size) if isinstance(size, int) else None

@@ -117,6 +117,12 @@ def profile(
         ReductionError: the input size is not known, or a model on the meta device is to be timed.
     """
     refuse_wrapped(model, "profile")
+    if inputs is not None and not isinstance(inputs, torch.Tensor):
+        raise ReductionError(
+            f"profile: inputs is a {type(inputs).__name__}; give a tensor (images, channels, height, width)"
+        )
+    if batch_size < 1 or repeats < 1:
+        raise ReductionError(f"profile: batch_size={batch_size}, repeats={repeats}; both must be at least 1")
     cost = asdict(measure(model, inputs).cost)
     if not measure_speed:
         return Profile(**cost)

@@ -1,4 +1,4 @@
-"""`key=value` as it is written on a command line."""
+"""Keys and values as they are written on a command line: `train.epochs=2`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["parse_pairs", "parse_value"]
+__all__ = ["flatten", "parse_pairs", "parse_value"]
 
 
 def parse_value(text: str) -> Any:
@@ -21,7 +21,7 @@ def parse_value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        return text
+        return float(text) if text.removeprefix("-").startswith(".") and text[-1].isdigit() else text
     return parsed["value"] if set(parsed) == {"value"} else text
 
 
@@ -38,3 +38,16 @@ def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
             raise ReductionError(f"{pair!r} is no key=value")
         values[key.strip()] = parse_value(value)
     return values
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys.
+
+    Example:
+        >>> flatten({"train": {"epochs": 2}, "seeds": [1]})
+        {'train.epochs': 2, 'seeds': [1]}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return flat

