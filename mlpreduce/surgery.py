@@ -33,7 +33,8 @@ def rehearse(model: nn.Module, plan: Plan) -> nn.Module:
     """
     call = call_text(plan.transform, plan.config)
     rehearsal = structural_copy(model, device="meta")
-    _check_tensors(model, plan, call)
+    _check_hooks(model, plan.of(Share), call)
+    _check_memory(model, plan, call)
     _check_slices(rehearsal, plan.of(Slice), call)
     _slice_all(rehearsal, plan.of(Slice))
     _check_shares(rehearsal, plan.of(Share), call)
@@ -170,39 +171,39 @@ def _tensor(model: nn.Module, path: str, call: str) -> torch.Tensor:
     return _find(model, path, call)[2]
 
 
-def _check_tensors(model: nn.Module, plan: Plan, call: str) -> None:
+def _check_hooks(model: nn.Module, shares: list[Share], call: str) -> None:
+    """Whether nothing hangs on the leaves that go."""
+    for share in shares:
+        state = getattr(module_at(model, share.target), "__dict__", {})
+        if any("_hooks" in name and value for name, value in state.items()):
+            raise ReductionError(
+                f"{call}: {share.target} has hooks, which would go with it; remove them or exclude the MLP"
+            )
+
+
+def _check_memory(model: nn.Module, plan: Plan, call: str) -> None:
     """Whether the tensors that the plan names can change: each held by one module, in memory of its own."""
     holders: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), set()).add(id(module))
-    paths = [axis.tensor for edit in plan.of(Slice) for axis in edit.axes]
-    paths += [edit.tensor for edit in plan.of(Assign, Scale)]
-    for share in plan.of(Share):
-        leaves = {path: module_at(model, path) for path in (share.source, share.target)}
-        paths += [f"{path}.{name}" for path, leaf in leaves.items() if leaf is not None for name in leaf._parameters]
-        hooked = [
-            name for name, value in getattr(leaves[share.target], "__dict__", {}).items() if "_hooks" in name and value
-        ]
-        if hooked:
-            raise ReductionError(
-                f"{call}: {share.target} has hooks, which would go with it; remove them or exclude the MLP"
-            )
+    in_place = [edit.tensor for edit in plan.of(Assign, Scale)]
+    paths = in_place + [axis.tensor for edit in plan.of(Slice) for axis in edit.axes]
+    for path in {path for share in plan.of(Share) for path in (share.source, share.target)}:
+        leaf = module_at(model, path)
+        paths += [f"{path}.{name}" for name in (leaf._parameters if leaf is not None else ())]
     for path in paths:
         parent, _, name = path.rpartition(".")
-        leaf = module_at(model, parent)
-        tensor = None if leaf is None else leaf._parameters.get(name, leaf._buffers.get(name))
-        if tensor is None:  # a layer without bias; a path that is wrong is found by the rehearsal
+        tensor = getattr(module_at(model, parent), name, None)
+        if not isinstance(tensor, torch.Tensor):  # a layer without bias; a wrong path is found by the rehearsal
             continue
         if len(holders.get(id(tensor), ())) > 1:
             raise ReductionError(
                 f"{call}: {path} is one Parameter in {len(holders[id(tensor)])} modules, and slicing or tying would untie "
                 f"it; share the module instead of the Parameter, or give each module its own"
             )
-        changed_in_place = tensor.is_inference() or 0 in [
-            stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
-        ]
-        if changed_in_place and any(path == edit.tensor for edit in plan.of(Assign, Scale)):
+        expanded = any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+        if path in in_place and (expanded or tensor.is_inference()):
             raise ReductionError(
                 f"{call}: {path} cannot be changed in place: it was made in torch.inference_mode, or its elements share "
                 f"memory; build the model outside, with tensors of its own"
