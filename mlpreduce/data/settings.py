@@ -1,0 +1,62 @@
+"""The keys of a recipe that say which images there are, and how they are read and augmented."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["AugmentSettings", "DataSettings"]
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class DataSettings(BaseModel):
+    """The `[data]` section of a recipe: which images, and how they are read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = (
+        "folder"  # "folder" (class folders under root), "digits", "synthetic", or timm's "torch/...", "hfds/..."
+    )
+    root: str = ""  # directory with train/ and val/, each holding one folder per class; "" for digits and synthetic
+    image_size: Annotated[int, Field(ge=1)] = 224  # pixels a side, after cropping
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel, of pixels in 0..1
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel, of pixels in 0..1
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.9  # validation: resize to image_size / crop_pct, crop the centre
+    interpolation: str = "bicubic"  # validation: resampling filter
+    workers: Annotated[int, Field(ge=0)] = 4  # loading processes per training worker; 0 = load in the worker itself
+    pin_memory: bool = False  # page-locked host memory, for GPUs
+    eval_batch_size: Annotated[int, Field(ge=1)] = 256  # images per validation batch and worker
+    train_samples: Annotated[int, Field(ge=0)] = (
+        0  # images; synthetic: how many are made; else: what --dry-run counts with
+    )
+    val_samples: Annotated[int, Field(ge=0)] = 0  # images; synthetic: how many are made
+    classes: Annotated[int, Field(ge=0)] = 0  # synthetic: number of classes; other data sets know theirs
+    shuffle_by_seed: bool = True  # false: the order depends on the epoch alone, the same for every seed (as published)
+
+
+class AugmentSettings(BaseModel):
+    """The augmentation keys of `[train]`. All but mixup and cutmix act on images only, not on the digits."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label_smoothing: Fraction = 0.0  # share of the target spread over all classes
+    mixup: NonNegative = 0.0  # alpha of the Beta distribution; 0 = off
+    cutmix: NonNegative = 0.0  # alpha of the Beta distribution; 0 = off
+    mixup_prob: Fraction = 1.0  # probability that a batch is mixed at all
+    mixup_switch_prob: Fraction = 0.5  # probability of cutmix where both are on
+    auto_augment: str = ""  # timm's policy, such as "rand-m9-mstd0.5-inc1"; "" = none
+    random_erasing: Fraction = 0.0  # probability that a rectangle of an image is erased, with pixel noise
+    aug_repeats: Annotated[int, Field(ge=0)] = 0  # copies of an image in an epoch (repeated augmentation); 0 = off
+    hflip: Fraction = 0.5  # probability of a horizontal flip
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the random crop, as a fraction of the image
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the random crop
+    color_jitter: NonNegative = 0.4  # strength; timm switches it off where auto_augment is set
+    train_interpolation: str = "random"  # resampling filter of the random crop
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed, and targets therefore soft."""
+        return self.mixup > 0 or self.cutmix > 0
