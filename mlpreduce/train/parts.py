@@ -1,0 +1,142 @@
+"""The parts of a training run: the reduced model, and timm's moving average, optimizer, schedule and loss for it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import mlpreduce
+from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.train.settings import Run, TrainSettings
+from mlpreduce.transforms import is_construction
+
+__all__ = ["build_model", "create_ema", "create_loss", "create_optimizer", "create_scheduler", "learning_rates"]
+
+
+def build_model(run: Run, device: torch.device | str | None = None) -> nn.Module:
+    """The reduced model of a run, initialised from its seed: the same weights on every worker.
+
+    Args:
+        run: names the model and the steps of its reduction.
+        device: where it is built; "meta" gives shapes without memory.
+
+    Raises:
+        ReductionError: the model or the reduction cannot be made.
+    """
+    torch.manual_seed(run.seed)
+    steps = [dict(step) for step in run.steps]
+    first: dict[str, Any] = steps.pop(0) if steps and is_construction(steps[0]["transform"]) else {}
+    name = first.pop("transform", None)
+    with nullcontext() if device is None else torch.device(device):
+        model = mlpreduce.create_model(run.model.name, name, **{**run.model.kwargs, **first})
+    for step in steps:
+        model = mlpreduce.apply(model, step.pop("transform"), **step)
+    return model
+
+
+def create_ema(model: nn.Module, decay: float, *, per_alias: bool = False) -> ModelEmaV3:
+    """A moving average of the weights in which a tied tensor moves once per update, by exactly `decay`.
+
+    timm's `ModelEmaV3` walks the state_dict by default, where a tied tensor stands once per block that uses it: with groups
+    of g blocks it is averaged g times per update, and its effective decay is decay**g. Here each tensor is averaged once;
+    buffers are copied. There is no warm-up.
+
+    Args:
+        model: the reduced model, before DDP or compilation wraps it.
+        decay: weight of the old average, per update.
+        per_alias: average a tied tensor once per use, as timm's default and the published runs do.
+
+    Returns:
+        timm's `ModelEmaV3`: call `update(model)` after each optimizer update; the averaged model is `.module`.
+
+    Raises:
+        ReductionError: `decay` is no fraction below 1.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1)
+        >>> ema = create_ema(model, 0.9)
+        >>> _ = torch.nn.init.constant_(model.weight, 0.0), torch.nn.init.constant_(ema.module.weight, 1.0)
+        >>> ema.update(model)
+        >>> round(ema.module.weight.item(), 4)
+        0.9
+
+    Source:
+        timm `utils/model_ema.py`; the published runs (arXiv 2512.01059) use its default.
+    """
+    if not 0 <= decay < 1:
+        raise ReductionError(
+            f"create_ema(decay={decay!r}): the decay is the weight of the old average; use 0 <= decay < 1"
+        )
+    # foreach=False where a tensor is met twice: a fused kernel does not define the order of the two updates.
+    return ModelEmaV3(model, decay=decay, use_warmup=False, exclude_buffers=not per_alias, foreach=not per_alias)
+
+
+def create_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optimizer:
+    """timm's optimizer over the unique parameters of `model`: a tied tensor is updated and decayed once.
+
+    Raises:
+        ReductionError: timm knows no such optimizer.
+    """
+    known = [str(name) for name in list_optimizers()]
+    if train.optimizer not in known:
+        near = did_you_mean(train.optimizer, known)
+        raise ReductionError(f"train.optimizer={train.optimizer!r}: timm has no such optimizer{near}")
+    # torch's fused kernel: one call instead of one per tensor, also on CPUs.
+    fused: dict[str, Any] = {"fused": True} if train.optimizer in ("adam", "adamw") else {}
+    return create_optimizer_v2(model, train.optimizer, lr=train.lr, weight_decay=train.weight_decay, **fused)
+
+
+def create_scheduler(
+    optimizer: torch.optim.Optimizer, train: TrainSettings, updates_per_epoch: int
+) -> Scheduler | None:
+    """timm's learning-rate schedule; it moves each epoch, or each update with `schedule_per_update`.
+
+    Raises:
+        ReductionError: timm knows no such schedule.
+    """
+    known = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
+    if train.schedule not in known:
+        near = did_you_mean(train.schedule, known)
+        raise ReductionError(f"train.schedule={train.schedule!r}: unknown schedule{near}")
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        train.schedule,
+        num_epochs=train.epochs,
+        min_lr=train.min_lr,
+        warmup_lr=train.warmup_lr,
+        warmup_epochs=train.warmup_epochs,
+        step_on_epochs=not train.schedule_per_update,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return cast("Scheduler | None", scheduler)
+
+
+def learning_rates(train: TrainSettings, updates_per_epoch: int) -> list[float]:
+    """The learning rate in the first update of every epoch, read off timm's schedule."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=train.lr)
+    scheduler = create_scheduler(optimizer, train, updates_per_epoch)
+    rates = []
+    for epoch in range(train.epochs):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        if scheduler is not None:
+            scheduler.step_update((epoch + 1) * updates_per_epoch)
+            scheduler.step(epoch + 1)
+    return rates
+
+
+def create_loss(train: TrainSettings) -> nn.Module:
+    """Cross entropy for what the loader delivers: mixed targets (already smoothed), smoothed labels, or labels."""
+    if train.mixes:
+        return SoftTargetCrossEntropy()
+    if train.label_smoothing > 0:
+        return LabelSmoothingCrossEntropy(train.label_smoothing)
+    return nn.CrossEntropyLoss()

@@ -1,0 +1,65 @@
+"""Where a run is carried out: the little that the training loop knows of its surroundings."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+
+import mlpreduce
+
+__all__ = ["Event", "Runtime", "environment"]
+
+Event = dict[str, Any]
+
+_PACKAGES = ("torch", "timm", "numpy", "ray", "mlflow")
+
+
+def _ignore(event: Event) -> None:
+    """The default receiver of events."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a run is carried out.
+
+    Attributes:
+        rank: number of this worker.
+        world: number of workers that train together.
+        device: what this worker computes on.
+        report: receives events (plain dictionaries) on worker 0: "start", "progress", "epoch", "end".
+        threads: CPU threads of torch in this worker; 0 leaves torch's choice.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    report: Callable[[Event], None] = _ignore
+    threads: int = 0
+
+
+def environment(runtime: Runtime) -> dict[str, Any]:
+    """Versions and hardware, for the record of a run."""
+    cuda = runtime.device.type == "cuda"
+    installed = {found.metadata["Name"]: found.version for found in metadata.distributions()}
+    return {
+        "versions": {
+            "mlpreduce": mlpreduce.__version__,
+            "python": platform.python_version(),
+            **{name: installed[name] for name in _PACKAGES if name in installed},
+        },
+        "hardware": {
+            "device": torch.cuda.get_device_name(runtime.device) if cuda else torch.backends.cpu.get_cpu_capability(),
+            "device_type": runtime.device.type,
+            "machine": platform.machine(),
+            "workers": runtime.world,
+            "cpu_cores": os.cpu_count(),
+            "threads_per_worker": torch.get_num_threads(),
+            "system": platform.platform(),
+        },
+    }

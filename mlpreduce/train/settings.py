@@ -1,0 +1,116 @@
+"""What one run is: the model, its reduction, the data, how it is trained. Plain data; no torch is needed to read it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mlpreduce.data.settings import AugmentSettings, DataSettings, NonNegative
+from mlpreduce.errors import ReductionError
+
+__all__ = ["ModelSettings", "Run", "Step", "TrainSettings"]
+
+Count = Annotated[int, Field(ge=1)]
+
+Step = dict[str, Any]  # {"transform": name, **config}
+
+
+class ModelSettings(BaseModel):
+    """The `[model]` section: a timm model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    name: str = "vit_base_patch16_224"  # timm's name
+    kwargs: dict[str, Any] = {}  # arguments of timm.create_model
+
+
+class TrainSettings(AugmentSettings):
+    """The `[train]` section. The augmentation keys are those of `mlpreduce.data.AugmentSettings`."""
+
+    epochs: Count = 300  # passes over the training set, warm-up included
+    batch_size: Count = 1024  # images per update, over all workers and accumulation steps
+    accum_steps: Count = 1  # micro-batches per update and worker
+    optimizer: str = "adamw"  # timm's name
+    lr: NonNegative = 1e-3  # peak learning rate
+    weight_decay: NonNegative = 0.05  # not applied to biases, norms and position embeddings (timm's rule)
+    clip_grad: NonNegative = 0.0  # largest gradient norm; 0 = no clipping
+    schedule: str = "cosine"  # timm's name
+    warmup_epochs: Annotated[int, Field(ge=0)] = 5  # epochs of linear warm-up, part of `epochs`
+    warmup_lr: NonNegative = 1e-5  # learning rate at the start of the warm-up
+    min_lr: NonNegative = 0.0  # learning rate the schedule ends at
+    schedule_per_update: bool = False  # true: the learning rate moves each update; false: each epoch (as published)
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998  # per update, of the averaged weights; 0 = no averaging
+    ema_per_alias: bool = (
+        False  # true: a tied tensor is averaged once per block that uses it (timm's default, as published)
+    )
+    amp: Literal["none", "bfloat16", "float16"] = "none"  # automatic mixed precision
+    channels_last: bool = False  # memory format of images and convolutions
+
+
+class Run(BaseModel):
+    """One variant trained with one seed: everything `mlpreduce.train.fit` needs, as plain data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    recipe: str  # name, for messages
+    variant: str  # name, for messages
+    steps: tuple[Step, ...] = ()  # the reduction: {transform=..., **config}, in order
+    seed: int = 42
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    workers: Count = 1  # processes that train together
+    directory: str  # absolute; checkpoints and the best model lie here
+
+    @property
+    def label(self) -> str:
+        """Variant and seed, for messages."""
+        return f"{self.recipe}, variant {self.variant}, seed {self.seed}"
+
+    @property
+    def micro_batch(self) -> int:
+        """Images in one forward pass of one worker.
+
+        Raises:
+            ReductionError: the effective batch does not split evenly.
+        """
+        parts = self.workers * self.train.accum_steps
+        size, rest = divmod(self.train.batch_size, parts)
+        if rest or not size:
+            near = sorted({max(parts, size * parts), (size + 1) * parts})
+            raise ReductionError(
+                f"train.batch_size={self.train.batch_size}: it is the effective batch and must split evenly over "
+                f"{self.workers} worker(s) x {self.train.accum_steps} accumulation step(s); "
+                f"{' or '.join(str(n) for n in near)} would"
+            )
+        return size
+
+    def updates_per_epoch(self, train_samples: int) -> int:
+        """Optimizer updates in one epoch over `train_samples` images; incomplete batches are dropped.
+
+        Raises:
+            ReductionError: not even one batch per worker.
+        """
+        share = math.ceil(train_samples / self.workers)
+        if self.train.aug_repeats:  # as timm's RepeatAugSampler counts: whole blocks of 256 images
+            whole = train_samples // 256 * 256 if train_samples >= 256 else train_samples
+            share = whole // self.workers if train_samples >= 256 else share
+        batches = share // self.micro_batch
+        if not batches:
+            raise ReductionError(
+                f"train.batch_size={self.train.batch_size}: {train_samples} training images give each of {self.workers} "
+                f"worker(s) {share}, fewer than one batch of {self.micro_batch}; use a smaller train.batch_size"
+            )
+        return math.ceil(batches / self.train.accum_steps)
+
+    @property
+    def config_hash(self) -> str:
+        """Identifies what is computed. Where the data and the output lie is no part of it."""
+        document = self.model_dump(mode="json", exclude={"recipe", "variant", "directory"})
+        for key in ("root", "pin_memory"):
+            del document["data"][key]
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
