@@ -1,0 +1,11 @@
+"""Experiments as data: a TOML file names model, data, training, variants and seeds.
+
+`python -m mlpreduce.recipe --list | NAME [key=value ...] [--dry-run] [--resume] [--output DIR]`
+"""
+
+from __future__ import annotations
+
+from mlpreduce.recipe.cli import main
+from mlpreduce.recipe.schema import Recipe, differences, list_recipes, load, runs
+
+__all__ = ["Recipe", "differences", "list_recipes", "load", "main", "runs"]

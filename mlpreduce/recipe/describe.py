@@ -1,0 +1,76 @@
+"""What a recipe would do: plans, counts, updates, learning rates and cost. Needs no data and trains nothing."""
+
+from __future__ import annotations
+
+import mlpreduce
+from mlpreduce.errors import ReductionError
+from mlpreduce.recipe.schema import Recipe, runs
+from mlpreduce.train.parts import build_model, learning_rates
+from mlpreduce.train.settings import Run
+
+__all__ = ["describe"]
+
+
+def describe(recipe: Recipe) -> str:
+    """The text of `--dry-run`.
+
+    Raises:
+        ReductionError: the recipe cannot be carried out, or `data.train_samples` is not given.
+    """
+    if not recipe.data.train_samples:
+        raise ReductionError(f"{recipe.name}.data.train_samples=0: --dry-run counts with it; give the number of images")
+    every = runs(recipe, ".")
+    first = every[0]
+    updates = first.updates_per_epoch(recipe.data.train_samples)
+    train, launch = recipe.train, recipe.launch
+    images = updates * train.batch_size * train.epochs
+    costs = {}
+    lines = []
+    for variant in recipe.variants:
+        text, costs[variant] = _variant(next(run for run in every if run.variant == variant))
+        lines += [text, ""]
+    lines += [
+        "training of one run",
+        f"  data             {recipe.data.name}: {recipe.data.train_samples:,} training images",
+        f"  effective batch  {train.batch_size:,} = {launch.world} worker(s) x {first.micro_batch} images x "
+        f"{train.accum_steps} accumulation step(s)",
+        f"  updates          {updates:,} an epoch x {train.epochs} epochs = {updates * train.epochs:,}",
+        f"  learning rate    {_rates(recipe, updates)}",
+        f"  images seen      {images:,} (an incomplete last batch is dropped)",
+        "",
+        f"cost: training MACs, about 3 x those of the forward pass x images seen; {len(recipe.seeds)} seed(s)",
+    ]
+    width = max(len(name) for name in recipe.variants)
+    for name, macs in costs.items():
+        one = 3 * macs * images
+        lines.append(f"  {name:<{width}}  {one:.3e} a run, {one * len(recipe.seeds):.3e} in all")
+    total = sum(3 * macs * images * len(recipe.seeds) for macs in costs.values())
+    lines.append(f"  {len(every)} runs: {total:.3e} MACs, {images * len(every):,} images")
+    return "\n".join(lines)
+
+
+def _variant(run: Run) -> tuple[str, int]:
+    """Plans and counts of one variant, from a model without memory."""
+    model = build_model(run, device="meta")
+    profile = mlpreduce.profile(model)
+    plans = [str(plan) for plan in mlpreduce.history(model) if plan.rows]
+    steps = ", ".join(str(step["transform"]) for step in run.steps) or "as it is"
+    lines = [f"variant {run.variant}: {run.model.name}, {steps}", *plans]
+    lines += [
+        f"  parameters {profile.params:,} (a tied tensor once), MLP parameters {profile.mlp_params:,}, "
+        f"unique MLPs {profile.unique_mlps}",
+        f"  MACs of one image: {profile.macs:,} in Linear, Conv and LayerNorm (macs); {profile.macs_linear:,} without "
+        f"LayerNorm (macs_linear); {profile.macs_with_attention:,} with attention products (macs_with_attention)",
+    ]
+    return "\n".join(lines), profile.macs
+
+
+def _rates(recipe: Recipe, updates: int) -> str:
+    rates = learning_rates(recipe.train, updates)
+    shown = min(len(rates), recipe.train.warmup_epochs + 1)
+    first = ", ".join(f"{rate:.3e}" for rate in rates[:shown])
+    moves = "update" if recipe.train.schedule_per_update else "epoch"
+    return (
+        f"{recipe.train.schedule}, moves each {moves}; first epochs {first}; largest {max(rates):.3e}, "
+        f"last {rates[-1]:.1e}"
+    )

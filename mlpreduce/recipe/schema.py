@@ -1,0 +1,210 @@
+"""Recipes: what their keys are, where they lie, how they are read, changed and checked. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mlpreduce.data import DataSettings
+from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.launch import LaunchSettings
+from mlpreduce.train.settings import ModelSettings, Run, Step, TrainSettings
+from mlpreduce.values import flatten, parse_value
+
+__all__ = ["Recipe", "differences", "find", "header", "list_recipes", "load", "runs"]
+
+# What may differ when a run is resumed: none of it changes what is computed.
+_FREE = {
+    "data.root",
+    "data.pin_memory",
+    "launch.threads",
+    "launch.cpus_per_worker",
+    "launch.max_failures",
+    "launch.controller_failures",
+    "launch.collective_timeout_s",
+}
+
+
+class Recipe(BaseModel):
+    """One experiment: all variants, each trained with all seeds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    name: str  # the file's
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    launch: LaunchSettings = LaunchSettings()
+    seeds: tuple[int, ...] = (42, 123)
+    variants: dict[str, tuple[Step, ...]] = {"baseline": ()}  # name -> steps {transform=..., **config}, in order
+
+
+def list_recipes() -> dict[str, Path]:
+    """The recipes that ship with the library, or lie in `recipes/` beside it in a checkout."""
+    return {path.stem: path for path in sorted(_folder().glob("*.toml"))}
+
+
+def find(name: str) -> Path:
+    """The file of a recipe: a name of `list_recipes`, or a path to a .toml.
+
+    Raises:
+        ReductionError: there is none; the message has the nearest name.
+    """
+    if name.endswith(".toml"):
+        if not Path(name).is_file():
+            raise ReductionError(f"recipe {name!r}: no such file; names: {', '.join(list_recipes())}")
+        return Path(name)
+    known = list_recipes()
+    if name not in known:
+        raise ReductionError(f"unknown recipe {name!r}{did_you_mean(name, known)}")
+    return known[name]
+
+
+def header(path: Path) -> list[str]:
+    """The first comment lines of a recipe: source, command, cost, expected numbers."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return lines
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, change it by `key=value`, and check all of it.
+
+    Args:
+        name: a name of `list_recipes`, or a path to a .toml.
+        overrides: dotted keys and values, such as `train.epochs=2`; values are read as TOML, else as strings.
+
+    Raises:
+        ReductionError: all that is wrong, one line each.
+
+    Example:
+        >>> load("digits", ["train.epochs=20", "seeds=[1]"]).train.epochs
+        20
+    """
+    path = find(name)
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ReductionError(f"recipe {path}: no valid TOML: {error}") from error
+    for override in overrides:
+        _override(document, override)
+    document["name"] = path.stem
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        raise ReductionError("\n".join(_complaint(path.stem, item) for item in error.errors())) from error
+    problems = list(_problems(recipe))
+    if problems:
+        raise ReductionError("\n".join(f"{recipe.name}.{problem}" for problem in problems))
+    return recipe
+
+
+def runs(recipe: Recipe, output: str | Path) -> list[Run]:
+    """All runs of a recipe, in order; each has its directory `output/<variant>/seed<seed>`."""
+    root = Path(output).resolve()
+    return [
+        Run(
+            recipe=recipe.name,
+            variant=variant,
+            steps=steps,
+            seed=seed,
+            model=recipe.model,
+            data=recipe.data,
+            train=recipe.train,
+            workers=recipe.launch.world,
+            directory=str(root / variant / f"seed{seed}"),
+        )
+        for variant, steps in recipe.variants.items()
+        for seed in recipe.seeds
+    ]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Dotted keys by which two resolved recipes would compute something else."""
+    old, new = flatten(before), flatten(now)
+    keys = sorted({*old, *new} - _FREE)
+    return [f"{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _folder() -> Path:
+    """`mlpreduce.recipes` where the library is installed, `recipes/` beside the package in a bare checkout."""
+    try:
+        return Path(str(importlib.resources.files("mlpreduce.recipes")))
+    except ModuleNotFoundError:
+        return Path(__file__).resolve().parents[2] / "recipes"
+
+
+def _override(document: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ReductionError(f"{text!r}: no override; write key=value, for instance train.epochs=2")
+    *tables, last = key.strip().split(".")
+    target = document
+    for number, table in enumerate(tables):
+        target = target.setdefault(table, {})
+        if not isinstance(target, dict):
+            raise ReductionError(f"{text!r}: {'.'.join(tables[: number + 1])} is no table and has no keys")
+    target[last] = parse_value(value)
+
+
+def _complaint(name: str, item: Any) -> str:
+    """One of pydantic's findings, in our words."""
+    *tables, key = (str(part) for part in item["loc"])
+    place = ".".join([name, *tables])
+    if item["type"] == "extra_forbidden":
+        return f"{place}: unknown key {key!r}{did_you_mean(key, _keys(tables))}"
+    return f"{place}.{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _keys(tables: Iterable[str]) -> list[str]:
+    model: Any = Recipe
+    for table in tables:
+        model = model.model_fields[table].annotation
+    return [key for key in model.model_fields if model is not Recipe or key != "name"]
+
+
+def _problems(recipe: Recipe) -> Iterable[str]:
+    """What no single key shows."""
+    from mlpreduce.transforms import check_config, is_construction
+
+    if not recipe.seeds or len(set(recipe.seeds)) < len(recipe.seeds):
+        yield f"seeds={list(recipe.seeds)}: give at least one seed, each once"
+    if min(recipe.seeds, default=0) < 0:
+        yield f"seeds={list(recipe.seeds)}: seeds are not negative"
+    if not recipe.variants:
+        yield "variants: none; give at least `baseline = []`"
+    for variant, steps in recipe.variants.items():
+        place = f"variants.{variant}"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", variant):
+            yield f"{place}: a variant's name is a folder's too; use letters, digits, '_', '-' and '.'"
+        for number, step in enumerate(steps):
+            config = {key: value for key, value in step.items() if key != "transform"}
+            if not isinstance(step.get("transform"), str):
+                yield f'{place}: step {number} does not name its transform; write {{transform = "grouped", group = 2}}'
+                continue
+            try:
+                check_config(step["transform"], config)
+                late = number > 0 and is_construction(step["transform"])
+            except ReductionError as error:
+                yield f"{place}: {error}"
+                continue
+            if late:
+                yield f"{place}: {step['transform']} acts when the model is built; it must be the first step"
+    if recipe.train.warmup_epochs >= recipe.train.epochs:
+        yield (
+            f"train.warmup_epochs={recipe.train.warmup_epochs}: the warm-up is part of train.epochs="
+            f"{recipe.train.epochs} and must be shorter"
+        )
+    try:
+        _ = runs(recipe.model_copy(update={"seeds": (0,), "variants": {"any": ()}}), ".")[0].micro_batch
+    except ReductionError as error:
+        yield str(error)
