@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.resources
+import importlib.util
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -137,10 +137,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _folder() -> Path:
     """`mlpreduce.recipes` where the library is installed, `recipes/` beside the package in a bare checkout."""
-    try:
-        return Path(str(importlib.resources.files("mlpreduce.recipes")))
-    except ModuleNotFoundError:
-        return Path(__file__).resolve().parents[2] / "recipes"
+    spec = importlib.util.find_spec("mlpreduce.recipes")  # a folder without modules: it cannot be imported, only found
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return Path(places[0]) if places else Path(__file__).resolve().parents[2] / "recipes"
 
 
 def _override(document: dict[str, Any], text: str) -> None:
