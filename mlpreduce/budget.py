@@ -23,9 +23,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlpreduce.edits import Plan, Share, Slice
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import MLP, find_mlps, module_at, structural_copy
+from mlpreduce.graph import (
+    MLP,
+    Inputs,
+    call_with,
+    example_inputs,
+    find_mlps,
+    map_tensors,
+    module_at,
+    projection,
+    structural_copy,
+    tensors_in,
+)
 
-__all__ = ["Baseline", "Cost", "example_inputs", "measure", "outcome"]
+__all__ = ["Baseline", "Cost", "measure", "outcome"]
 
 LAYER_NORM_MACS = 5  # fvcore's per-element cost
 _LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution}
@@ -79,9 +90,8 @@ class Baseline:
         for mlp, positions in zip(self.mlps, self.positions, strict=True):
             hidden, owner = result[mlp.name]
             params += mlp.params(hidden, owned=owner == mlp.name)
-            gone = (mlp.hidden_features - hidden) * positions
-            linear += gone * mlp.macs_per_unit
-            norms += gone * mlp.norms_per_unit * LAYER_NORM_MACS
+            linear += positions * mlp.macs_gone(hidden)
+            norms += positions * (mlp.hidden_features - hidden) * mlp.norms_per_unit * LAYER_NORM_MACS
         return Cost(
             params=self.cost.params - self.cost.mlp_params + params,
             mlp_params=params,
@@ -106,37 +116,41 @@ def outcome(mlps: Sequence[MLP], plan: Plan) -> dict[str, tuple[int, str]]:
     return result
 
 
-def measure(model: nn.Module, inputs: torch.Tensor | None = None, mlps: Sequence[MLP] | None = None) -> Baseline:
+def measure(model: nn.Module, inputs: Inputs | None = None, mlps: Sequence[MLP] | None = None) -> Baseline:
     """Count parameters and MACs by dispatching one image on the meta device. Takes no memory and changes nothing.
 
     Args:
         model: the model.
-        inputs: a batch (images, channels, height, width), of which the shape matters; by default what the model says
-            it takes.
+        inputs: a batch (images, channels, height, width), or arguments of another kind, of which the shapes matter;
+            by default what the model says it takes.
         mlps: its MLPs, if known.
 
     Raises:
         ReductionError: the input size is not known, or the model does not run on the meta device.
     """
-    mlps = find_mlps(model) if mlps is None else list(mlps)
-    image = example_inputs(model)[:1] if inputs is None else inputs[:1]
+    mlps = find_mlps(model, inputs) if mlps is None else list(mlps)
+    image = map_tensors(example_inputs(model) if inputs is None else inputs, _one_on_meta)
     copy = structural_copy(model, device="meta").eval().requires_grad_(False)
     calls: dict[int, list[int]] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        features = module.get_parameter("weight").shape[1]
-        calls.setdefault(id(module), []).append(args[0].numel() // features)
+        calls.setdefault(id(module), []).append(args[0].numel() // features[id(module)])
 
     contracts = [module_at(copy, mlp.leaf("fc2").path) for mlp in mlps]
+    features: dict[int, int] = {}
+    for leaf in contracts:
+        layer = projection(leaf)
+        if leaf is not None and layer is not None:
+            features[id(leaf)] = leaf.get_parameter("weight").shape[layer.inputs]
     for leaf in {id(leaf): leaf for leaf in contracts if leaf is not None}.values():
         leaf.register_forward_hook(record)
     counter = FlopCounterMode(display=False, custom_mapping={_NORM: _norm_elements})
     try:
         with torch.no_grad(), counter:
-            copy(torch.empty_like(image, device="meta"))
+            call_with(copy, image)
     except Exception as error:  # whatever a foreign forward raises
         raise ReductionError(
-            f"measure({type(model).__name__}): it does not run on one input of shape {tuple(image.shape)}: "
+            f"measure({type(model).__name__}): it does not run on one input ({_shapes(image)}): "
             f"{type(error).__name__}: {error}; if the shape is wrong, give inputs="
         ) from error
     flops = counter.get_flop_counts()["Global"]
@@ -155,31 +169,13 @@ def measure(model: nn.Module, inputs: torch.Tensor | None = None, mlps: Sequence
     return Baseline(cost, tuple(mlps), tuple(calls[id(leaf)].pop(0) for leaf in contracts))
 
 
+def _one_on_meta(batch: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(batch[:1], device="meta")
+
+
+def _shapes(inputs: Inputs) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(inputs))
+
+
 def _norm_elements(input_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
     return int(torch.Size(input_shape).numel())
-
-
-def example_inputs(model: nn.Module, batch: int = 1) -> torch.Tensor:
-    """A batch of the size the model says it takes, on its device: its patch embedding's, else its pretrained config's.
-
-    Raises:
-        ReductionError: it does not say.
-    """
-    embed = getattr(model, "patch_embed", None)
-    size, channels = getattr(embed, "img_size", None), None
-    convolutions = (m for m in (embed if isinstance(embed, nn.Module) else model).modules() if isinstance(m, nn.Conv2d))
-    channels = next((convolution.in_channels for convolution in convolutions), None)
-    if channels is not None and channels > 16:  # no stem, but some other convolution that was registered first
-        channels = None
-    if not (isinstance(size, tuple) and all(isinstance(side, int) for side in size)):
-        size = getattr(model, "image_size", None)  # torchvision
-        size = (size, size) if isinstance(size, int) else None
-    config = getattr(model, "pretrained_cfg", None) or {}
-    if size is None and "input_size" in config:
-        channels, *size = config["input_size"] if channels is None else (channels, *config["input_size"][1:])
-    if size is None or channels is None:
-        raise ReductionError(
-            f"{type(model).__name__} does not say what image size it takes; give inputs=torch.zeros(1, 3, height, width)"
-        )
-    parameter = next(model.parameters())
-    return torch.zeros(batch, channels, *size, device=parameter.device, dtype=parameter.dtype)

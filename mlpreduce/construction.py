@@ -90,7 +90,7 @@ def _construction(
     def widths(**more: Any) -> list[int]:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = timm.create_model(name, **kwargs, **more)
-        return [mlp.hidden_features for mlp in mlps_or_raise(model, call)]
+        return [mlp.hidden_features for mlp in mlps_or_raise(model, call).mlps]
 
     usual = widths()
     try:

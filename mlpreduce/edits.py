@@ -21,7 +21,7 @@ from mlpreduce.errors import ReductionError, call_text, did_you_mean
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Assign", "Axis", "Edit", "Plan", "Row", "Scale", "Share", "Slice", "Units", "as_units"]
+__all__ = ["Assign", "Axis", "Edit", "Plan", "Row", "Scale", "Setting", "Share", "Slice", "Units", "as_units"]
 
 PLAN_VERSION = 1
 
@@ -51,12 +51,15 @@ class Axis:
         size: length of the axis before slicing.
         offsets: unit `j` lies at `offset + j` for each offset; a packed gate has two. Other positions of the axis
             belong to something else and stay.
+        groups: of the input axis of a grouped convolution: the axis has the units of one group, and which of them
+            they are depends on the group of the output. As many units of each group are kept.
     """
 
     tensor: str
     dim: int
     size: int
     offsets: tuple[int, ...] = (0,)
+    groups: int = 1
 
     def positions(self, hidden: int, units: Units) -> Units:
         """Positions of the axis that stay when `units` of `hidden` hidden units are kept."""
@@ -68,6 +71,21 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A plain attribute that holds the hidden width, and is read when the model runs.
+
+    Attributes:
+        module: dotted path of the module that has it.
+        name: its name there; the value is a list.
+        index: which entry is the width.
+    """
+
+    module: str
+    name: str
+    index: int
+
+
+@dataclass(frozen=True)
 class Slice:
     """Keep only `units` of the `hidden` hidden units of the MLP `mlp`, on every axis they run through."""
 
@@ -75,6 +93,7 @@ class Slice:
     hidden: int
     units: Units
     axes: tuple[Axis, ...]
+    settings: tuple[Setting, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -245,11 +264,13 @@ class Plan:
 
 def _edit_to_json(edit: Edit) -> dict[str, Any]:
     if isinstance(edit, Slice):
-        axes = [[axis.tensor, axis.dim, axis.size, list(axis.offsets)] for axis in edit.axes]
+        axes = [[axis.tensor, axis.dim, axis.size, list(axis.offsets), axis.groups] for axis in edit.axes]
+        settings = [[setting.module, setting.name, setting.index] for setting in edit.settings]
         units: Any = list(edit.units)
         if isinstance(edit.units, range):
             units = {"start": edit.units.start, "stop": edit.units.stop}
-        return {"edit": "slice", "mlp": edit.mlp, "hidden": edit.hidden, "units": units, "axes": axes}
+        sliced = {"edit": "slice", "mlp": edit.mlp, "hidden": edit.hidden, "units": units, "axes": axes}
+        return sliced | ({"settings": settings} if settings else {})
     if isinstance(edit, Share):
         return {"edit": "share", "source": edit.source, "target": edit.target}
     if isinstance(edit, Scale):
@@ -260,10 +281,11 @@ def _edit_to_json(edit: Edit) -> dict[str, Any]:
 def _edit_from_json(entry: dict[str, Any], tensors: dict[str, torch.Tensor] | None) -> Edit:
     kind = entry["edit"]
     if kind == "slice":
-        axes = tuple(Axis(tensor, dim, size, tuple(offsets)) for tensor, dim, size, offsets in entry["axes"])
+        axes = tuple(Axis(t, dim, size, tuple(offsets), groups) for t, dim, size, offsets, groups in entry["axes"])
+        settings = tuple(Setting(module, name, index) for module, name, index in entry.get("settings", ()))
         units = entry["units"]
         kept = range(units["start"], units["stop"]) if isinstance(units, dict) else tuple(units)
-        return Slice(entry["mlp"], entry["hidden"], kept, axes)
+        return Slice(entry["mlp"], entry["hidden"], kept, axes, settings)
     if kind == "share":
         return Share(entry["source"], entry["target"])
     if kind == "scale":

@@ -80,4 +80,19 @@ class Parts(Sequence[MLP]):
             if other.name != mlp.name:  # what is tied is sliced once; norms of each depth are its own
                 own = {leaf.path for leaf in other.leaves if not leaf.shareable}
                 axes += [axis for axis in other.axes if axis.tensor.rpartition(".")[0] in own]
-        return Slice(mlp.name, mlp.hidden_features, as_units(units), tuple(axes))
+        return Slice(mlp.name, mlp.hidden_features, as_units(units), tuple(axes), mlp.settings)
+
+    def keep(self, mlp: MLP, width: int, criterion: str, seed: int = 0) -> Slice:
+        """The edit that keeps the most important units of an MLP; of one with groups, as many of each group.
+
+        Raises:
+            ReductionError: unknown criterion, no weights for it, or a width that its groups do not divide.
+        """
+        if width % mlp.groups:
+            raise ReductionError(
+                f"{mlp.name} has a convolution in {mlp.groups} groups and would keep {width} hidden units; the width must "
+                f"be a multiple of {mlp.groups}"
+            )
+        order, size = self.order(mlp, criterion, seed), mlp.hidden_features // mlp.groups
+        groups = [[unit for unit in order if unit // size == group] for group in range(mlp.groups)]
+        return self.slice(mlp, [unit for units in groups for unit in units[: width // mlp.groups]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from mlpreduce.budget import Cost, example_inputs, measure
+from mlpreduce.budget import Cost, measure
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import refuse_wrapped
+from mlpreduce.graph import Inputs, call_with, example_inputs, map_tensors, refuse_wrapped, tensors_in
 
 __all__ = ["LiveMemory", "Profile", "profile"]
 
@@ -96,7 +96,7 @@ class LiveMemory(TorchDispatchMode):
 
 def profile(
     model: nn.Module,
-    inputs: torch.Tensor | None = None,
+    inputs: Inputs | None = None,
     *,
     measure_speed: bool = False,
     batch_size: int = 32,
@@ -108,7 +108,8 @@ def profile(
 
     Args:
         model: the model.
-        inputs: images (batch, channels, height, width); by default zeros of the size the model says it takes.
+        inputs: images (batch, channels, height, width), or a tuple or dict of arguments with the batch first; by
+            default zeros of the size the model says it takes.
         measure_speed: whether to time it. On a shared machine compare only what was measured side by side.
         batch_size: images of a timed batch; those of `inputs` if given.
         repeats: timed batches, after one that is not counted.
@@ -117,32 +118,35 @@ def profile(
         ReductionError: the input size is not known, or a model on the meta device is to be timed.
     """
     refuse_wrapped(model, "profile")
-    if inputs is not None and not isinstance(inputs, torch.Tensor):
+    if inputs is not None and not isinstance(inputs, (torch.Tensor, tuple, Mapping)):
         raise ReductionError(
-            f"profile: inputs is a {type(inputs).__name__}; give a tensor (images, channels, height, width)"
+            f"profile: inputs is a {type(inputs).__name__}; give a tensor (images, channels, height, width), or a tuple "
+            f"or dict of arguments"
         )
     if batch_size < 1 or repeats < 1:
         raise ReductionError(f"profile: batch_size={batch_size}, repeats={repeats}; both must be at least 1")
     cost = asdict(measure(model, inputs).cost)
     if not measure_speed:
         return Profile(**cost)
-    images = example_inputs(model, batch_size) if inputs is None else inputs
+    batch = example_inputs(model, batch_size) if inputs is None else inputs
+    first = map_tensors(batch, lambda tensor: tensor[:1])
+    images = tensors_in(batch)[0]
     if images.is_meta:
         raise ReductionError("profile: a model on the meta device cannot be timed; move it to a device")
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.inference_mode():
-            batch = _seconds(lambda: model(images), images.device, repeats)
-            one = _seconds(lambda: model(images[:1]), images.device, repeats)
-            peak = _peak_bytes(model, images)
+            many = _seconds(lambda: call_with(model, batch), images.device, repeats)
+            one = _seconds(lambda: call_with(model, first), images.device, repeats)
+            peak = _peak_bytes(model, batch, images.device)
     finally:
         for module, training in modes.items():
             module.training = training
     return Profile(
         **cost,
         batch_size=len(images),
-        throughput=len(images) / batch,
+        throughput=len(images) / many,
         latency=one * 1e3,
         peak_memory_mib=peak / MIB,
         device=f"{images.device.type}, {str(images.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
@@ -161,12 +165,12 @@ def _seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> flo
     return statistics.median(once() for _ in range(repeats))
 
 
-def _peak_bytes(model: nn.Module, images: torch.Tensor) -> int:
-    if images.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(images.device)
-        model(images)
-        peak: int = torch.cuda.max_memory_allocated(images.device)
+def _peak_bytes(model: nn.Module, batch: Inputs, device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call_with(model, batch)
+        peak: int = torch.cuda.max_memory_allocated(device)
         return peak
     with LiveMemory(model) as memory:
-        model(images)
+        call_with(model, batch)
     return int(memory.peak)

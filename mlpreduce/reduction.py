@@ -13,7 +13,17 @@ from torch import fx, nn
 from mlpreduce.budget import Baseline, Cost, measure, outcome
 from mlpreduce.edits import Assign, Edit, Plan, Row, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
-from mlpreduce.graph import MLP, chains, find_mlps, mlps_or_raise, module_at, refuse_wrapped, select, structural_copy
+from mlpreduce.graph import (
+    MLP,
+    Inputs,
+    chains,
+    find_mlps,
+    mlps_or_raise,
+    module_at,
+    refuse_wrapped,
+    select,
+    structural_copy,
+)
 from mlpreduce.parts import Parts
 from mlpreduce.surgery import carry_out, untie_leaves
 from mlpreduce.transforms import Transform, check_config
@@ -27,7 +37,15 @@ Model = TypeVar("Model", bound=nn.Module)
 Globs = str | Sequence[str] | None
 
 
-def plan(model: nn.Module, transform: str, *, include: Globs = None, exclude: Globs = None, **config: Any) -> Plan:
+def plan(
+    model: nn.Module,
+    transform: str,
+    *,
+    include: Globs = None,
+    exclude: Globs = None,
+    example_inputs: Inputs | None = None,
+    **config: Any,
+) -> Plan:
     """What a transform would do to a model. Nothing is changed; print the plan to see it.
 
     Args:
@@ -35,6 +53,7 @@ def plan(model: nn.Module, transform: str, *, include: Globs = None, exclude: Gl
         transform: a name of `list_transforms`.
         include: glob or globs over MLP names; others are left out.
         exclude: glob or globs over MLP names to leave out.
+        example_inputs: what the model is called with, as for `find_mlps`.
         **config: keyword parameters of the transform.
 
     Raises:
@@ -46,12 +65,17 @@ def plan(model: nn.Module, transform: str, *, include: Globs = None, exclude: Gl
         >>> [row.owner for row in plan(vit, "grouped", group=2).rows]
         ['blocks.0.mlp', 'blocks.0.mlp', 'blocks.2.mlp', 'blocks.2.mlp']
     """
-    made, mlps = _make(model, transform, include, exclude, config)
-    return replace(made, costs=_costs(structural_copy(model, device="meta"), mlps, made))
+    made, mlps = _make(model, transform, include, exclude, example_inputs, config)
+    return replace(made, costs=_costs(structural_copy(model, device="meta"), mlps, made, example_inputs))
 
 
 def _make(
-    model: nn.Module, transform: str, include: Globs, exclude: Globs, config: dict[str, Any]
+    model: nn.Module,
+    transform: str,
+    include: Globs,
+    exclude: Globs,
+    example_inputs: Inputs | None,
+    config: dict[str, Any],
 ) -> tuple[Plan, list[MLP]]:
     if not isinstance(transform, str):
         raise ReductionError(f"the transform is {transform!r}; it must be a name, or for apply a plan")
@@ -65,7 +89,8 @@ def _make(
             f"{call}: {transform} acts when a model is built, and this one is; build it with "
             f'mlpreduce.create_model(name, "{transform}", {arguments}), or slice it: mlpreduce.apply(model, "shallow")'
         )
-    mlps = mlps_or_raise(model, call)
+    found = mlps_or_raise(model, call, example_inputs)
+    mlps = found.mlps
     try:
         scope, left_out = _scope(entry, *select(mlps, include, exclude))
         if not scope:
@@ -78,10 +103,19 @@ def _make(
     if not edits:
         raise ReductionError(f"{call}: nothing would change on {len(scope)} MLPs")
     draft = Plan(transform, config, edits, left_out=left_out)
-    return replace(draft, rows=_rows(scope, mlps, draft), notes=_notes(edits)), mlps
+    notes = (*_notes(edits), *_look_alikes(found.others))
+    return replace(draft, rows=_rows(scope, mlps, draft), notes=notes), mlps
 
 
-def apply(model: Model, transform: str | Plan, *, include: Globs = None, exclude: Globs = None, **config: Any) -> Model:
+def apply(
+    model: Model,
+    transform: str | Plan,
+    *,
+    include: Globs = None,
+    exclude: Globs = None,
+    example_inputs: Inputs | None = None,
+    **config: Any,
+) -> Model:
     """Reduce a model in place, and return it.
 
     The model keeps its class, methods and hooks. It is changed as a whole or, after an error, not at all. Build
@@ -92,6 +126,7 @@ def apply(model: Model, transform: str | Plan, *, include: Globs = None, exclude
         transform: a name of `list_transforms`, or a plan made before.
         include: glob or globs over MLP names; others are left out.
         exclude: glob or globs over MLP names to leave out.
+        example_inputs: what the model is called with, as for `find_mlps`.
         **config: keyword parameters of the transform.
 
     Raises:
@@ -109,15 +144,15 @@ def apply(model: Model, transform: str | Plan, *, include: Globs = None, exclude
             raise ReductionError("apply(model, plan): a plan is applied as it is; give it no further arguments")
         refuse_wrapped(model, "apply(model, plan)")
         made = transform
-        _check_same(model, made)
+        _check_same(model, made, example_inputs)
     else:
-        made, _ = _make(model, transform, include, exclude, config)
+        made, _ = _make(model, transform, include, exclude, example_inputs, config)
     carry_out(model, made)
     remember(model, made)
     return model
 
 
-def _check_same(model: nn.Module, made: Plan) -> None:
+def _check_same(model: nn.Module, made: Plan, example_inputs: Inputs | None) -> None:
     """Whether a model has the MLPs that a plan was made for: all, and in the same widths and ties.
 
     Raises:
@@ -126,7 +161,7 @@ def _check_same(model: nn.Module, made: Plan) -> None:
     if not made.rows:
         return
     call = f"apply(model, {call_text(made.transform, made.config)})"
-    found = {mlp.name: mlp for mlp in find_mlps(model)}
+    found = {mlp.name: mlp for mlp in find_mlps(model, example_inputs)}
     planned = {row.mlp for row in made.rows} | made.left_out.keys()
     if planned != found.keys():
         names = sorted(planned ^ found.keys())
@@ -208,10 +243,19 @@ def _scope(entry: Transform, mlps: list[MLP], left_out: dict[str, str]) -> tuple
     """MLPs a transform acts on, and the others with the reason."""
     if entry.scope == "all":
         return mlps, left_out
-    alone = {chain[0].name for chain in chains(mlps) if len(chain) == 1}
+    first: dict[tuple[str, str], str] = {}  # calls of one MLP in one block
     for mlp in mlps:
-        if mlp.acts_on != "tokens":
-            left_out[mlp.name] = f"acts on the {mlp.acts_on} only"
+        other = first.setdefault((mlp.block, mlp.owner), mlp.name)
+        if other != mlp.name:
+            left_out[mlp.name] = "is the same module as an earlier MLP of its block, and changes with it"
+    alone = {chain[0].name for chain in chains([m for m in mlps if m.name not in left_out]) if len(chain) == 1}
+    for mlp in mlps:
+        if mlp.name in left_out:
+            continue
+        if mlp.alone:
+            left_out[mlp.name] = mlp.alone
+        elif mlp.acts_on != "tokens":
+            left_out[mlp.name] = "acts on one token only, as class attention and pooling do"
         elif mlp.name in alone:
             left_out[mlp.name] = "no other MLP of its stage is like it"
     return [mlp for mlp in mlps if mlp.name not in left_out], left_out
@@ -228,13 +272,13 @@ def _rows(scope: list[MLP], mlps: list[MLP], made: Plan) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _costs(model: nn.Module, mlps: list[MLP], made: Plan) -> Callable[[], tuple[Cost, Cost]]:
+def _costs(model: nn.Module, mlps: list[MLP], made: Plan, inputs: Inputs | None) -> Callable[[], tuple[Cost, Cost]]:
     """Costs before and after, measured when the plan is printed, on a meta copy: the model may have changed by then."""
     measured: list[Baseline] = []
 
     def costs() -> tuple[Cost, Cost]:
         if not measured:
-            measured.append(measure(model, mlps=mlps))
+            measured.append(measure(model, inputs, mlps))
         return measured[0].cost, measured[0].after(made)
 
     return costs
@@ -252,6 +296,13 @@ def _notes(edits: Sequence[object]) -> tuple[str, ...]:
             "units are chosen for training from scratch; for trained weights choose a criterion, then fine-tune."
         )
     return tuple(notes)
+
+
+def _look_alikes(others: Mapping[str, str]) -> tuple[str, ...]:
+    """One note on what is no MLP, though it looks like one."""
+    for name, reason in others.items():
+        return (f"{len(others)} blocks are no MLPs: {name}{', ...' if len(others) > 1 else ''}: {reason}",)
+    return ()
 
 
 def plain(value: Any, call: str) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mlpreduce.edits import Assign, Plan, Scale, Share, Slice
+from mlpreduce.edits import Assign, Axis, Plan, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import canonicalize, module_at, structural_copy
 
@@ -121,13 +121,11 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 def _slice(model: nn.Module, edit: Slice) -> None:
     """New tensors for the whole MLP first, so that a lack of memory leaves it as it was; then they are put in place."""
     new: list[tuple[nn.Module, str, torch.Tensor]] = []
-    for axis in edit.axes:
-        leaf, name, tensor = _find(model, axis.tensor, edit.mlp)
-        kept = axis.positions(edit.hidden, edit.units)
-        if isinstance(kept, range):
-            part = tensor.detach().narrow(axis.dim, kept.start, len(kept)).clone(memory_format=torch.contiguous_format)
-        else:
-            part = tensor.detach().index_select(axis.dim, torch.tensor(kept, device=tensor.device))
+    for path in dict.fromkeys(axis.tensor for axis in edit.axes):
+        leaf, name, tensor = _find(model, path, edit.mlp)
+        part = tensor.detach()
+        for axis in sorted((axis for axis in edit.axes if axis.tensor == path), key=lambda axis: -axis.groups):
+            part = _narrowed(part, axis, edit)
         if isinstance(tensor, nn.Parameter):
             attributes = tensor.__dict__  # marks such as timm's _no_weight_decay
             part = nn.Parameter(part, requires_grad=tensor.requires_grad)
@@ -140,6 +138,26 @@ def _slice(model: nn.Module, edit: Slice) -> None:
         else:
             leaf._buffers[name] = part
         _set_sizes(leaf)
+    for setting in edit.settings:
+        owner = module_at(model, setting.module)
+        sizes = list(getattr(owner, setting.name))
+        sizes[setting.index] -= edit.hidden - len(edit.units)
+        setattr(owner, setting.name, sizes)
+
+
+def _narrowed(tensor: torch.Tensor, axis: Axis, edit: Slice) -> torch.Tensor:
+    """What is left of a tensor along one axis, in memory of its own."""
+    if axis.groups > 1:  # each group of rows has columns of its own
+        size = edit.hidden // axis.groups
+        groups = tensor.unflatten(0, (axis.groups, -1))
+        local = [[unit % size for unit in edit.units if unit // size == group] for group in range(axis.groups)]
+        index = [torch.tensor(units, device=tensor.device) for units in local]
+        return torch.cat([rows.index_select(1, units) for rows, units in zip(groups, index, strict=True)])
+    kept = axis.positions(edit.hidden, edit.units)
+    if isinstance(kept, range):
+        part = tensor.narrow(axis.dim, kept.start, len(kept))
+        return part.clone(memory_format=torch.contiguous_format)
+    return tensor.index_select(axis.dim, torch.tensor(kept, device=tensor.device))
 
 
 def _set_sizes(leaf: nn.Module) -> None:
@@ -147,12 +165,16 @@ def _set_sizes(leaf: nn.Module) -> None:
     if isinstance(leaf, nn.Linear):
         leaf.out_features, leaf.in_features = leaf.weight.shape
     elif isinstance(leaf, nn.modules.conv._ConvNd):
+        if leaf.groups == leaf.in_channels == leaf.out_channels:  # each channel alone, as before
+            leaf.groups = leaf.weight.shape[0]
         leaf.out_channels, leaf.in_channels = leaf.weight.shape[0], leaf.weight.shape[1] * leaf.groups
     elif isinstance(leaf, (nn.LayerNorm, nn.RMSNorm)):
         leaf.normalized_shape = tuple(leaf.weight.shape)
     elif isinstance(leaf, nn.modules.batchnorm._BatchNorm):
         running = leaf.running_mean if leaf.running_mean is not None else leaf.weight
         leaf.num_features = running.shape[0]
+    elif hasattr(leaf, "nf") and hasattr(leaf, "nx"):  # transformers' Conv1D
+        leaf.nx, leaf.nf = leaf.get_parameter("weight").shape  # type: ignore[assignment]
     elif isinstance(getattr(leaf, "normalized_shape", None), tuple):  # timm's norms beside torch's
         leaf.normalized_shape = tuple(leaf.get_parameter("weight").shape)  # type: ignore[assignment]
 
@@ -223,9 +245,18 @@ def _check_slices(model: nn.Module, slices: list[Slice], call: str) -> None:
                     f"{call}: {axis.tensor} has shape {tuple(tensor.shape)}, but the plan was made for {axis.size} at "
                     f"dimension {axis.dim}; it is of another model, or already carried out"
                 )
+            if axis.groups > 1 and not _is_balanced(edit, axis.groups):
+                raise ReductionError(
+                    f"{call}: {axis.tensor} is a convolution in {axis.groups} groups, of which as many units must be kept each"
+                )
             if (id(tensor), axis.dim) in sliced:
                 raise ReductionError(f"{call}: {axis.tensor} would be sliced twice")
             sliced.add((id(tensor), axis.dim))
+
+
+def _is_balanced(edit: Slice, groups: int) -> bool:
+    size = edit.hidden // groups
+    return len({sum(unit // size == group for unit in edit.units) for group in range(groups)}) == 1
 
 
 def _check_shares(model: nn.Module, shares: list[Share], call: str) -> None:

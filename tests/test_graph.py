@@ -64,10 +64,12 @@ def test_families(name: str, kind: str, count: int, lengths: list[int]) -> None:
 
 def test_left_out_with_the_reason() -> None:
     assert mlpreduce.plan(build("vit_base_patch16_siglip_224"), "grouped").left_out == {
-        "attn_pool.mlp": "no other MLP of its stage is like it"
+        "attn_pool.mlp": "acts on one token only, as class attention and pooling do"
     }
     left_out = mlpreduce.plan(build("cait_xxs24_224"), "grouped").left_out
-    assert left_out == {f"blocks_token_only.{i}.mlp": "acts on the class token only" for i in range(2)}
+    assert left_out == {
+        f"blocks_token_only.{i}.mlp": "acts on one token only, as class attention and pooling do" for i in range(2)
+    }
 
 
 # small models with real weights: the whole contract
@@ -299,7 +301,10 @@ def test_untraceable_says_why() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) if x.sum() > 0 else x
 
-    with pytest.raises(ReductionError, match=r"find_mlps\(Flow\): torch.fx cannot trace its forward: TraceError"):
+    with pytest.raises(
+        ReductionError,
+        match=r"find_mlps\(Flow\): torch.fx cannot trace the forward of Flow: TraceError.*give example_inputs=",
+    ):
         find_mlps(Flow())
 
 

@@ -83,9 +83,12 @@ def unit_weights(mlp: MLP, tensor: Callable[[str], torch.Tensor]) -> torch.Tenso
 
     parts = []
     for axis in mlp.axes:
-        values = tensor(axis.tensor).detach().movedim(axis.dim, 0).flatten(1) if tensor(axis.tensor).dim() > 1 else None
-        values = tensor(axis.tensor).detach().unsqueeze(1) if values is None else values
+        values = tensor(axis.tensor).detach()
         values = values.to(torch.promote_types(values.dtype, torch.float32))
+        if axis.groups > 1:  # the input axis of a grouped convolution, once for each group
+            values = values.unflatten(0, (axis.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+        else:
+            values = values.movedim(axis.dim, 0).reshape(values.shape[axis.dim], -1)
         parts += [values[offset : offset + mlp.hidden_features] for offset in axis.offsets]
     return torch.cat(parts, dim=1)
 

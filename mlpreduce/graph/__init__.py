@@ -4,96 +4,118 @@ are alike. Nothing here changes a model.
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass, replace
+
 import torch
 from torch import fx, nn
 
-from mlpreduce.edits import Axis
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph.match import Match, match_mlps
-from mlpreduce.graph.mlp import MLP, Leaf, chains, locate, select
+from mlpreduce.graph.describe import describe_mlp
+from mlpreduce.graph.flow import Flow
+from mlpreduce.graph.inputs import Inputs, call_with, example_inputs, map_tensors, tensors_in
+from mlpreduce.graph.match import match_mlps
+from mlpreduce.graph.mlp import MLP, Leaf, chains, select
+from mlpreduce.graph.places import Place, locate
+from mlpreduce.graph.record import INPUTS, read
+from mlpreduce.graph.rules import projection, says_mlp
 from mlpreduce.graph.trace import forget, module_at, refuse_wrapped, structural_copy, trace
 
-__all__ = ["MLP", "Leaf", "chains", "find_mlps", "module_at", "refuse_wrapped", "select", "structural_copy", "to_graph"]
+__all__ = [
+    "MLP",
+    "Inputs",
+    "Leaf",
+    "Survey",
+    "call_with",
+    "chains",
+    "example_inputs",
+    "find_mlps",
+    "map_tensors",
+    "mlps_or_raise",
+    "module_at",
+    "projection",
+    "refuse_wrapped",
+    "select",
+    "structural_copy",
+    "survey",
+    "tensors_in",
+    "to_graph",
+]
 
 
-def find_mlps(model: nn.Module) -> list[MLP]:
+@dataclass(frozen=True)
+class Survey:
+    """What a model has.
+
+    Attributes:
+        mlps: its MLPs, in order of execution.
+        others: what looks like an MLP and is none, by name, with the reason.
+        advice: what to try if an MLP is missing.
+    """
+
+    mlps: list[MLP]
+    others: dict[str, str]
+    advice: str
+
+
+def find_mlps(model: nn.Module, example_inputs: Inputs | None = None) -> list[MLP]:
     """The MLPs of a model, found in its torch.fx graph by dataflow, in order of execution.
 
     A tied MLP appears once for each call; `MLP.owner` names the first. The model is not changed in any way.
 
     Args:
-        model: any module that torch.fx can trace, on any device, `meta` included.
+        model: any module, on any device, `meta` included.
+        example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
+            Only shapes and dtypes matter. Models of timm, torchvision and transformers say themselves what they take;
+            of others the graph is traced symbolically, which is less exact.
 
     Returns:
         The MLPs; an empty list if there is none.
 
     Raises:
-        ReductionError: the model is wrapped, compiled, or cannot be traced.
+        ReductionError: the model is wrapped, compiled, or its graph cannot be read.
 
     Example:
         >>> import timm
         >>> [(mlp.name, mlp.hidden_features) for mlp in find_mlps(timm.create_model("vit_tiny_patch16_224", depth=2))]
         [('blocks.0.mlp', 768), ('blocks.1.mlp', 768)]
     """
+    return survey(model, example_inputs).mlps
+
+
+def survey(model: nn.Module, example_inputs: Inputs | None = None) -> Survey:
+    """The MLPs of a model, and what is none of them.
+
+    Raises:
+        ReductionError: the model is wrapped, compiled, or its graph cannot be read.
+    """
     refuse_wrapped(model, "find_mlps")
-    tree, graph = trace(model)
-    matches = match_mlps(tree, graph)
-    paths = [[str(node.target) for node in (*m.expand, *m.inner, m.contract)] for m in matches]
+    tree, graph, advice = read(model, example_inputs)
+    flow = Flow(tree, graph)
+    matches = match_mlps(flow)
+    paths = [[str(node.target) for node in match.leaves] for match in matches]
     places = locate(tree, paths, [tuple(match.signature) for match in matches])
     owners: dict[tuple[int, ...], str] = {}
-    mlps = []
-    for match, place in zip(matches, places, strict=True):
-        nodes = [*match.expand, *match.inner, match.contract]
-        key = tuple(id(module_at(tree, str(node.target))) for node in nodes if _is_shareable(tree, node))
-        owner = owners.setdefault(key, place.name)
-        leaves = tuple(_leaf(tree, match, node) for node in nodes)
-        kind = "packed" if len(match.axes[0].offsets) > 1 else "gated" if match.gated else "plain"
-        mlp = MLP(
-            name=place.name,
-            kind=kind + ("+norm" if match.inner else ""),
-            block=place.block,
-            stage=place.stage,
-            acts_on="class token" if match.class_token else "tokens",
-            in_features=tree.get_parameter(f"{leaves[0].path}.weight").shape[1],
-            hidden_features=match.hidden,
-            out_features=tree.get_parameter(f"{leaves[-1].path}.weight").shape[0],
-            leaves=leaves,
-            axes=tuple(match.axes),
-            owner=owner,
-            signature=tuple(match.signature),
-            macs_per_unit=sum(_unit_size(tree, axis)[1] for axis in match.axes),
-            norms_per_unit=sum(_unit_size(tree, axis)[2] for axis in match.axes),
-        )
-        mlps.append(mlp)
+    mlps: list[MLP] = []
+    others: dict[str, str] = {}
+    single = flow.acts_on_one_token([match.source for match in matches])
+    for match, place, one in zip(matches, places, single, strict=True):
+        if match.convolves and not says_mlp(_names(tree, place)):
+            others[place.name] = "expands, convolves and projects; no name says MLP: an inverted residual or SepConv"
+            continue
+        mlp = describe_mlp(tree, match, place, "one token" if one else "tokens")
+        leaves = tuple(id(module_at(tree, leaf.path)) for leaf in mlp.leaves if leaf.shareable)
+        mlps.append(replace(mlp, owner=owners.setdefault(leaves, mlp.name)))
     forget(tree)
-    return mlps
+    return Survey(mlps, others, advice)
 
 
-def _is_shareable(tree: nn.Module, node: fx.Node) -> bool:
-    return not isinstance(module_at(tree, str(node.target)), nn.modules.batchnorm._BatchNorm)
-
-
-def _leaf(tree: nn.Module, match: Match, node: fx.Node) -> Leaf:
-    path = str(node.target)
-    module = module_at(tree, path)
-    role = "fc2" if node is match.contract else "fc1" if node in match.expand else "norm"
-    count = sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
-    per_unit = sum(_unit_size(tree, axis)[0] for axis in match.axes if axis.tensor.rpartition(".")[0] == path)
-    return Leaf(path, role, _is_shareable(tree, node), count, per_unit)
-
-
-def _unit_size(tree: nn.Module, axis: Axis) -> tuple[int, int, int]:
-    """Parameters, MACs and LayerNorm elements of one hidden unit on one axis."""
-    path, _, name = axis.tensor.rpartition(".")
-    module = module_at(tree, path)
-    tensor = getattr(module, name)
-    unit = tensor.numel() // tensor.shape[axis.dim] * len(axis.offsets)
-    norm = isinstance(module, nn.LayerNorm) and name == "weight"
-    return (
-        unit if isinstance(tensor, nn.Parameter) else 0,
-        unit if tensor.dim() > 1 else 0,
-        len(axis.offsets) if norm else 0,
-    )
+def _names(model: nn.Module, place: Place) -> list[str]:
+    """Names and classes of the modules from an MLP up to its block."""
+    steps, names = place.name.split("@")[0].split("."), []
+    for depth in range(len(place.block.split(".")), len(steps) + 1):
+        names += [steps[depth - 1], type(module_at(model, ".".join(steps[:depth]))).__name__]
+    return names
 
 
 def to_graph(model: nn.Module) -> fx.GraphModule:
@@ -110,6 +132,8 @@ def to_graph(model: nn.Module) -> fx.GraphModule:
     tree, graph = trace(structural_copy(model) if isinstance(model, fx.GraphModule) else model)
     graph_module = fx.GraphModule(tree, graph, class_name=type(model).__name__)
     canonicalize(graph_module)
+    with contextlib.suppress(ReductionError):  # then its shapes stay unknown
+        graph_module.meta[INPUTS] = map_tensors(example_inputs(model, 2), lambda tensor: tensor.to("meta"))
     return graph_module
 
 
@@ -130,16 +154,19 @@ def canonicalize(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-def mlps_or_raise(model: nn.Module, call: str) -> list[MLP]:
-    """`find_mlps`, which must find some.
+def mlps_or_raise(model: nn.Module, call: str, example_inputs: Inputs | None = None) -> Survey:
+    """`survey`, which must find some.
 
     Raises:
         ReductionError: no MLP was found.
     """
-    mlps = find_mlps(model)
-    if not mlps:
+    found = survey(model, example_inputs)
+    if not found.mlps:
+        looks = "".join(
+            f"; {len(found.others)} blocks look like one ({n}: {r})" for n, r in [*found.others.items()][:1]
+        )
         raise ReductionError(
             f"{call}: found no MLP in {type(model).__name__}: two projections with an activation between them, added "
-            f"to a residual stream; mlpreduce.find_mlps(model) shows what is found"
+            f"to a residual stream{looks}{found.advice}"
         )
-    return mlps
+    return found

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import nn
-
-from mlpreduce.edits import Axis
+from mlpreduce.edits import Axis, Setting
 from mlpreduce.errors import ReductionError, did_you_mean
-from mlpreduce.graph.trace import module_at
 
-__all__ = ["MLP", "Leaf", "Place", "chains", "locate", "select"]
+__all__ = ["MLP", "Leaf", "chains", "select"]
 
 
 @dataclass(frozen=True)
@@ -22,10 +19,14 @@ class Leaf:
 
     Attributes:
         path: dotted path, at the place it is called from.
-        role: `fc1` (expanding; a gated MLP may have two), `fc2` (contracting), `norm` (anything in between).
+        role: `fc1` (expanding; a gated MLP may have two), `fc2` (contracting), `norm`, `conv` or `mix` (what lies in
+            between: norms, convolutions of channels, a Linear over positions), `param` (a parameter of the module
+            around them).
         shareable: whether it is tied when the MLP is. Statistics of a BatchNorm belong to one depth, so it is not.
-        parameters: number of parameters, each counted once.
+        parameters: number of parameters, each counted once; of a layer that also computes something else, those of
+            the hidden units.
         per_unit: how many of them belong to one hidden unit.
+        per_pair: how many of them belong to pairs of hidden units, in a grouped convolution.
     """
 
     path: str
@@ -33,6 +34,7 @@ class Leaf:
     shareable: bool
     parameters: int
     per_unit: int
+    per_pair: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,12 @@ class MLP:
 
     Attributes:
         name: dotted path of the module that holds its leaves.
-        kind: `plain`, `gated` (two expanding layers), `packed` (one, whose output is halved), with `+norm` when a
-            normalisation lies on the hidden axis.
+        kind: `plain`, `gated` (two expanding layers), `packed` (one, whose output is halved); with `+norm`, `+conv`
+            or `+mix` when a normalisation, a convolution of channels or a Linear over positions lies on the hidden
+            axis, and `+fused` when the expanding layer is attention's too.
         block: dotted path of the block it belongs to.
         stage: dotted path of the sequence of blocks.
-        acts_on: `tokens`, or `class token` when its input is the class token alone.
+        acts_on: `tokens`, or `one token` when its input is one of them, as in class attention and pooling.
         in_features, hidden_features, out_features: widths.
         leaves: its leaf modules with parameters, in order of execution.
         axes: every tensor axis the hidden units lie on.
@@ -53,6 +56,9 @@ class MLP:
         signature: equal for MLPs that may share.
         macs_per_unit: multiply-accumulates of one hidden unit at one position, Linear and Conv only.
         norms_per_unit: LayerNorm elements of one hidden unit at one position.
+        groups: equal parts that its hidden units come in; as many are kept of each.
+        settings: plain attributes that hold the hidden width.
+        alone: why it cannot share, if so.
     """
 
     name: str
@@ -69,6 +75,9 @@ class MLP:
     signature: tuple[object, ...]
     macs_per_unit: int
     norms_per_unit: int
+    groups: int = 1
+    settings: tuple[Setting, ...] = ()
+    alone: str = ""
 
     def params(self, hidden: int | None = None, *, owned: bool = True) -> int:
         """Parameters of its leaves, each counted once.
@@ -77,8 +86,19 @@ class MLP:
             hidden: number of hidden units; its own by default.
             owned: whether it owns what can be shared; without, only what stays its own is counted.
         """
-        gone = self.hidden_features - (self.hidden_features if hidden is None else hidden)
-        return sum(leaf.parameters - gone * leaf.per_unit for leaf in self.leaves if owned or not leaf.shareable)
+        hidden = self.hidden_features if hidden is None else hidden
+        gone = self.hidden_features - hidden
+        counted = [leaf for leaf in self.leaves if owned or not leaf.shareable]
+        return sum(leaf.parameters - gone * leaf.per_unit - self._pairs(leaf.per_pair, hidden) for leaf in counted)
+
+    def macs_gone(self, hidden: int) -> int:
+        """Multiply-accumulates of Linear and Conv that go at each position when this many hidden units are left."""
+        pairs = sum(self._pairs(leaf.per_pair, hidden) for leaf in self.leaves)
+        return (self.hidden_features - hidden) * self.macs_per_unit + pairs
+
+    def _pairs(self, count: int, hidden: int) -> int:
+        """How many of `count` things, one for each pair of units, go."""
+        return count - count * hidden**2 // self.hidden_features**2
 
     @cached_property
     def chain(self) -> tuple[object, ...]:
@@ -88,76 +108,6 @@ class MLP:
     def leaf(self, role: str) -> Leaf:
         """Its first leaf of this role."""
         return next(leaf for leaf in self.leaves if leaf.role == role)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an MLP lies in the module tree."""
-
-    name: str
-    block: str
-    stage: str
-
-
-def locate(model: nn.Module, paths: Sequence[Sequence[str]], signatures: Sequence[object]) -> list[Place]:
-    """Name, block and stage of MLPs, given the paths of the leaves of each, and what tells them apart.
-
-    A stage is a sequence of modules (Sequential, ModuleList, or children named by numbers) around the MLP: the
-    outermost one whose children hold like MLPs, else the innermost one that has several children with MLPs, or one
-    child. So parallel MLPs in a block are no stage, nor is a list such as [attention, MLP], nor a list of stages.
-    """
-    common = [_common(leaves) for leaves in paths]
-    different = [name for name, _ in {(name, tuple(leaves)) for name, leaves in zip(common, paths, strict=True)}]
-    names = [n if n and different.count(n) == 1 else leaves[0] for n, leaves in zip(common, paths, strict=True)]
-    kinds = dict(zip(names, signatures, strict=True))
-    places: list[Place] = []
-    for name in names:
-        steps = name.split(".")
-        lists = []  # (stage, block) from the outside in
-        for depth in range(len(steps)):
-            stage, block = ".".join(steps[:depth]), ".".join(steps[: depth + 1])
-            parent = module_at(model, stage)
-            if isinstance(parent, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or steps[depth].isdigit():
-                lists.append((stage, block))
-        contents = {stage: _contents(stage, kinds) for stage, _ in lists}
-        repeated = [pair for pair in lists if len(contents[pair[0]]) > 1 and _all_equal(contents[pair[0]].values())]
-        several = [pair for pair in lists if len(contents[pair[0]]) > 1 or len(_children(model, pair[0])) == 1]
-        stage, block = (repeated[:1] or several[-1:] or lists[-1:] or [("", name.rpartition(".")[0])])[0]
-        again = sum(place.name.split("@")[0] == name for place in places)
-        unique = f"{name}@{again}" if again else name  # a flat graph calls a tied MLP by one path
-        places.append(Place(unique, block, stage))
-    return places
-
-
-def _common(paths: Sequence[str]) -> str:
-    parts = [path.split(".")[:-1] for path in paths]
-    prefix = []
-    for step in zip(*parts, strict=False):
-        if len(set(step)) > 1:
-            break
-        prefix.append(step[0])
-    return ".".join(prefix)
-
-
-def _children(model: nn.Module, stage: str) -> list[str]:
-    module = module_at(model, stage)
-    return list(module._modules) if module is not None else []
-
-
-def _contents(stage: str, kinds: Mapping[str, object]) -> dict[str, list[tuple[str, object]]]:
-    """For each child of a stage that holds MLPs: where in it, and which."""
-    start = f"{stage}." if stage else ""
-    contents: dict[str, list[tuple[str, object]]] = {}
-    for name, kind in kinds.items():
-        if name.startswith(start):
-            child, _, rest = name[len(start) :].partition(".")
-            contents.setdefault(child, []).append((rest, kind))
-    return contents
-
-
-def _all_equal(values: Iterable[object]) -> bool:
-    first, *others = values
-    return all(value == first for value in others)
 
 
 def chains(mlps: Sequence[MLP]) -> list[list[MLP]]:

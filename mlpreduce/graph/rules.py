@@ -1,92 +1,127 @@
 """What a node of the graph may be: tables of operations, and questions about leaf modules.
 
-To teach the matcher an operation, add it to a table.
+Operations go by name, so that functions, methods and operators are one thing. To teach the matcher an operation, add
+its name to a table.
 """
 
 from __future__ import annotations
 
 import copy
-import operator
+import re
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from mlpreduce.graph.trace import module_at
+from mlpreduce.graph.trace import NORMS
 
 __all__ = [
     "ACTIVATIONS",
     "ADD",
+    "MIXING",
     "MULTIPLY",
     "NEUTRAL",
+    "PASSING",
     "QUERIES",
+    "SHAPING",
     "SPLIT",
+    "Projection",
     "describe",
-    "is_channelwise",
+    "is_depthwise",
     "is_elementwise",
     "is_nonlinear",
-    "is_projection",
-    "mixes_positions",
+    "is_norm",
+    "norm_dim",
     "operand",
-    "passes",
-    "target_of",
+    "operation",
+    "projection",
+    "says_mlp",
     "tensors_of",
-]  # fmt: skip
+]
 
 ACTIVATIONS = {
-    F.gelu, F.relu, F.relu6, F.silu, F.mish, F.elu, F.selu, F.celu, F.leaky_relu, F.softplus, F.sigmoid, F.tanh,
-    F.hardswish, F.hardsigmoid, F.hardtanh, F.logsigmoid, torch.relu, torch.sigmoid, torch.tanh, torch.square,
-    torch.nn.functional.relu_,
-    "relu", "relu_", "sigmoid", "tanh", "square", "gelu", "silu",
+    "gelu", "relu", "relu6", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "softplus", "sigmoid", "tanh",
+    "hardswish", "hardsigmoid", "hardtanh", "logsigmoid", "square", "pow", "erf",
 }  # fmt: skip
-NEUTRAL = {
-    F.dropout,
-    torch.clamp,
-    "contiguous",
-    "clone",
-    "detach",
-    "to",
-    "type_as",
-    "float",
-    "half",
-    "bfloat16",
-    "clamp",
-}
-MULTIPLY = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-SPLIT = {torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split"}
-ADD = {operator.add, operator.iadd, operator.sub, torch.add, torch.sub, "add", "add_", "sub", "sub_"}
+NEUTRAL = {"dropout", "contiguous", "clone", "detach", "to", "type_as", "float", "half", "bfloat16", "clamp", "clip"}
+MULTIPLY = {"mul"}
+ADD = {"add", "sub"}
+SPLIT = {"chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"}
+SHAPING = {
+    "flatten", "unflatten", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "reshape", "view",
+    "reshape_as", "view_as", "squeeze", "unsqueeze", "t", "T", "mT",
+}  # fmt: skip
 # on the way from the contracting projection to the residual addition
-PASSING = NEUTRAL | {
-    F.layer_norm, F.batch_norm, F.group_norm, F.rms_norm, torch.cat, torch.stack, torch.sum, operator.truediv,
-    operator.getitem, torch.flatten, torch.transpose, torch.permute, torch.reshape, "sum", "div", "flatten",
-    "transpose", "permute", "reshape", "view", "unsqueeze", "squeeze", "stochastic_depth",
+PASSING = NEUTRAL | SHAPING | {
+    "layer_norm", "batch_norm", "group_norm", "rms_norm", "cat", "stack", "sum", "truediv", "getitem",
+    "stochastic_depth", "drop_path",
 }  # fmt: skip
 # between the residual stream and an MLP's input: what mixes positions, so that the input is no longer the stream's
 MIXING = {
-    torch.mean, torch.sum, torch.amax, torch.max, torch.matmul, torch.bmm, torch.einsum, torch.softmax, operator.matmul,
-    F.softmax, F.scaled_dot_product_attention, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d,
-    "mean", "sum", "amax", "max", "matmul", "bmm", "softmax",
+    "mean", "sum", "amax", "max", "matmul", "bmm", "einsum", "softmax", "scaled_dot_product_attention",
+    "multi_head_attention_forward", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "avg_pool2d", "max_pool2d",
 }  # fmt: skip
-QUERIES = {getattr, "size", "dim", "numel", "new_empty"}  # they read a tensor's shape, not its values
+QUERIES = {"getattr", "size", "dim", "numel", "new_empty"}  # they read a tensor's shape, not its values
+_SYNONYMS = {
+    "iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul", "multiply": "mul",
+    "subtract": "sub", "div": "truediv", "divide": "truediv", "itruediv": "truediv",
+}  # fmt: skip
+_KNOWN_PACKAGES = ("torch", "torchvision", "timm", "_operator", "builtins", "transformers")
+_MLP_WORDS = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
 _NUMBERS = torch.linspace(-3.0, 3.0, 24, device="cpu")
 _PROBED: dict[tuple[type[nn.Module], str], bool] = {}
 NOT_ELEMENTWISE = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU)
 
 
-def target_of(node: fx.Node) -> object:
-    """What a call does: the function, or the name of the method; fx-wrapped functions count by name too."""
-    if node.op == "call_function" and node.target not in PASSING | MULTIPLY | ADD | ACTIVATIONS:
+def operation(node: fx.Node) -> str | None:
+    """What a call does, by name; None if it is no call of a known function."""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        return name if name in ("stochastic_depth", "drop_path", "dropout") else node.target
-    return node.target
+        if name == "__get__":  # a property, such as Tensor.T
+            name = getattr(getattr(node.target, "__self__", None), "__name__", "")
+        if not (getattr(node.target, "__module__", None) or "torch").startswith(_KNOWN_PACKAGES):
+            return None
+    else:
+        return None
+    name = name.strip("_")
+    return _SYNONYMS.get(name, name)
 
 
-def is_projection(module: nn.Module | None) -> bool:
-    if not isinstance(module, (nn.Linear, nn.Conv2d)) or not _is_ordinary(module):
-        return False
-    if isinstance(module, nn.Linear):
-        return True
-    return set(module.kernel_size) == {1} and set(module.stride) == {1} and module.groups == 1
+def operand(node: fx.Node) -> object:
+    """The tensor that a unary operation is applied to."""
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How a layer maps features: dimensions of its weight, and the feature dimension of what it is given."""
+
+    outputs: int
+    inputs: int
+    features: int
+
+
+def projection(module: nn.Module | None) -> Projection | None:
+    """What a layer is as a projection of each position alone, if it has just a weight and a bias and a known forward.
+
+    Parametrised, lazy and quantised layers are none.
+    """
+    if module is None or set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
+        return None
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
+        return None
+    ours = type(module).__module__.startswith("timm.")
+    if isinstance(module, nn.Linear) and (ours or type(module).forward is nn.Linear.forward):
+        return Projection(outputs=0, inputs=1, features=-1)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        known = ours or type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward)
+        pointwise = set(module.kernel_size) == {1} and set(module.stride) == {1} and module.groups == 1
+        return Projection(outputs=0, inputs=1, features=1) if known and pointwise else None
+    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):  # GPT-2's
+        return Projection(outputs=1, inputs=0, features=-1)
+    return None
 
 
 def tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -94,37 +129,28 @@ def tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, t) for name, t in [*module.named_parameters(), *module.named_buffers()] if t.numel() > 1]
 
 
-def _elementwise_class(module: nn.Module) -> bool | None:
-    if isinstance(module, NOT_ELEMENTWISE):
-        return False
+def is_depthwise(module: nn.Module | None) -> bool:
+    """Whether a layer is a convolution of each channel alone, or of groups of channels, as many out as in."""
     if (
-        isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
-        or type(module).__module__ == nn.ReLU.__module__
+        not isinstance(module, (nn.Conv1d, nn.Conv2d))
+        or module.groups == 1
+        or module.in_channels != module.out_channels
     ):
-        return True
-    return None
+        return False
+    return set(module.stride) == {1} and set(module._parameters) == {"weight", "bias"} and not module._buffers
 
 
-def _is_ordinary(module: nn.Linear | nn.Conv2d) -> bool:
-    """Whether a projection has just a weight and a bias, and a forward that is known: not parametrised, lazy or quantised."""
-    known = type(module).forward in (nn.Linear.forward, nn.Conv2d.forward) or type(module).__module__.startswith(
-        "timm."
-    )
-    lazy = any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values())
-    return known and not lazy and set(module._parameters) == {"weight", "bias"} and not module._buffers
-
-
-def is_channelwise(module: nn.Module, channel_last: bool) -> bool:
-    """Whether a leaf with one value a channel can be sliced along its channels: a known norm or scale."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return not channel_last  # BatchNorm1d counts the tokens of (batch, tokens, features) as channels
-    known = isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.PReLU)) or type(module).__module__.startswith("timm.")
+def is_norm(module: nn.Module) -> bool:
+    """Whether a leaf with one value a channel is a known norm or scale, and can be sliced along its channels."""
+    known = isinstance(module, (*NORMS, nn.PReLU)) or type(module).__module__.startswith("timm.")
     return known and not isinstance(module, nn.GroupNorm)
 
 
-def operand(node: fx.Node) -> object:
-    """The tensor that a unary operation is applied to."""
-    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
+def norm_dim(module: nn.Module) -> int | None:
+    """The channel dimension that a norm works on; None if it does not say."""
+    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.PReLU)) or "2d" in type(module).__name__.lower():
+        return 1
+    return -1 if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else None
 
 
 def is_elementwise(module: nn.Module) -> bool:
@@ -136,6 +162,17 @@ def is_elementwise(module: nn.Module) -> bool:
     if key not in _PROBED:
         _PROBED[key] = _probe(module)
     return _PROBED[key]
+
+
+def _elementwise_class(module: nn.Module) -> bool | None:
+    if isinstance(module, NOT_ELEMENTWISE):
+        return False
+    if (
+        isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
+        or type(module).__module__ == nn.ReLU.__module__
+    ):
+        return True
+    return None
 
 
 def _probe(module: nn.Module) -> bool:
@@ -155,36 +192,23 @@ def _keeps_elements_apart(module: nn.Module, x: torch.Tensor) -> bool:
 
 
 def is_nonlinear(module: nn.Module) -> bool:
+    """Whether a leaf is more than a norm, a scale or a drop; a norm is if it holds an activation."""
+    if isinstance(module, NORMS):
+        return any(is_nonlinear(child) for child in module.children())
     return not isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)) and type(module).__name__ != "DropPath"
 
 
+def is_activation(module: nn.Module) -> bool:
+    """Whether a leaf is known to be an activation, or a norm that holds one."""
+    return is_nonlinear(module) and (isinstance(module, NORMS) or _elementwise_class(module) is True)
+
+
+def says_mlp(names: list[str]) -> bool:
+    """Whether a name or class says MLP. It is asked only where an MLP and an inverted residual have one structure."""
+    return any(_MLP_WORDS.search(name) for name in names)
+
+
 def describe(module: nn.Module) -> tuple[object, ...]:
+    """What tells leaves apart beside their values."""
     shapes = tuple((name, tuple(t.shape), str(t.dtype)) for name, t in tensors_of(module))
-    return type(module).__qualname__, module.extra_repr(), shapes
-
-
-def passes(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a node hands the output of an MLP on to the residual addition: a norm, a scale, a drop, a shape."""
-    if node.op == "call_module":
-        module = module_at(model, str(node.target))
-        if module is None or is_projection(module):
-            return False
-        tensors = tensors_of(module)
-        return all(t.dim() == 1 for _, t in tensors) and (bool(tensors) or not _is_nonlinear_leaf(module))
-    target = target_of(node)
-    if target in MULTIPLY:  # a layer scale, not a gate
-        others = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        return len(others) < 2 or any(arg.op == "get_attr" for arg in others)
-    return target in PASSING or target in ("drop_path", "dropout")
-
-
-def _is_nonlinear_leaf(module: nn.Module) -> bool:
-    return _elementwise_class(module) is True and is_nonlinear(module)
-
-
-def mixes_positions(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a node computes one position from several: pooling, attention, a mean."""
-    if node.op == "call_module":
-        module = module_at(model, str(node.target))
-        return "Pool" in type(module).__name__ or isinstance(module, (nn.MultiheadAttention, nn.Softmax))
-    return target_of(node) in MIXING
+    return type(module).__qualname__, repr(module) if module._modules else module.extra_repr(), shapes

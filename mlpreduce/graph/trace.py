@@ -18,8 +18,10 @@ from torch import fx, nn
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["forget", "module_at", "refuse_wrapped", "structural_copy", "trace"]
+__all__ = ["NORMS", "forget", "is_leaf", "module_at", "path_below", "refuse_wrapped", "structural_copy", "trace"]
 
+# they may hold an activation, as timm's BatchNormAct2d does
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _WRAPPERS = {
     "DistributedDataParallel": "model.module",
     "DataParallel": "model.module",
@@ -34,6 +36,30 @@ def module_at(model: nn.Module, path: str) -> nn.Module | None:
     for name in path.split(".") if path else ():
         module = module._modules.get(name) if module is not None else None
     return module
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is what edits tie and slice: it has no children, or is a norm whose children have no tensors."""
+    if not module._modules:
+        return True
+    return isinstance(module, NORMS) and not any(True for c in module.children() for _ in c.state_dict(keep_vars=True))
+
+
+def path_below(root: nn.Module, caller: str, module: nn.Module) -> str:
+    """The path of a module as its caller knows it; a tied module has several.
+
+    Raises:
+        ReductionError: it is not in the tree.
+    """
+    above: nn.Module | None = module_at(root, caller)
+    for name, child in above._modules.items() if above is not None else ():
+        if child is module:
+            return f"{caller}.{name}" if caller else name
+    for start, tree in ((caller, above), ("", root)):
+        for name, child in tree.named_modules(remove_duplicate=False) if tree is not None else ():
+            if child is module and name:
+                return f"{start}.{name}" if start else name
+    raise ReductionError(f"{type(module).__name__}, called by {caller or 'the model'}, is not registered in the model")
 
 
 def refuse_wrapped(model: Any, call: str) -> None:
@@ -128,16 +154,10 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=functions)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not m._modules or isinstance(m, self._opaque) or super().is_leaf_module(m, module_qualified_name)
+        return is_leaf(m) or isinstance(m, self._opaque) or super().is_leaf_module(m, module_qualified_name)
 
     def path_of_module(self, mod: nn.Module) -> str:
-        caller = self.scope.module_path
-        module = module_at(self.root, caller)
-        if module is not None:
-            for name, child in module.named_modules(remove_duplicate=False):
-                if child is mod and name:
-                    return f"{caller}.{name}" if caller else name
-        return super().path_of_module(mod)
+        return path_below(self.root, self.scope.module_path, mod)
 
 
 def trace(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
@@ -159,7 +179,7 @@ def trace(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
             return copy, _Tracer().trace(copy, concrete_args=defaults or None)
     except Exception as error:  # whatever a foreign forward does with a proxy
         raise ReductionError(
-            f"find_mlps({type(model).__name__}): torch.fx cannot trace its forward: {type(error).__name__}: {error}"
+            f"torch.fx cannot trace the forward of {type(model).__name__}: {type(error).__name__}: {error}"
         ) from error
 
 

@@ -55,7 +55,7 @@ def grouped(
     """
     if keep not in KEEPS:
         raise ReductionError(f"keep is {keep!r}{did_you_mean(str(keep), KEEPS)}")
-    tied = [mlp for mlp in parts if len(parts.uses(mlp)) > 1]
+    tied = [mlp for mlp in parts if len({use.block for use in parts.uses(mlp)}) > 1]
     if tied:
         names = ", ".join(use.name for use in parts.uses(tied[0]))
         raise ReductionError(

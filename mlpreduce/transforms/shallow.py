@@ -39,7 +39,8 @@ def shallow(
         width: the width to keep, the same for all.
         widths: the width of each MLP that is not tied to an earlier one, in order of execution, or by name.
         criterion: which units to keep, see `list_criteria`.
-        round_to: widths become multiples of this, rounded down, at least one multiple.
+        round_to: widths become multiples of this, and of the groups of a grouped convolution, rounded down, at least
+            one multiple.
         seed: of the criterion `random`.
 
     Raises:
@@ -56,14 +57,15 @@ def shallow(
     owners = _owners(parts)
     targets = _widths(parts, owners, ratio, width, widths)
     for mlp, target in zip(owners, targets, strict=True):
-        kept = target if target == mlp.hidden_features else max(target // round_to, 1) * round_to
+        step = math.lcm(round_to, mlp.groups)
+        kept = target if target == mlp.hidden_features else max(target // step, 1) * step
         if not 1 <= target <= mlp.hidden_features or kept > mlp.hidden_features:
             raise ReductionError(
                 f"{mlp.name} would keep {target if target < 1 else kept} of {mlp.hidden_features} hidden units; "
                 f"it must be 1 to {mlp.hidden_features}"
             )
         if kept < mlp.hidden_features:
-            yield parts.slice(mlp, parts.order(mlp, criterion, seed)[:kept])
+            yield parts.keep(mlp, kept, criterion, seed)
 
 
 def _owners(parts: Parts) -> list[MLP]:

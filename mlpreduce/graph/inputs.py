@@ -1,0 +1,89 @@
+"""Inputs of the size a model says it takes, and how a model is called with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from mlpreduce.errors import ReductionError
+
+__all__ = ["Inputs", "call_with", "example_inputs", "map_tensors", "tensors_in"]
+
+Inputs: TypeAlias = "torch.Tensor | tuple[Any, ...] | Mapping[str, Any]"
+
+
+def call_with(model: nn.Module, inputs: Inputs) -> Any:
+    """Call a model with one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def map_tensors(inputs: Inputs, function: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+    """The same inputs with every tensor replaced."""
+
+    def change(value: Any) -> Any:
+        return function(value) if isinstance(value, torch.Tensor) else value
+
+    if isinstance(inputs, Mapping):
+        return {name: change(value) for name, value in inputs.items()}
+    return tuple(change(value) for value in inputs) if isinstance(inputs, tuple) else change(inputs)
+
+
+def tensors_in(inputs: Inputs) -> list[torch.Tensor]:
+    """The tensors of inputs, in order."""
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def example_inputs(model: nn.Module, batch: int = 1) -> Inputs:
+    """A batch of the size the model says it takes, on its device, zeros.
+
+    The size is that of its patch embedding, its pretrained config (timm), its image size (torchvision), or its config
+    (transformers: images or token ids, by the name of its main input).
+
+    Raises:
+        ReductionError: it does not say.
+    """
+    parameter = next(model.parameters(), torch.empty(0))
+    config = getattr(model, "config", None)
+    if hasattr(model, "main_input_name") and config is not None:
+        named = _of_config(config, str(model.main_input_name), batch, parameter)
+        if named is not None:
+            return named
+    embed = getattr(model, "patch_embed", None)
+    size, channels = getattr(embed, "img_size", None), None
+    convolutions = (m for m in (embed if isinstance(embed, nn.Module) else model).modules() if isinstance(m, nn.Conv2d))
+    channels = next((convolution.in_channels for convolution in convolutions), None)
+    if channels is not None and channels > 16:  # no stem, but some other convolution that was registered first
+        channels = None
+    if not (isinstance(size, tuple) and all(isinstance(side, int) for side in size)):
+        size = getattr(model, "image_size", None)  # torchvision
+        size = (size, size) if isinstance(size, int) else None
+    pretrained = getattr(model, "pretrained_cfg", None) or {}
+    if size is None and "input_size" in pretrained:
+        channels, *size = pretrained["input_size"] if channels is None else (channels, *pretrained["input_size"][1:])
+    if size is None and type(model).__module__.startswith("torchvision."):
+        size = (224, 224)
+    if size is None or channels is None:
+        raise ReductionError(
+            f"{type(model).__name__} does not say what image size it takes; give example inputs, such as "
+            f"torch.zeros(1, 3, height, width)"
+        )
+    return torch.zeros(batch, channels, *size, device=parameter.device, dtype=parameter.dtype)
+
+
+def _of_config(config: Any, name: str, batch: int, parameter: torch.Tensor) -> Mapping[str, Any] | None:
+    """Inputs of a model of transformers."""
+    size = getattr(config, "image_size", None)
+    if name == "pixel_values" and size is not None:
+        sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        channels = getattr(config, "num_channels", 3)
+        return {name: torch.zeros(batch, channels, *sides, device=parameter.device, dtype=parameter.dtype)}
+    if name == "input_ids":
+        length = min(16, getattr(config, "max_position_embeddings", 16))
+        return {name: torch.zeros(batch, length, device=parameter.device, dtype=torch.long)}
+    return None
