@@ -25,7 +25,7 @@ ORDER = [
     ["construction"],
     ["checkpoint", "profiling", "verification"],
     ["__init__"],
-    ["testing", "data"],
+    ["testing", "data", "coverage", "bench"],
     ["train"],
     ["launch", "records"],
     ["report"],
@@ -33,7 +33,7 @@ ORDER = [
     ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-OWNERS = {"ray": "launch", "mlflow": "records", "matplotlib": "report", "optuna": "search"}
+OWNERS = {"ray": "launch", "mlflow": "records", "matplotlib": "report", "optuna": "search", "torch_pruning": "bench"}
 HEAVY = (
     "torch",
     "torchvision",

@@ -1,0 +1,77 @@
+"""Which architectures of timm the library reduces, and the proof: `python -m mlpreduce coverage`."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+import timm
+import torch
+
+from mlpreduce.coverage.entries import Entry, examine, family_of
+from mlpreduce.coverage.proofs import Proof, prove
+from mlpreduce.coverage.table import family_row, markdown, smallest
+from mlpreduce.errors import ReductionError, did_you_mean
+
+__all__ = ["Entry", "Proof", "examine", "family_row", "main", "prove", "smallest"]
+
+Result = TypeVar("Result")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `mlpreduce coverage` and return its exit status: 0, or 1 if anything does not hold."""
+    parser = argparse.ArgumentParser(prog="mlpreduce coverage", description=__doc__)
+    parser.add_argument("--family", action="append", help="a timm module, such as swin_transformer, or a glob")
+    parser.add_argument("--output", type=Path, help="write the table to this file")
+    parser.add_argument("--json", action="store_true", help="print every architecture as JSON instead of the table")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    options = parser.parse_args(argv)
+    families = sorted({family_of(name) for name in timm.list_models()})
+    for pattern in options.family or ():
+        if not fnmatch.filter(families, pattern):
+            raise ReductionError(f"coverage: timm has no module {pattern!r}{did_you_mean(pattern, families)}")
+    chosen = {f for f in families if any(fnmatch.fnmatchcase(f, pattern) for pattern in options.family or ("*",))}
+    names = [name for name in timm.list_models() if family_of(name) in chosen]
+    entries = sorted(_all(examine, names, options.workers, "on the meta device"), key=lambda e: e.architecture)
+    proved = _all(prove, [e.architecture for e in smallest(entries).values()], options.workers, "on the CPU")
+    proofs = {proof.architecture: proof for proof in sorted(proved, key=lambda proof: proof.architecture)}
+    text = markdown(entries, proofs, f" with timm {timm.__version__}")
+    if options.output:
+        options.output.write_text(text, encoding="utf-8")
+    if options.json:
+        rows = {"entries": [asdict(e) for e in entries], "proofs": [asdict(proof) for proof in proofs.values()]}
+        print(json.dumps(rows, indent=1))
+    elif not options.output:
+        print(text)
+    return int(any(e.failure for e in entries) or any(proof.failure for proof in proofs.values()))
+
+
+def _all(function: Callable[[str], Result], names: Iterable[str], workers: int, where: str) -> Iterator[Result]:
+    """Results in the order they come, with progress on stderr."""
+    names = list(names)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quietly) as pool:
+        futures = [pool.submit(function, name) for name in names]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                if done % 20 == 0 or done == len(names):
+                    print(f"{done} of {len(names)} architectures {where}", file=sys.stderr, flush=True)
+                yield future.result()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _quietly() -> None:
+    """One thread a process, and no warnings of the models'."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
