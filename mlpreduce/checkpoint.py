@@ -23,6 +23,7 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.graph import refuse_wrapped, structural_copy
 from mlpreduce.reduction import broken_ties, history, remember
 from mlpreduce.surgery import carry_out
+from mlpreduce.ties import full_state
 
 __all__ = ["load", "save"]
 
@@ -125,7 +126,7 @@ def _unique_tensors(model: nn.Module, call: str) -> tuple[dict[str, torch.Tensor
     aliases: dict[str, str] = {}
     names: dict[int, str] = {}
     storages: set[int] = set()
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in full_state(model).items():
         if not isinstance(value, torch.Tensor):
             raise ReductionError(f"{call}: {name} is a {type(value).__name__}, not a tensor; it cannot be saved")
         if value.is_meta:
@@ -193,7 +194,7 @@ def _check_fit(rehearsal: nn.Module, file: Any, call: str) -> None:
 
 
 def _fill(model: nn.Module, file: Any) -> None:
-    state = model.state_dict(keep_vars=True)
+    state = full_state(model)
     for name in file.keys():  # noqa: SIM118  (not a dict)
         value = file.get_tensor(name)
         target = state[name]
@@ -262,7 +263,7 @@ def _difference(model: nn.Module, build: dict[str, Any], call: str) -> str | Non
     except (ReductionError, TypeError, RuntimeError, ValueError, AssertionError) as error:
         return str(error)
     theirs = {name: tuple(t.shape) for name, t in built.state_dict().items()}
-    ours = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    ours = {name: tuple(t.shape) for name, t in full_state(model).items()}
     if theirs != ours:
         name = next(iter(sorted(theirs.items() ^ ours.items())))[0]
         return f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"

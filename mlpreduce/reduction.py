@@ -1,4 +1,4 @@
-"""The calls that reduce a built model: plan, apply, history, untie."""
+"""The calls that reduce a built model: plan, apply, history, untie, merge."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from mlpreduce.graph import (
 )
 from mlpreduce.parts import Parts
 from mlpreduce.surgery import carry_out, untie_leaves
+from mlpreduce.ties import guard, unguard
 from mlpreduce.transforms import Transform, check_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["apply", "broken_ties", "history", "plan", "untie"]
+__all__ = ["apply", "broken_ties", "history", "merge", "plan", "untie"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Globs = str | Sequence[str] | None
@@ -184,6 +185,8 @@ def remember(model: nn.Module, made: Plan) -> None:
     model.mlpreduce_history = plans  # type: ignore[assignment]
     if isinstance(model, fx.GraphModule):
         model.meta["mlpreduce_history"] = plans  # what a GraphModule's deepcopy keeps
+    elif made.of(Share):
+        guard(model)
 
 
 def history(model: nn.Module) -> list[Plan]:
@@ -207,7 +210,21 @@ def untie(model: Model) -> Model:
     untie_leaves(model, shares)
     plans = _without_ties(history(model))
     model.mlpreduce_history = [made for made in plans if made.edits]  # type: ignore[assignment]
+    unguard(model)
     return model
+
+
+def merge(model: Model) -> Model:
+    """Turn a reduced model into a plain one, in place. Exact: no output changes.
+
+    What reductions added is folded into the weights, and what they tied is untied, so that the state dict is that of the
+    architecture again; sliced MLPs stay as narrow as they are. A model with nothing to merge is returned as it is.
+
+    Raises:
+        ReductionError: the model is wrapped, or a tie that the history tells of is gone.
+    """
+    refuse_wrapped(model, "merge")
+    return untie(model) if any(made.of(Share) for made in history(model)) else model
 
 
 def _without_ties(plans: list[Plan]) -> list[Plan]:

@@ -14,6 +14,7 @@ import mlpreduce
 from mlpreduce.budget import measure
 from mlpreduce.edits import Assign, Plan, Scale, Share, Slice
 from mlpreduce.errors import ReductionError
+from mlpreduce.ties import full_state
 
 __all__ = ["check_transform", "tiny_vit"]
 
@@ -111,7 +112,7 @@ def _untouched(before: nn.Module, model: nn.Module, made: Plan) -> None:
     named = {axis.tensor for edit in made.of(Slice) for axis in edit.axes}
     named |= {edit.tensor for edit in made.of(Assign, Scale)}
     shares = {share.target: share.source for share in made.of(Share)}
-    state = model.state_dict()
+    state = full_state(model)
     for name, tensor in before.state_dict().items():
         if name not in named and name.rpartition(".")[0] not in shares and name in state:
             _must(torch.equal(tensor, state[name]), f"{name}, which no edit names, is bit-identical")

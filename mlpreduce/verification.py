@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ from mlpreduce.edits import Share
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import find_mlps, refuse_wrapped
 from mlpreduce.reduction import broken_ties, history
+from mlpreduce.ties import is_guarded, tied
 
-__all__ = ["Report", "verify"]
+__all__ = ["Report", "reentrant_problem", "verify"]
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,21 @@ def verify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, ema
         for names in holders.values()
         if len(names) > 1
     ]
+    if tied(model) and not is_guarded(model):
+        problems.append(
+            "the state dict has a tied tensor once a use, as its hooks are gone; loading keeps the last value silently"
+        )
+    problems += [problem for problem in [reentrant_problem(model)] if problem is not None]
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise ReductionError(f"verify: optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer")
     if optimizer is not None:
         problems += _optimizer_problems(model, optimizer)
     if ema is not None:
-        problems += _ema_problems(model, shares, ema)
+        averaged = ema if type(ema) is type(model) else getattr(ema, "module", getattr(ema, "ema", ema))
+        problems += [
+            f"in the EMA {share.target} is not tied to {share.source}; make it after apply"
+            for share in broken_ties(model, averaged)
+        ]
     params = sum(parameter.numel() for parameter in model.parameters())
     return Report(params, len(mlps), len({mlp.owner for mlp in mlps}), len(shares), tuple(problems))
 
@@ -101,13 +112,21 @@ def _optimizer_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> l
     return problems
 
 
-def _ema_problems(model: nn.Module, shares: list[Share], ema: Any) -> list[str]:
-    averaged = ema if type(ema) is type(model) else getattr(ema, "module", ema)
-    problems = [f"in the EMA {share.target} is not tied to {share.source}" for share in broken_ties(model, averaged)]
-    over_state_dict = type(ema).__name__ in ("ModelEma", "ModelEmaV2") or getattr(ema, "exclude_buffers", True) is False
-    if shares and over_state_dict:
-        problems.append(
-            f"{type(ema).__name__} walks the state dict, where a tied tensor stands once a use, and decays it as often; "
-            f"use mlpreduce.train.create_ema, or ModelEmaV3(exclude_buffers=True)"
+def reentrant_problem(model: nn.Module) -> str | None:
+    """What is wrong with the gradient checkpointing of a tied model: the reentrant kind, which DDP cannot train."""
+    if not tied(model):
+        return None
+    timm_layers = sys.modules.get("timm.layers")  # a model of timm cannot exist without
+    for path, module in model.named_modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)  # of transformers: a partial
+        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+            remedy = 'gradient_checkpointing_enable({"use_reentrant": False})'
+        elif getattr(module, "grad_checkpointing", False) and timm_layers and timm_layers.use_reentrant_ckpt():
+            remedy = "timm.layers.set_reentrant_ckpt(False), or unset TIMM_REENTRANT_CKPT"
+        else:
+            continue
+        return (
+            f"{path or 'the model'} checkpoints reentrantly: in DDP the gradient of a tied tensor is ready once a use, and "
+            f"the backward pass fails; {remedy}"
         )
-    return problems
+    return None

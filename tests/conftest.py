@@ -33,11 +33,15 @@ def unchanged() -> Callable[[nn.Module], Callable[[], None]]:
     """`check = unchanged(model)` remembers a model; `check()` asserts that every bit and tie is as it was."""
 
     def remember(model: nn.Module) -> Callable[[], None]:
-        state = {name: (id(t), t.detach().clone()) for name, t in model.state_dict(keep_vars=True).items()}
+        def tensors() -> dict[str, torch.Tensor]:
+            buffers = model.named_buffers(remove_duplicate=False)
+            return dict(model.named_parameters(remove_duplicate=False)) | dict(buffers)
+
+        state = {name: (id(t), t.detach().clone()) for name, t in tensors().items()}
         text, attributes = repr(model), set(model.__dict__)
 
         def check() -> None:
-            after = model.state_dict(keep_vars=True)
+            after = tensors()
             assert list(after) == list(state)
             for name, tensor in after.items():
                 assert id(tensor) == state[name][0], name

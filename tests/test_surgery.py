@@ -276,12 +276,12 @@ def test_optimizer_made_too_early_is_seen(vit: nn.Module) -> None:
     assert mlpreduce.verify(vit, torch.optim.AdamW(vit.parameters())).ok
 
 
-def test_verify_sees_a_broken_tie_and_an_aliased_ema(vit: nn.Module) -> None:
+def test_verify_sees_a_broken_tie_and_accepts_an_ema(vit: nn.Module) -> None:
     from timm.utils import ModelEmaV2, ModelEmaV3
 
     mlpreduce.apply(vit, "grouped")
-    assert "decays it as often" in str(mlpreduce.verify(vit, ema=ModelEmaV3(vit)))
-    assert "decays it as often" in str(mlpreduce.verify(vit, ema=ModelEmaV2(vit)))
+    assert mlpreduce.verify(vit, ema=ModelEmaV3(vit)).ok
+    assert mlpreduce.verify(vit, ema=ModelEmaV2(vit)).ok
     assert mlpreduce.verify(vit, ema=ModelEmaV3(vit, exclude_buffers=True)).ok
     vit.blocks[1] = copy.deepcopy(vit.blocks[1])
     assert "blocks.1.mlp.fc1 is no longer tied to blocks.0.mlp.fc1" in str(mlpreduce.verify(vit))

@@ -115,7 +115,7 @@ def moved(group: int, *, per_alias: bool) -> set[float]:
 @pytest.mark.parametrize("group", [2, 3, 4])
 def test_ema_decays_a_tied_tensor_once(group: int) -> None:
     assert moved(group, per_alias=False) == {0.9}
-    assert moved(group, per_alias=True) == {0.9, round(0.9**group, 5)}  # timm's default, and what the test can see
+    assert moved(group, per_alias=True) == {0.9, round(0.9**group, 5)}  # as published, and what the test can see
 
 
 def test_ema_copies_buffers_and_stays_tied() -> None:

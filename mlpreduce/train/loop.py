@@ -23,6 +23,7 @@ from mlpreduce.train.runtime import Runtime, environment
 from mlpreduce.train.settings import Run
 from mlpreduce.train.state import read_checkpoint, restore_rng, save_checkpoint, seed_everything
 from mlpreduce.train.validation import evaluate
+from mlpreduce.verification import reentrant_problem
 
 __all__ = ["TrainingStopped", "fit"]
 
@@ -111,6 +112,8 @@ def _prepare(run: Run, runtime: Runtime, saved: dict[str, Any] | None) -> _Parts
     loaders = load(run.data, train, micro_batch=run.micro_batch, rank=runtime.rank, world=runtime.world, device=device)
     updates_per_epoch = run.updates_per_epoch(loaders.train_samples)
     core = build_model(run).to(device)
+    if runtime.world > 1 and (problem := reentrant_problem(core)) is not None:
+        raise ReductionError(f"fit({run.label}): {problem}")
     if getattr(core, "num_classes", loaders.num_classes) != loaders.num_classes:
         raise ReductionError(
             f"model.kwargs.num_classes: {run.model.name} has {core.num_classes} classes, data.name={run.data.name!r} has "

@@ -15,6 +15,7 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.ties import full_state
 from mlpreduce.train.settings import Run, TrainSettings
 from mlpreduce.transforms import is_construction
 
@@ -42,17 +43,28 @@ def build_model(run: Run, device: torch.device | str | None = None) -> nn.Module
     return model
 
 
+class _PerAliasEma(ModelEmaV3):
+    """timm's moving average where the state dict has a tied tensor once per use: it is averaged as often."""
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        for average, now in zip(full_state(self.module).values(), full_state(model).values(), strict=True):
+            if average.is_floating_point():
+                average.lerp_(now.to(average.dtype), weight=1 - decay)
+            else:
+                average.copy_(now)
+
+
 def create_ema(model: nn.Module, decay: float, *, per_alias: bool = False) -> ModelEmaV3:
     """A moving average of the weights in which a tied tensor moves once per update, by exactly `decay`.
 
-    timm's `ModelEmaV3` walks the state_dict by default, where a tied tensor stands once per block that uses it: with groups
-    of g blocks it is averaged g times per update, and its effective decay is decay**g. Here each tensor is averaged once;
-    buffers are copied. There is no warm-up.
+    Buffers are copied, and there is no warm-up. timm's own averages do the same for a model with ties, whose state dict
+    has a tied tensor once. In the published runs it stood there once per block that uses it: with groups of g blocks it
+    was averaged g times per update, and its effective decay was decay**g.
 
     Args:
         model: the reduced model, before DDP or compilation wraps it.
         decay: weight of the old average, per update.
-        per_alias: average a tied tensor once per use, as timm's default and the published runs do.
+        per_alias: average a tied tensor once per use, as in the published runs.
 
     Returns:
         timm's `ModelEmaV3`: call `update(model)` after each optimizer update; the averaged model is `.module`.
@@ -70,14 +82,14 @@ def create_ema(model: nn.Module, decay: float, *, per_alias: bool = False) -> Mo
         0.9
 
     Source:
-        timm `utils/model_ema.py`; the published runs (arXiv 2512.01059) use its default.
+        timm `utils/model_ema.py`; the published runs (arXiv 2512.01059) use its default on a model without our state dict.
     """
     if not 0 <= decay < 1:
         raise ReductionError(
             f"create_ema(decay={decay!r}): the decay is the weight of the old average; use 0 <= decay < 1"
         )
-    # foreach=False where a tensor is met twice: a fused kernel does not define the order of the two updates.
-    return ModelEmaV3(model, decay=decay, use_warmup=False, exclude_buffers=not per_alias, foreach=not per_alias)
+    kind = _PerAliasEma if per_alias else ModelEmaV3
+    return kind(model, decay=decay, use_warmup=False, exclude_buffers=not per_alias)
 
 
 def create_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optimizer:

@@ -44,9 +44,7 @@ class TrainSettings(AugmentSettings):
     min_lr: NonNegative = 0.0  # learning rate the schedule ends at
     schedule_per_update: bool = False  # true: the learning rate moves each update; false: each epoch (as published)
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998  # per update, of the averaged weights; 0 = no averaging
-    ema_per_alias: bool = (
-        False  # true: a tied tensor is averaged once per block that uses it (timm's default, as published)
-    )
+    ema_per_alias: bool = False  # true: a tied tensor is averaged once per block that uses it, as published
     amp: Literal["none", "bfloat16", "float16"] = "none"  # automatic mixed precision
     channels_last: bool = False  # memory format of images and convolutions
 

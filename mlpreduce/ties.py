@@ -1,0 +1,116 @@
+"""Ties in a state dict: a tied tensor lies in it once, and a dict that does not fit the ties is refused.
+
+PyTorch writes a shared tensor under each of its names and, of several values for it, silently keeps the last. A model
+with ties has two hooks against both. In `state_dict()` the first name, the one of `named_parameters`, has the tensor and
+the others an empty one. An empty tensor rather than none: a model without the ties then refuses the dict for its shapes,
+also with `strict=False`, which timm uses unasked when the number of classes is another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlpreduce.edits import Share
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import module_at
+
+__all__ = ["full_state", "guard", "is_guarded", "tied", "unguard"]
+
+
+def tied(model: nn.Module) -> dict[str, list[str]]:
+    """The ties of a model's history that hold: first path of each shared leaf module -> its other paths."""
+    shares = (share for made in getattr(model, "mlpreduce_history", ()) for share in made.of(Share))
+    shared = {id(module_at(model, path)) for share in shares for path in (share.source, share.target)}
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if id(module) in shared:
+            paths.setdefault(id(module), []).append(path)
+    return {first: others for first, *others in paths.values() if others}
+
+
+def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with the tensors themselves, a tied one under each of its names."""
+    state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    for first, others in tied(model).items():
+        for key in _below(state, first):
+            for other in others:
+                state[other + key.removeprefix(first)] = state[key]
+    return state
+
+
+def guard(model: nn.Module) -> None:
+    """Put the hooks on a model, unless it has them."""
+    if not is_guarded(model):
+        model.register_state_dict_post_hook(_write_once)
+        model.register_load_state_dict_pre_hook(_read_everywhere)
+
+
+def is_guarded(model: nn.Module) -> bool:
+    """Whether the model has the hooks."""
+    return _write_once in model._state_dict_hooks.values()
+
+
+def unguard(model: nn.Module) -> None:
+    """Take the hooks off a model."""
+    for hooks in (model._state_dict_hooks, model._load_state_dict_pre_hooks):
+        for number, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (_write_once, _read_everywhere):  # torch wraps those for loading
+                del hooks[number]
+
+
+# The hooks are functions of the module, so that they survive deepcopy and pickle, and ask the history each time.
+
+
+def _write_once(model: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    for others in tied(model).values():
+        for key in [key for other in others for key in _below(state, prefix + other)]:
+            if isinstance(state[key], torch.Tensor):
+                state[key] = torch.empty(0, dtype=state[key].dtype, device=state[key].device)
+
+
+def _read_everywhere(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give every name of a tied tensor the one value that the dict has for it.
+
+    Raises:
+        ReductionError: it has several.
+    """
+    found: dict[str, Any] = {}
+    unlike: list[tuple[str, str]] = []
+    for first, others in tied(model).items():
+        paths = [prefix + path for path in (first, *others)]
+        given: dict[str, str] = {}  # name below the leaf -> the first key with a value
+        for path in paths:
+            for key in _below(state, path):
+                if isinstance(state[key], torch.Tensor) and state[key].numel() == 0:
+                    continue
+                other = given.setdefault(key.removeprefix(path), key)
+                if not _same(state[key], state[other]):
+                    unlike.append((other, key))
+        found |= {path + name: state[key] for name, key in given.items() for path in paths}
+    if unlike:
+        raise ReductionError(
+            f"load_state_dict({type(model).__name__}): {unlike[0][0]} and {unlike[0][1]} differ, but they are tied in this "
+            f"model ({len(unlike)} such names): the weights are of a model without the ties; load them into it, then "
+            f"reduce it with mlpreduce.apply"
+        )
+    state.update(found)
+
+
+def _below(state: dict[str, Any], path: str) -> list[str]:
+    return [key for key in state if key.startswith(f"{path}.")]
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two entries are equal bit for bit; without values, whether they are alike."""
+    if value is other or not isinstance(value, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return value is other
+    value, other = getattr(value, "_local_tensor", value), getattr(other, "_local_tensor", other)  # of a DTensor
+    if value.shape != other.shape or value.dtype != other.dtype:
+        return False
+    if value.is_meta or other.is_meta:
+        return True
+    bits = [tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (value, other.to(value.device))]
+    return torch.equal(*bits)
