@@ -27,9 +27,11 @@ _NAMES = {
     "list_criteria": "criteria",
     "list_transforms": "transforms",
     "load": "checkpoint",
+    "merge": "reduction",
     "plan": "reduction",
     "profile": "profiling",
     "register": "transforms",
+    "register_model": "registration",
     "save": "checkpoint",
     "to_graph": "graph",
     "untie": "reduction",
@@ -37,8 +39,8 @@ _NAMES = {
 }
 
 __all__ = ["MLP", "Plan", "Profile", "ReductionError", "Report", "apply", "create_model", "find_mlps", "history"]
-__all__ += ["list_criteria", "list_transforms", "load", "plan", "profile", "register", "save", "to_graph", "untie"]
-__all__ += ["verify"]
+__all__ += ["list_criteria", "list_transforms", "load", "merge", "plan", "profile", "register", "register_model"]
+__all__ += ["save", "to_graph", "untie", "verify"]
 
 if TYPE_CHECKING:
     from mlpreduce.checkpoint import load, save
@@ -48,7 +50,8 @@ if TYPE_CHECKING:
     from mlpreduce.errors import ReductionError
     from mlpreduce.graph import MLP, find_mlps, to_graph
     from mlpreduce.profiling import Profile, profile
-    from mlpreduce.reduction import apply, history, plan, untie
+    from mlpreduce.reduction import apply, history, merge, plan, untie
+    from mlpreduce.registration import register_model
     from mlpreduce.transforms import list_transforms, register
     from mlpreduce.verification import Report, verify
 
