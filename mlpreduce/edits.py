@@ -306,15 +306,18 @@ def _edit_from_json(entry: dict[str, Any], tensors: dict[str, torch.Tensor] | No
 def _table(plan: Plan) -> str:
     """The plan as text: one line per MLP in scope, totals, what is left out and why."""
     width = max([len(row.mlp) for row in plan.rows] + [5])
+    kinds = max([len(row.kind) for row in plan.rows] + [5])
     lines = [
         call_text(plan.transform, plan.config),
-        f"{'#':>4}  {'MLP':<{width}}  {'kind':<12} {'hidden':>15}  {'parameters':>26}  owner",
+        f"{'#':>4}  {'MLP':<{width}}  {'kind':<{kinds}} {'hidden':>15}  {'parameters':>26}  owner",
     ]
     for number, row in enumerate(plan.rows):
         hidden = f"{row.hidden_before:,}" + (f" -> {row.hidden:,}" if row.hidden != row.hidden_before else "")
         params = f"{row.params_before:,}" + (f" -> {row.params:,}" if row.params != row.params_before else "")
         owner = "" if row.owner == row.mlp else row.owner
-        lines.append(f"{number:>4}  {row.mlp:<{width}}  {row.kind:<12} {hidden:>15}  {params:>26}  {owner}".rstrip())
+        lines.append(
+            f"{number:>4}  {row.mlp:<{width}}  {row.kind:<{kinds}} {hidden:>15}  {params:>26}  {owner}".rstrip()
+        )
     before, after = sum(r.params_before for r in plan.rows), sum(r.params for r in plan.rows)
     if plan.rows and before:
         lines.append(f"MLPs in scope: {before:,} -> {after:,} parameters ({(after - before) / before:+.2%})")

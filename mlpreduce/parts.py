@@ -71,7 +71,7 @@ class Parts(Sequence[MLP]):
         else:
             weights = torch.empty(mlp.hidden_features, 0, device="cpu")
         index = next(i for i, other in enumerate(self._mlps) if other.name == mlp.name)
-        return [int(unit) for unit in function(weights, seed + index)]
+        return [int(unit) for unit in function(weights, seed + index).tolist()]
 
     def slice(self, mlp: MLP, units: Sequence[int]) -> Slice:
         """The edit that keeps `units` of an MLP, in all tensors that its uses run through."""
@@ -94,5 +94,7 @@ class Parts(Sequence[MLP]):
                 f"be a multiple of {mlp.groups}"
             )
         order, size = self.order(mlp, criterion, seed), mlp.hidden_features // mlp.groups
+        if mlp.groups == 1:
+            return self.slice(mlp, order[:width])
         groups = [[unit for unit in order if unit // size == group] for group in range(mlp.groups)]
         return self.slice(mlp, [unit for units in groups for unit in units[: width // mlp.groups]])

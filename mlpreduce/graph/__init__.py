@@ -92,7 +92,7 @@ def survey(model: nn.Module, example_inputs: Inputs | None = None) -> Survey:
     refuse_wrapped(model, "find_mlps")
     tree, graph, advice = read(model, example_inputs)
     flow = Flow(tree, graph)
-    matches = match_mlps(flow)
+    matches, stops = match_mlps(flow)
     paths = [[str(node.target) for node in match.leaves] for match in matches]
     places = locate(tree, paths, [tuple(match.signature) for match in matches])
     owners: dict[tuple[int, ...], str] = {}
@@ -104,10 +104,11 @@ def survey(model: nn.Module, example_inputs: Inputs | None = None) -> Survey:
             others[place.name] = "expands, convolves and projects; no name says MLP: an inverted residual or SepConv"
             continue
         mlp = describe_mlp(tree, match, place, "one token" if one else "tokens")
-        leaves = tuple(id(module_at(tree, leaf.path)) for leaf in mlp.leaves if leaf.shareable)
+        shared = [leaf for leaf in mlp.leaves if leaf.shareable] or mlp.leaves
+        leaves = tuple(id(module_at(tree, leaf.path)) for leaf in shared)
         mlps.append(replace(mlp, owner=owners.setdefault(leaves, mlp.name)))
     forget(tree)
-    return Survey(mlps, others, advice)
+    return Survey(mlps, others, "".join(f"; {stop}" for stop in stops[:1]) + advice)
 
 
 def _names(model: nn.Module, place: Place) -> list[str]:

@@ -52,6 +52,12 @@ class Flow:
         value = getattr(module_at(self.model, path), name, None) if node.op == "get_attr" else None
         return value if isinstance(value, torch.Tensor) else None
 
+    def parameter(self, node: fx.Node) -> fx.Node | None:
+        """The parameter that a value is a view of, if it is one."""
+        while node not in self.fed and node.op != "get_attr" and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return node if self.tensor(node) is not None else None
+
     def shape(self, node: object) -> tuple[int, ...] | None:
         """The shape of a node's value, if the graph knows it."""
         if not isinstance(node, fx.Node):

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from mlpreduce.edits import Axis, Setting
 from mlpreduce.graph.flow import Flow
-from mlpreduce.graph.rules import describe, operand, operation, projection
+from mlpreduce.graph.rules import PRODUCTS, describe, operand, operation, projection
 from mlpreduce.graph.trace import module_at
 from mlpreduce.graph.walk import Walk
 
@@ -83,10 +83,11 @@ def _entries(flow: Flow, contract: fx.Node) -> Iterator[tuple[object, int, int, 
         yield value, dim, columns, 0
 
 
-def _match(flow: Flow, contract: fx.Node) -> Match | None:
+def _match(flow: Flow, contract: fx.Node, stops: list[str]) -> Match | None:
     for value, dim, hidden, start in _entries(flow, contract):
         walk = Walk(flow, hidden)
         if not walk.visit(value, dim, 0) or not walk.nonlinear or not walk.expand:
+            stops += [walk.stop] if walk.stop else []
             continue
         concatenated = operand(contract) if value is not operand(contract) else None
         if walk.leaks(concatenated if isinstance(concatenated, fx.Node) else contract):
@@ -166,9 +167,16 @@ def _used_elsewhere(flow: Flow, matches: list[Match]) -> set[int]:
     return elsewhere
 
 
-def match_mlps(flow: Flow) -> list[Match]:
-    """All MLPs of a graph, in order of execution, tied ones once for each call."""
-    found = (_match(flow, node) for node in flow.graph.nodes if node.op == "call_module")
+def match_mlps(flow: Flow) -> tuple[list[Match], list[str]]:
+    """All MLPs of a graph, in order of execution, tied ones once for each call; and what may have hidden others."""
+    stops: list[str] = []
+    found = (_match(flow, node, stops) for node in flow.graph.nodes if node.op == "call_module")
     matches = [match for match in found if match is not None]
     elsewhere = _used_elsewhere(flow, matches)
-    return [m for m in matches if not any(id(flow.module(node)) in elsewhere for node in m.leaves)]
+    products = (node for node in flow.graph.nodes if operation(node) in PRODUCTS)
+    bare = [(node, arg) for node in products for arg in map(flow.parameter, node.all_input_nodes) if arg is not None]
+    stops += [
+        f"{operation(node)} multiplies by {arg.target} itself, and only layers are tied and sliced"
+        for node, arg in bare
+    ]
+    return [m for m in matches if not any(id(flow.module(node)) in elsewhere for node in m.leaves)], stops

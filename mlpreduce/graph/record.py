@@ -8,14 +8,17 @@ every torch function outside of one becomes a node, which also knows the shape o
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph.inputs import Inputs, call_with, example_inputs, map_tensors
@@ -43,7 +46,9 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = None if self.inside_leaf else _result(func, args)
+        if result is None:
+            result = func(*args, **(kwargs or {}))
         if not self.inside_leaf:
             if getattr(func, "__name__", "") == "__setitem__":
                 self.add("call_function", func, args, kwargs or {}, args[0])
@@ -85,12 +90,15 @@ class _Recorder(TorchFunctionMode):
     @contextmanager
     def calls(self) -> Iterator[None]:
         """Make nodes of the calls of leaf modules."""
-        original = nn.Module.__call__
+        original, thread = nn.Module.__call__, threading.get_ident()
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.inside_leaf or module is self.root:
+            if self.inside_leaf or module is self.root or threading.get_ident() != thread:
                 return original(module, *args, **kwargs)
-            path = path_below(self.root, self.scope[-1], module)
+            try:
+                path = path_below(self.root, self.scope[-1], module)
+            except ReductionError:  # not registered: what it does is seen, but it is no leaf to edit
+                return original(module, *args, **kwargs)
             if not is_leaf(module):
                 self.scope.append(path)
                 try:
@@ -114,7 +122,22 @@ class _Recorder(TorchFunctionMode):
             nn.Module.__call__ = original  # type: ignore[method-assign]
 
 
+_KNOWN = {torch.Tensor.add, torch.Tensor.mul, F.scaled_dot_product_attention}
 _KEEPS_SHAPE = {nn.Identity.forward, nn.Dropout.forward, nn.GELU.forward, nn.ReLU.forward, nn.SiLU.forward}
+
+
+def _result(func: Callable[..., Any], args: tuple[Any, ...]) -> torch.Tensor | None:
+    """The result of a well-known function, of which only the shape matters; the meta device takes longer."""
+    if func not in _KNOWN or len(args) < 2 or not all(isinstance(x, torch.Tensor) and x.is_meta for x in args[:3]):
+        return None
+    shape = args[0].shape
+    if func is F.scaled_dot_product_attention:
+        return (
+            torch.empty((*shape[:-1], args[-1].shape[-1]), dtype=args[0].dtype, device="meta")
+            if args[3:] == ()
+            else None
+        )
+    return torch.empty(shape, dtype=args[0].dtype, device="meta") if args[1].shape == shape else None
 
 
 def _without_running(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -125,7 +148,9 @@ def _without_running(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if forward in _KEEPS_SHAPE or isinstance(module, NORMS):
         return torch.empty(x.shape, dtype=x.dtype, device="meta")
     if forward is nn.Linear.forward:
-        return torch.empty((*x.shape[:-1], module.get_parameter("weight").shape[0]), dtype=x.dtype, device="meta")
+        outputs, inputs = module.get_parameter("weight").shape
+        if x.shape[-1] == inputs:  # else let it raise
+            return torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device="meta")
     return None
 
 
@@ -140,23 +165,26 @@ def read(model: nn.Module, inputs: Inputs | None = None) -> tuple[nn.Module, fx.
     if isinstance(model, fx.GraphModule):
         inputs = model.meta.get(INPUTS) if inputs is None else inputs
         return (*_with_shapes(model, inputs), "")
-    call, advice = f"find_mlps({type(model).__name__})", ""
+    call, advice, given = f"find_mlps({type(model).__name__})", "", inputs is not None
     if inputs is None:
         try:
             inputs = example_inputs(model, batch=2)
         except ReductionError:
             advice = "; its input size is not known, and example_inputs= may show more"
-    given = inputs is not None
     if inputs is not None:
         try:
             return (*record(model, inputs), "")
         except Exception as error:  # whatever a foreign forward raises on meta tensors
             advice = f"; a run on example inputs raised {type(error).__name__}: {error}"
+            if given:
+                raise ReductionError(
+                    f"{call}{advice.replace(';', ':', 1)}; give a batch that the model takes"
+                ) from error
     try:
         return (*trace(model), advice)
     except ReductionError as error:
-        remedy = "" if given else "; give example_inputs=, a batch that it takes"
-        raise ReductionError(f"{call}: {error}{advice if given else remedy}") from error
+        reason = advice if inputs is not None else ""
+        raise ReductionError(f"{call}: {error}{reason}; give example_inputs=, a batch that it takes") from error
 
 
 def _with_shapes(model: fx.GraphModule, inputs: Inputs | None) -> tuple[nn.Module, fx.Graph]:
@@ -194,5 +222,5 @@ def record(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, fx.Graph]:
     given = map_tensors(inputs, example)
     with torch.no_grad(), recorder.calls(), recorder:
         result = call_with(copy, given)
-    recorder.graph.output(recorder.argument(result) if isinstance(result, torch.Tensor) else None)
+    recorder.graph.output(recorder.argument([x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]))
     return copy, recorder.graph

@@ -22,6 +22,7 @@ __all__ = [
     "MULTIPLY",
     "NEUTRAL",
     "PASSING",
+    "PRODUCTS",
     "QUERIES",
     "SHAPING",
     "SPLIT",
@@ -61,6 +62,7 @@ MIXING = {
     "mean", "sum", "amax", "max", "matmul", "bmm", "einsum", "softmax", "scaled_dot_product_attention",
     "multi_head_attention_forward", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "avg_pool2d", "max_pool2d",
 }  # fmt: skip
+PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d"}
 QUERIES = {"getattr", "size", "dim", "numel", "new_empty"}  # they read a tensor's shape, not its values
 _SYNONYMS = {
     "iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul", "multiply": "mul",

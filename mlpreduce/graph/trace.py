@@ -101,7 +101,7 @@ def structural_copy(model: nn.Module, device: str | None = None) -> nn.Module:
         if value is None or device is None:
             return value
         if id(value) not in tensors:
-            empty = torch.empty_like(value, device=device, requires_grad=False)
+            empty = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
             is_parameter = isinstance(value, nn.Parameter)
             tensors[id(value)] = nn.Parameter(empty, requires_grad=value.requires_grad) if is_parameter else empty
         return tensors[id(value)]

@@ -54,6 +54,7 @@ class Walk:
     nonlinear: bool = False
     gated: bool = False
     convolves: bool = False
+    stop: str = ""  # the layer with weights that the walk does not know
 
     def visit(self, node: object, dim: int, offset: int) -> bool:
         if not isinstance(node, fx.Node):
@@ -94,6 +95,8 @@ class Walk:
             if not self._same(node, dim, 1) or not self._convolution(node, module):
                 return False
         elif not self._is_norm_on(module, node, dim):
+            if not type(module).__module__.startswith("torch.nn."):
+                self.stop = f"{node.target} ({type(module).__name__}) is not known to treat hidden units alone"
             return False
         self.nonlinear |= (is_nonlinear(module) and bool(module._modules)) or isinstance(module, nn.PReLU)
         self._leaf(node, self.inner)

@@ -173,6 +173,11 @@ def _mean(parts: Parts, members: list[MLP], *, align: bool) -> Iterator[Assign]:
     An MLP computes the same for any order of its hidden units, so trained ones differ in it by chance.
     """
     first = members[0]
+    if align and first.groups > 1:
+        raise ReductionError(
+            f"keep='align_mean': {first.name} has a convolution in {first.groups} groups, whose units cannot trade places; "
+            f"use keep='mean'"
+        )
     orders = [None, *(_matching(parts, first, member) if align else None for member in members[1:])]
     axes = {axis.tensor: axis for axis in first.axes}
     for position, leaf in enumerate(first.leaves):
