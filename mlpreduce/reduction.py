@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from mlpreduce.budget import Baseline, Cost, measure, outcome
-from mlpreduce.edits import Assign, Edit, Plan, Row, Share, Slice
+from mlpreduce.edits import Assign, Edit, Plan, Row, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import (
     MLP,
@@ -98,7 +98,10 @@ def _make(
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
             raise ReductionError(f"none of {len(mlps)} MLPs is in scope ({reasons})")
         others = [mlp for mlp in mlps if mlp.name in left_out]
-        edits = tuple(entry.function(Parts(model, scope, others), **config))
+        edits = tuple(entry.function(Parts(model, scope, others), **config) or ())
+        strange = [edit for edit in edits if not isinstance(edit, Slice | Share | Assign | Scale)]
+        if strange:
+            raise ReductionError(f"the transform gave {strange[0]!r}; edits are Slice, Share, Assign and Scale")
     except ReductionError as error:
         raise ReductionError(f"{call}: {error}") from error
     if not edits:

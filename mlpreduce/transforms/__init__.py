@@ -71,6 +71,7 @@ def register(
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         if name in _TRANSFORMS:
             raise ReductionError(f"register({name!r}): there is a transform of this name already")
+        _check_signature(name, function, construction)
         transform = Transform(name, function, scope, construction)
         for key, parameter in transform.parameters.items():
             if key in RESERVED:
@@ -85,15 +86,35 @@ def register(
     return decorate
 
 
+def _check_signature(name: str, function: object, construction: bool) -> None:
+    """Whether what is registered can be called as a transform: `(parts, *, keyword parameters)`."""
+    if not callable(function):
+        raise ReductionError(f"register({name!r}): {function!r} is no function")
+    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    positional = sum(kind is not inspect.Parameter.KEYWORD_ONLY for kind in kinds)
+    wanted = "(*, keyword parameters)" if construction else "(parts, *, keyword parameters)"
+    variable = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} & set(kinds)
+    if variable or positional != (0 if construction else 1):
+        raise ReductionError(f"register({name!r}): its parameters are {inspect.signature(function)}; write {wanted}")
+
+
 def _load_entry_points() -> None:
+    """Register the transforms of other packages. What one of them raises is raised at each call, not at the first only."""
     global _loaded_entry_points
     if _loaded_entry_points:
         return
-    _loaded_entry_points = True
     for entry in entry_points(group="mlpreduce.transforms"):
-        function = entry.load()  # importing it may have registered it
-        if all(function is not known.function for known in _TRANSFORMS.values()):
-            register(entry.name)(function)
+        try:
+            function = entry.load()  # importing it may have registered it
+            if not inspect.ismodule(function) and all(function is not t.function for t in _TRANSFORMS.values()):
+                register(entry.name)(function)
+        except Exception as error:  # whatever a foreign module raises
+            package = entry.dist.name if entry.dist is not None else entry.value
+            reason = str(error) if isinstance(error, ReductionError) else f"{type(error).__name__}: {error}"
+            raise ReductionError(
+                f"the transform {entry.name!r} of the package {package} cannot be loaded: {reason}; repair or uninstall it"
+            ) from error
+    _loaded_entry_points = True
 
 
 def get_transform(name: str) -> Transform:
