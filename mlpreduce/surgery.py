@@ -94,7 +94,8 @@ def untie_leaves(model: nn.Module, shares: list[Share]) -> None:
 
 def _slice_all(model: nn.Module, slices: list[Slice]) -> None:
     def size(edit: Slice) -> float:
-        return sum(axis.size for axis in edit.axes) * len(edit.units) / edit.hidden
+        tensors = (_find(model, path, edit.mlp)[2] for path in {axis.tensor for axis in edit.axes})
+        return sum(tensor.nbytes for tensor in tensors) * len(edit.units) / edit.hidden
 
     for edit in sorted(slices, key=size, reverse=True):
         _slice(model, edit)
