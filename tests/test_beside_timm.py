@@ -239,9 +239,11 @@ def test_refused_with_the_reason(make: Callable[[], nn.Module], reason: str) -> 
 
 
 def test_what_cannot_be_run_or_traced_says_what_would_help() -> None:
+    narrow = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    clip = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=narrow, vision_config=narrow | {"image_size": 32})
+    )
     with pytest.raises(ReductionError, match=r"find_mlps\(CLIPModel\).*give example_inputs=, a batch that it takes"):
-        narrow = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-        config = transformers.CLIPConfig(text_config=narrow, vision_config=narrow | {"image_size": 32})
-        find_mlps(transformers.CLIPModel(config))
+        find_mlps(clip)
     with pytest.raises(ReductionError, match=r"a run on example inputs raised \w+"):
         find_mlps(Encoder(), torch.zeros(2, 5, 7))

@@ -56,7 +56,7 @@ def test_kinds(name: str, kinds: dict[str, int], left_out: int) -> None:
     made = mlpreduce.plan(model, "shallow", ratio=0.25)
     assert measure(mlpreduce.apply(copy.deepcopy(model), made), mlps=()).cost.macs == baseline.after(made).macs
     if left_out == len(mlps):
-        with pytest.raises(ReductionError, match="none of 12 MLPs is in scope.*also attention's"):
+        with pytest.raises(ReductionError, match=r"none of 12 MLPs is in scope.*also attention's"):
             mlpreduce.plan(model, "grouped", remainder="own")
     else:
         assert len(mlpreduce.plan(model, "grouped", remainder="own").left_out) == left_out

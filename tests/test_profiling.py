@@ -64,7 +64,7 @@ def test_input_size_must_be_known() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.fc2(self.fc1(x).relu())
 
-    with pytest.raises(ReductionError, match="Own does not say what image size it takes; give inputs="):
+    with pytest.raises(ReductionError, match="Own does not say what image size it takes; give example inputs, such as"):
         mlpreduce.profile(Own())
     assert mlpreduce.profile(Own(), torch.zeros(3, 7, 4)).macs_linear == 7 * 2 * 32
     with pytest.raises(ReductionError, match="does not run on one input"):

@@ -13,9 +13,9 @@ from torch import nn
 import mlpreduce
 from mlpreduce.coverage.entries import build
 from mlpreduce.edits import Plan, Share, Slice
-from mlpreduce.graph import call_with, example_inputs, find_mlps, map_tensors, module_at
+from mlpreduce.graph import Inputs, call_with, example_inputs, find_mlps, map_tensors, module_at
 
-__all__ = ["Proof", "prove"]
+__all__ = ["Proof", "prove", "sliced_against_masked", "tied_is_copied"]
 
 TOLERANCE = 1e-5  # of the largest output, float32
 LARGE = 400  # pixels; larger images are given smaller if the architecture allows it
@@ -64,22 +64,14 @@ def _prove(architecture: str) -> Proof:
     model, kwargs = _real(architecture)
     generator = torch.Generator().manual_seed(1)
     inputs = map_tensors(example_inputs(model, 2), lambda x: torch.randn(x.shape, generator=generator))
-    made = mlpreduce.plan(model, "shallow", ratio=0.5, criterion="random", seed=1)
-    sliced = mlpreduce.apply(copy.deepcopy(model), made)
-    with torch.no_grad():
-        full = call_with(model, inputs)
-        expected = call_with(_masked(model, sliced, made), inputs)
-        gap = _gap(call_with(sliced, inputs), expected)
-        effect = _gap(full, expected)
-        reduced, grouped = sliced, None
-        try:
-            ties = mlpreduce.plan(model, "grouped", remainder="own", scale="none")
-        except mlpreduce.ReductionError:  # nothing to tie; the table says why
-            pass
-        else:
-            tied = mlpreduce.apply(copy.deepcopy(model), ties)
-            grouped = torch.equal(call_with(tied, inputs), call_with(_copied(model, ties), inputs))
-            reduced = mlpreduce.apply(tied, "shallow", ratio=0.5)
+    gap, effect = sliced_against_masked(model, inputs)
+    reduced = copy.deepcopy(model)
+    try:
+        grouped = tied_is_copied(model, inputs)
+        mlpreduce.apply(reduced, "grouped", remainder="own")
+    except mlpreduce.ReductionError:  # nothing to tie; the table says why
+        grouped = None
+    mlpreduce.apply(reduced, "shallow", ratio=0.5)
     return Proof(
         architecture,
         sliced=gap,
@@ -88,6 +80,29 @@ def _prove(architecture: str) -> Proof:
         trains=_idle(reduced, inputs) <= _idle(model, inputs),
         saved=_comes_back(reduced, inputs, {"name": architecture, "kwargs": kwargs}),
     )
+
+
+def sliced_against_masked(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
+    """Slice half of the hidden units, chosen at random, and compare with a model in which the others have no weight.
+
+    Returns:
+        The largest difference of the outputs, and the largest that masking makes, both as a part of the largest output.
+    """
+    made = mlpreduce.plan(model, "shallow", ratio=0.5, criterion="random", seed=1, example_inputs=inputs)
+    sliced = mlpreduce.apply(copy.deepcopy(model), made, example_inputs=inputs)
+    expected = _output(_masked(model, sliced, made, inputs), inputs)
+    return _gap(_output(sliced, inputs), expected), _gap(_output(model, inputs), expected)
+
+
+def tied_is_copied(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether tying without scaling equals, bit for bit, giving equal values to what is tied.
+
+    Raises:
+        ReductionError: nothing can be tied.
+    """
+    made = mlpreduce.plan(model, "grouped", remainder="own", scale="none", example_inputs=inputs)
+    tied = mlpreduce.apply(copy.deepcopy(model), made, example_inputs=inputs)
+    return torch.equal(_output(tied, inputs), _output(_copied(model, made), inputs))
 
 
 def _real(architecture: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -116,18 +131,26 @@ def _real(architecture: str) -> tuple[nn.Module, dict[str, Any]]:
     return model, kwargs
 
 
+def _output(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """The output, or the first of several."""
+    with torch.no_grad():
+        result = call_with(model, inputs)
+    first: torch.Tensor = result if isinstance(result, torch.Tensor) else result[0]
+    return first
+
+
 def _gap(output: torch.Tensor, expected: torch.Tensor) -> float:
     return float((output - expected).abs().max() / expected.abs().max())
 
 
-def _masked(model: nn.Module, sliced: nn.Module, made: Plan) -> nn.Module:
+def _masked(model: nn.Module, sliced: nn.Module, made: Plan, inputs: Inputs) -> nn.Module:
     """The whole model, in which the units that go have no weight in what contracts them.
 
     Where units see each other inside the MLP, those that go are also hidden from the others there.
     """
     masked = copy.deepcopy(model)
     slices: dict[str, Slice] = {edit.mlp: edit for edit in made.of(Slice)}
-    for mlp in find_mlps(model):
+    for mlp in find_mlps(model, inputs):
         edit = slices.get(mlp.name)
         if edit is None:
             continue
@@ -187,4 +210,4 @@ def _idle(model: nn.Module, inputs: Any) -> set[str]:
 def _comes_back(model: nn.Module, inputs: Any, made: dict[str, Any]) -> bool:
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         mlpreduce.save(model, directory, build=made)
-        return torch.equal(call_with(mlpreduce.load(directory).eval(), inputs), call_with(model, inputs))
+        return torch.equal(_output(mlpreduce.load(directory).eval(), inputs), _output(model, inputs))
