@@ -28,7 +28,7 @@ _NAMES = {
     "list_transforms": "transforms",
     "load": "checkpoint",
     "merge": "reduction",
-    "plan": "reduction",
+    "plan": "planning",
     "profile": "profiling",
     "register": "transforms",
     "register_model": "registration",
@@ -49,8 +49,9 @@ if TYPE_CHECKING:
     from mlpreduce.edits import Plan
     from mlpreduce.errors import ReductionError
     from mlpreduce.graph import MLP, find_mlps, to_graph
+    from mlpreduce.planning import plan
     from mlpreduce.profiling import Profile, profile
-    from mlpreduce.reduction import apply, history, merge, plan, untie
+    from mlpreduce.reduction import apply, history, merge, untie
     from mlpreduce.registration import register_model
     from mlpreduce.transforms import list_transforms, register
     from mlpreduce.verification import Report, verify

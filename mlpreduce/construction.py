@@ -10,7 +10,8 @@ from torch import nn
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError, call_text, did_you_mean
 from mlpreduce.graph import mlps_or_raise
-from mlpreduce.reduction import apply, plain, remember
+from mlpreduce.planning import plain
+from mlpreduce.reduction import apply, remember
 from mlpreduce.transforms import Transform, get_transform
 
 __all__ = ["NOT_RECORDED", "create_model"]

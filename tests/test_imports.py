@@ -21,6 +21,7 @@ ORDER = [
     ["criteria", "budget", "surgery", "ties"],
     ["parts"],
     ["transforms"],
+    ["planning"],
     ["reduction"],
     ["construction"],
     ["checkpoint", "profiling", "registration", "verification"],

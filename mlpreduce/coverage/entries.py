@@ -10,10 +10,10 @@ import timm
 import torch
 from torch import nn
 
-import mlpreduce
 from mlpreduce.budget import Cost, measure
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import structural_copy, survey
+from mlpreduce.planning import make_plan
 from mlpreduce.surgery import carry_out
 
 __all__ = ["Entry", "build", "examine", "family_of"]
@@ -83,7 +83,7 @@ def examine(architecture: str) -> Entry:
         for transform, config in SETTINGS.items():
             copy = structural_copy(model, device="meta")
             try:
-                made = mlpreduce.plan(copy, transform, **config)
+                made, _ = make_plan(copy, transform, config, found=found)
             except ReductionError as error:
                 after[transform], reason = None, f"{transform}: {error}"
                 continue

@@ -1,0 +1,187 @@
+"""From a transform to a plan: which MLPs are in scope, what the transform says of them, and what becomes of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mlpreduce.budget import Baseline, Cost, measure, outcome
+from mlpreduce.edits import Assign, Plan, Row, Scale, Share, Slice
+from mlpreduce.errors import ReductionError, call_text
+from mlpreduce.graph import MLP, Inputs, Survey, chains, mlps_or_raise, refuse_wrapped, select, structural_copy
+from mlpreduce.parts import Parts
+from mlpreduce.transforms import Transform, check_config
+
+__all__ = ["Globs", "make_plan", "plain", "plan"]
+
+Globs = str | Sequence[str] | None
+
+
+def plan(
+    model: nn.Module,
+    transform: str,
+    *,
+    include: Globs = None,
+    exclude: Globs = None,
+    example_inputs: Inputs | None = None,
+    **config: Any,
+) -> Plan:
+    """What a transform would do to a model. Nothing is changed; print the plan to see it.
+
+    Args:
+        model: the model, on any device. On `meta`, transforms that look at weights are refused.
+        transform: a name of `list_transforms`.
+        include: glob or globs over MLP names; others are left out.
+        exclude: glob or globs over MLP names to leave out.
+        example_inputs: what the model is called with, as for `find_mlps`.
+        **config: keyword parameters of the transform.
+
+    Raises:
+        ReductionError: unknown names, values out of range, nothing to reduce, or nothing would change.
+
+    Example:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=4)
+        >>> [row.owner for row in plan(vit, "grouped", group=2).rows]
+        ['blocks.0.mlp', 'blocks.0.mlp', 'blocks.2.mlp', 'blocks.2.mlp']
+    """
+    made, mlps = make_plan(model, transform, config, include=include, exclude=exclude, example_inputs=example_inputs)
+    return replace(made, costs=_costs(structural_copy(model, device="meta"), mlps, made, example_inputs))
+
+
+def make_plan(
+    model: nn.Module,
+    transform: str,
+    config: dict[str, Any],
+    *,
+    include: Globs = None,
+    exclude: Globs = None,
+    example_inputs: Inputs | None = None,
+    found: Survey | None = None,
+) -> tuple[Plan, list[MLP]]:
+    """The plan without its costs, and the MLPs of the model; `found` are those, if they are known.
+
+    Raises:
+        ReductionError: as `plan`.
+    """
+    if not isinstance(transform, str):
+        raise ReductionError(f"the transform is {transform!r}; it must be a name, or for apply a plan")
+    call = call_text(transform, config)
+    refuse_wrapped(model, call)
+    entry = check_config(transform, config)
+    config = {key: plain(value, call) for key, value in config.items()}
+    if entry.construction:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in config.items()) or "..."
+        raise ReductionError(
+            f"{call}: {transform} acts when a model is built, and this one is; build it with "
+            f'mlpreduce.create_model(name, "{transform}", {arguments}), or slice it: mlpreduce.apply(model, "shallow")'
+        )
+    found = mlps_or_raise(model, call, example_inputs) if found is None else found
+    mlps = found.mlps
+    try:
+        scope, left_out = _scope(entry, *select(mlps, include, exclude))
+        if not scope:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
+            raise ReductionError(f"none of {len(mlps)} MLPs is in scope ({reasons})")
+        others = [mlp for mlp in mlps if mlp.name in left_out]
+        edits = tuple(entry.function(Parts(model, scope, others), **config) or ())
+        strange = [edit for edit in edits if not isinstance(edit, Slice | Share | Assign | Scale)]
+        if strange:
+            raise ReductionError(f"the transform gave {strange[0]!r}; edits are Slice, Share, Assign and Scale")
+    except ReductionError as error:
+        raise ReductionError(f"{call}: {error}") from error
+    if not edits:
+        raise ReductionError(f"{call}: nothing would change on {len(scope)} MLPs")
+    draft = Plan(transform, config, edits, left_out=left_out)
+    notes = (*_notes(edits), *_look_alikes(found.others))
+    return replace(draft, rows=_rows(scope, mlps, draft), notes=notes), mlps
+
+
+def _scope(entry: Transform, mlps: list[MLP], left_out: dict[str, str]) -> tuple[list[MLP], dict[str, str]]:
+    """MLPs a transform acts on, and the others with the reason."""
+    if entry.scope == "all":
+        return mlps, left_out
+    first: dict[tuple[str, str], str] = {}  # calls of one MLP in one block
+    for mlp in mlps:
+        other = first.setdefault((mlp.block, mlp.owner), mlp.name)
+        if other != mlp.name:
+            left_out[mlp.name] = "is the same module as an earlier MLP of its block, and changes with it"
+    alone = {chain[0].name for chain in chains([m for m in mlps if m.name not in left_out]) if len(chain) == 1}
+    for mlp in mlps:
+        if mlp.name in left_out:
+            continue
+        if mlp.alone:
+            left_out[mlp.name] = mlp.alone
+        elif mlp.acts_on != "tokens":
+            left_out[mlp.name] = "acts on one token only, as class attention and pooling do"
+        elif mlp.name in alone:
+            left_out[mlp.name] = "no other MLP of its stage is like it"
+    return [mlp for mlp in mlps if mlp.name not in left_out], left_out
+
+
+def _rows(scope: list[MLP], mlps: list[MLP], made: Plan) -> tuple[Row, ...]:
+    after = outcome(mlps, made)
+    rows = []
+    for mlp in scope:
+        hidden, owner = after[mlp.name]
+        before = mlp.params(owned=mlp.owner == mlp.name)
+        now = mlp.params(hidden, owned=owner == mlp.name)
+        rows.append(Row(mlp.name, mlp.kind, mlp.hidden_features, hidden, mlp.owner, owner, before, now))
+    return tuple(rows)
+
+
+def _costs(model: nn.Module, mlps: list[MLP], made: Plan, inputs: Inputs | None) -> Callable[[], tuple[Cost, Cost]]:
+    """Costs before and after, measured when the plan is printed, on a meta copy: the model may have changed by then."""
+    measured: list[Baseline] = []
+
+    def costs() -> tuple[Cost, Cost]:
+        if not measured:
+            measured.append(measure(model, inputs, mlps))
+        return measured[0].cost, measured[0].after(made)
+
+    return costs
+
+
+def _notes(edits: Sequence[object]) -> tuple[str, ...]:
+    notes = []
+    if any(isinstance(edit, Share) for edit in edits):
+        notes.append(
+            'scale and keep are for training from scratch; for trained weights use scale="none" with keep="mean" or '
+            '"align_mean". Sharing saves parameters and memory, not compute.'
+        )
+    if any(isinstance(edit, Slice) for edit in edits):
+        notes.append(
+            "units are chosen for training from scratch; for trained weights choose a criterion, then fine-tune."
+        )
+    return tuple(notes)
+
+
+def _look_alikes(others: Mapping[str, str]) -> tuple[str, ...]:
+    """One note on what is no MLP, though it looks like one."""
+    for name, reason in others.items():
+        return (f"{len(others)} blocks are no MLPs: {name}{', ...' if len(others) > 1 else ''}: {reason}",)
+    return ()
+
+
+def plain(value: Any, call: str) -> Any:
+    """Config as JSON values, so that a plan can be saved whatever the user wrote.
+
+    Raises:
+        ReductionError: it is none.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry, call) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [plain(entry, call) for entry in value]
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        return plain(value.tolist(), call)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ReductionError(
+        f"{call}: {value!r} is a {type(value).__name__}; arguments are numbers, strings, lists and dicts"
+    )
