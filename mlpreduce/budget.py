@@ -133,8 +133,9 @@ def measure(model: nn.Module, inputs: Inputs | None = None, mlps: Sequence[MLP] 
     copy = structural_copy(model, device="meta").eval().requires_grad_(False)
     calls: dict[int, list[int]] = {}
 
-    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        calls.setdefault(id(module), []).append(args[0].numel() // features[id(module)])
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        calls.setdefault(id(module), []).append(given.numel() // features[id(module)])
 
     contracts = [module_at(copy, mlp.leaf("fc2").path) for mlp in mlps]
     features: dict[int, int] = {}
@@ -143,7 +144,7 @@ def measure(model: nn.Module, inputs: Inputs | None = None, mlps: Sequence[MLP] 
         if leaf is not None and layer is not None:
             features[id(leaf)] = leaf.get_parameter("weight").shape[layer.inputs]
     for leaf in {id(leaf): leaf for leaf in contracts if leaf is not None}.values():
-        leaf.register_forward_hook(record)
+        leaf.register_forward_hook(record, with_kwargs=True)
     counter = FlopCounterMode(display=False, custom_mapping={_NORM: _norm_elements})
     try:
         with torch.no_grad(), counter:
@@ -170,7 +171,7 @@ def measure(model: nn.Module, inputs: Inputs | None = None, mlps: Sequence[MLP] 
 
 
 def _one_on_meta(batch: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(batch[:1], device="meta")
+    return torch.empty_like(batch[:1] if batch.dim() else batch, device="meta")
 
 
 def _shapes(inputs: Inputs) -> str:

@@ -80,7 +80,7 @@ class Parts(Sequence[MLP]):
             if other.name != mlp.name:  # what is tied is sliced once; norms of each depth are its own
                 own = {leaf.path for leaf in other.leaves if not leaf.shareable}
                 axes += [axis for axis in other.axes if axis.tensor.rpartition(".")[0] in own]
-        return Slice(mlp.name, mlp.hidden_features, as_units(units), tuple(axes), mlp.settings)
+        return Slice(mlp.name, mlp.hidden_features, as_units(units), tuple(dict.fromkeys(axes)), mlp.settings)
 
     def keep(self, mlp: MLP, width: int, criterion: str, seed: int = 0) -> Slice:
         """The edit that keeps the most important units of an MLP; of one with groups, as many of each group.

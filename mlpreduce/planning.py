@@ -13,8 +13,22 @@ from torch import nn
 from mlpreduce.budget import Baseline, Cost, measure, outcome
 from mlpreduce.edits import Assign, Plan, Row, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
-from mlpreduce.graph import MLP, Inputs, Survey, chains, mlps_or_raise, refuse_wrapped, select, structural_copy
+from mlpreduce.graph import (
+    MLP,
+    Inputs,
+    Survey,
+    call_with,
+    chains,
+    map_tensors,
+    mlps_or_raise,
+    module_at,
+    refuse_wrapped,
+    select,
+    structural_copy,
+)
+from mlpreduce.graph import example_inputs as inputs_of
 from mlpreduce.parts import Parts
+from mlpreduce.surgery import rehearse
 from mlpreduce.transforms import Transform, check_config
 
 __all__ = ["Globs", "make_plan", "plain", "plan"]
@@ -98,8 +112,51 @@ def make_plan(
     if not edits:
         raise ReductionError(f"{call}: nothing would change on {len(scope)} MLPs")
     draft = Plan(transform, config, edits, left_out=left_out)
+    _check_whole(model, mlps, edits, call)
+    if any(mlp.reshapes for mlp in mlps if mlp.name in {edit.mlp for edit in draft.of(Slice)}):
+        _try(model, draft, example_inputs, call)
     notes = (*_notes(edits), *_look_alikes(found.others))
     return replace(draft, rows=_rows(scope, mlps, draft), notes=notes), mlps
+
+
+def _check_whole(model: nn.Module, mlps: list[MLP], edits: Sequence[object], call: str) -> None:
+    """Whether what is sliced belongs to one MLP and those that share all of it.
+
+    Raises:
+        ReductionError: a layer or parameter is also part of another MLP, which would be left with half of it.
+    """
+    owners: dict[tuple[int, str, int], MLP] = {}
+    sliced = {edit.mlp for edit in edits if isinstance(edit, Slice)}
+    for mlp in mlps:
+        for axis in mlp.axes:
+            module = module_at(model, axis.tensor.rpartition(".")[0])
+            other = owners.setdefault((id(module), axis.tensor.rpartition(".")[2], axis.dim), mlp)
+            if other.owner != mlp.owner and {other.name, mlp.name} & sliced:
+                raise ReductionError(
+                    f"{call}: {axis.tensor} is part of {other.name} and {mlp.name}, which are not tied otherwise; exclude "
+                    f"both, or give each its own"
+                )
+
+
+def _try(model: nn.Module, draft: Plan, inputs: Inputs | None, call: str) -> None:
+    """Run the sliced model once on the meta device: its code may have the old width in figures.
+
+    Raises:
+        ReductionError: it does not run.
+    """
+    sliced = rehearse(model, draft).eval()
+    try:
+        batch = inputs_of(model, 2) if inputs is None else inputs
+    except ReductionError:  # then nothing was reshaped that is known
+        return
+    try:
+        with torch.no_grad():
+            call_with(sliced, map_tensors(batch, lambda tensor: torch.empty_like(tensor, device="meta")))
+    except Exception as error:  # whatever the model's forward raises
+        raise ReductionError(
+            f"{call}: sliced, the model does not run ({type(error).__name__}: {error}): its forward has a hidden width in "
+            f"figures; let it read the width from the tensor, or exclude the MLP"
+        ) from error
 
 
 def _scope(entry: Transform, mlps: list[MLP], left_out: dict[str, str]) -> tuple[list[MLP], dict[str, str]]:

@@ -33,7 +33,7 @@ def rehearse(model: nn.Module, plan: Plan) -> nn.Module:
     """
     call = call_text(plan.transform, plan.config)
     rehearsal = structural_copy(model, device="meta")
-    _check_hooks(model, plan.of(Share), call)
+    _check_hooks(model, plan, call)
     _check_memory(model, plan, call)
     _check_slices(rehearsal, plan.of(Slice), call)
     _slice_all(rehearsal, plan.of(Slice))
@@ -194,9 +194,15 @@ def _tensor(model: nn.Module, path: str, call: str) -> torch.Tensor:
     return _find(model, path, call)[2]
 
 
-def _check_hooks(model: nn.Module, shares: list[Share], call: str) -> None:
-    """Whether nothing hangs on the leaves that go."""
-    for share in shares:
+def _check_hooks(model: nn.Module, plan: Plan, call: str) -> None:
+    """Whether nothing hangs on the leaves that go, and nothing changes what sliced ones compute."""
+    for path in {axis.tensor.rpartition(".")[0] for edit in plan.of(Slice) for axis in edit.axes}:
+        state = getattr(module_at(model, path), "__dict__", {})
+        if any(state.get(name) for name in ("_forward_hooks", "_forward_pre_hooks")) and not state["_modules"]:
+            raise ReductionError(
+                f"{call}: {path} has forward hooks, which may know its old width; remove them, or exclude the MLP"
+            )
+    for share in plan.of(Share):
         state = getattr(module_at(model, share.target), "__dict__", {})
         if any("_hooks" in name and value for name, value in state.items()):
             raise ReductionError(

@@ -114,7 +114,8 @@ def survey(model: nn.Module, example_inputs: Inputs | None = None) -> Survey:
 def _names(model: nn.Module, place: Place) -> list[str]:
     """Names and classes of the modules from an MLP up to its block."""
     steps, names = place.name.split("@")[0].split("."), []
-    for depth in range(len(place.block.split(".")), len(steps) + 1):
+    block = len(place.block.split("."))
+    for depth in range(min(block + 1, len(steps)), len(steps) + 1):
         names += [steps[depth - 1], type(module_at(model, ".".join(steps[:depth]))).__name__]
     return names
 

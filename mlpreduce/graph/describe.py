@@ -46,13 +46,20 @@ def describe_mlp(tree: nn.Module, match: Match, place: Place, acts_on: str) -> M
         groups=match.groups,
         settings=tuple(match.settings),
         alone=FUSED if match.fused else "",
+        reshapes=match.reshapes,
     )
 
 
 def _kind(match: Match, leaves: list[Leaf]) -> str:
     packed = any(len(axis.offsets) > 1 for axis in match.axes)
     roles = [role for role in ("norm", "conv", "mix") if any(leaf.role == role for leaf in leaves)]
-    return "+".join(["packed" if packed else "gated" if match.gated else "plain", *roles, *["fused"] * match.fused])
+    return "+".join(
+        [
+            "packed" if packed else "gated" if match.gated and len(match.expand) > 1 else "plain",
+            *roles,
+            *["fused"] * match.fused,
+        ]
+    )
 
 
 def _features(tree: nn.Module, path: str, side: str) -> int:

@@ -84,6 +84,11 @@ class Flow:
             return sum(parent in self.fed for parent in node.all_input_nodes) == 1
         return name in PASSING
 
+    def _is_scaled(self, user: fx.Node, node: fx.Node) -> bool:
+        """Whether a value keeps its shape when multiplied by a smaller one: an adaptive scale, such as adaLN's gate."""
+        shape, shapes = self.shape(node), [self.shape(other) for other in user.all_input_nodes if other is not node]
+        return operation(user) in MULTIPLY and shape is not None and shape == self.shape(user) not in shapes
+
     def _mixes_positions(self, node: fx.Node) -> bool:
         """Whether a node computes one position from several: pooling, attention, a mean."""
         module = self.module(node)
@@ -138,7 +143,7 @@ class Flow:
                     others = [other for other in user.all_input_nodes if other is not node and other in self.fed]
                     if any(self._belongs_to(term, source) for other in others for term in self._terms(other)):
                         return True
-                elif not self.passes(user):
+                elif not self.passes(user) and not self._is_scaled(user, node):
                     continue
                 stack.append(user)
         return False

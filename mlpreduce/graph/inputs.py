@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mlpreduce.errors import ReductionError
 
@@ -23,20 +24,16 @@ def call_with(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def map_tensors(inputs: Inputs, function: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
-    """The same inputs with every tensor replaced."""
-
-    def change(value: Any) -> Any:
-        return function(value) if isinstance(value, torch.Tensor) else value
-
-    if isinstance(inputs, Mapping):
-        return {name: change(value) for name, value in inputs.items()}
-    return tuple(change(value) for value in inputs) if isinstance(inputs, tuple) else change(inputs)
+    """The same inputs with every tensor replaced, those in lists and dicts too."""
+    plain = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    changed: Inputs = tree_map(lambda value: function(value) if isinstance(value, torch.Tensor) else value, plain)
+    return changed
 
 
 def tensors_in(inputs: Inputs) -> list[torch.Tensor]:
     """The tensors of inputs, in order."""
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
-    return [value for value in values if isinstance(value, torch.Tensor)]
+    plain = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    return [value for value in tree_leaves(plain) if isinstance(value, torch.Tensor)]
 
 
 def example_inputs(model: nn.Module, batch: int = 1) -> Inputs:

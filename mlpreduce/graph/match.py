@@ -40,6 +40,7 @@ class Match:
         gated: whether two halves or layers are multiplied.
         fused: whether its expanding or contracting layer also computes something else.
         convolves: whether a convolution lies between, as it does in an inverted residual, which is no MLP.
+        reshapes: whether shapes change between, where the model's code may have the width in figures.
     """
 
     contract: fx.Node
@@ -55,6 +56,7 @@ class Match:
     gated: bool
     fused: bool
     convolves: bool
+    reshapes: bool
 
     @property
     def leaves(self) -> list[fx.Node]:
@@ -74,11 +76,10 @@ def _entries(flow: Flow, contract: fx.Node) -> Iterator[tuple[object, int, int, 
     shape = flow.shape(value)
     dim = layer.features % len(shape) if shape else layer.features
     if shape is not None and isinstance(value, fx.Node) and operation(value) == "cat" and value.args:
-        start = 0
-        for part in value.args[0] if isinstance(value.args[0], (list, tuple)) else ():
-            width = (flow.shape(part) or (0,) * (dim + 1))[dim]
-            yield part, dim, width, start
-            start += width
+        parts = value.args[0] if isinstance(value.args[0], (list, tuple)) else ()
+        widths = [(flow.shape(part) or (0,) * (dim + 1))[dim] for part in parts]
+        for number, part in enumerate(parts) if sum(widths) == columns else ():  # else it is along another dimension
+            yield part, dim, widths[number], sum(widths[:number])
     else:
         yield value, dim, columns, 0
 
@@ -139,6 +140,7 @@ def _built(flow: Flow, contract: fx.Node, source: fx.Node, walk: Walk, start: in
         gated=walk.gated,
         fused=fused,
         convolves=walk.convolves,
+        reshapes=walk.reshapes,
     )
 
 

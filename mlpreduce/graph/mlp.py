@@ -59,6 +59,7 @@ class MLP:
         groups: equal parts that its hidden units come in; as many are kept of each.
         settings: plain attributes that hold the hidden width.
         alone: why it cannot share, if so.
+        reshapes: whether shapes change between its layers, so that a plan is tried before it is given.
     """
 
     name: str
@@ -78,6 +79,7 @@ class MLP:
     groups: int = 1
     settings: tuple[Setting, ...] = ()
     alone: str = ""
+    reshapes: bool = False
 
     def params(self, hidden: int | None = None, *, owned: bool = True) -> int:
         """Parameters of its leaves, each counted once.

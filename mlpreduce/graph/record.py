@@ -8,9 +8,10 @@ every torch function outside of one becomes a node, which also knows the shape o
 from __future__ import annotations
 
 import operator
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -89,37 +90,38 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def calls(self) -> Iterator[None]:
-        """Make nodes of the calls of leaf modules."""
-        original, thread = nn.Module.__call__, threading.get_ident()
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.inside_leaf or module is self.root or threading.get_ident() != thread:
-                return original(module, *args, **kwargs)
-            try:
-                path = path_below(self.root, self.scope[-1], module)
-            except ReductionError:  # not registered: what it does is seen, but it is no leaf to edit
-                return original(module, *args, **kwargs)
-            if not is_leaf(module):
-                self.scope.append(path)
-                try:
-                    return original(module, *args, **kwargs)
-                finally:
-                    self.scope.pop()
-            result = _without_running(module, args, kwargs)
-            if result is None:
-                self.inside_leaf = True
-                try:
-                    result = original(module, *args, **kwargs)
-                finally:
-                    self.inside_leaf = False
-            self.add("call_module", path, args, kwargs, result)
-            return result
-
-        nn.Module.__call__ = call  # type: ignore[method-assign]
+        """Make nodes of the calls of modules, by a forward of its own on each module of the private tree."""
+        theirs = [(module, vars(module).get("forward")) for module in self.root.modules() if module is not self.root]
+        for module, _ in theirs:
+            module.forward = partial(self.call, module, module.forward)
         try:
             yield
         finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
+            for module, own in theirs:
+                del module.__dict__["forward"]
+                if own is not None:
+                    module.__dict__["forward"] = own
+
+    def call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one module, and make a node of it if it is a leaf."""
+        if self.inside_leaf:
+            return forward(*args, **kwargs)
+        path = path_below(self.root, self.scope[-1], module)
+        if not is_leaf(module):
+            self.scope.append(path)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.scope.pop()
+        result = _without_running(module, args, kwargs) if forward == MethodType(type(module).forward, module) else None
+        if result is None:
+            self.inside_leaf = True
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                self.inside_leaf = False
+        self.add("call_module", path, args, kwargs, result)
+        return result
 
 
 _KNOWN = {torch.Tensor.add, torch.Tensor.mul, F.scaled_dot_product_attention}
@@ -137,7 +139,7 @@ def _result(func: Callable[..., Any], args: tuple[Any, ...]) -> torch.Tensor | N
             if args[3:] == ()
             else None
         )
-    return torch.empty(shape, dtype=args[0].dtype, device="meta") if args[1].shape == shape else None
+    return torch.empty(shape, dtype=torch.result_type(*args[:2]), device="meta") if args[1].shape == shape else None
 
 
 def _without_running(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -145,7 +147,7 @@ def _without_running(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
         return None
     x, forward = args[0], type(module).forward
-    if forward in _KEEPS_SHAPE or isinstance(module, NORMS):
+    if forward in _KEEPS_SHAPE or (isinstance(module, NORMS) and forward.__module__.startswith(("torch.", "timm."))):
         return torch.empty(x.shape, dtype=x.dtype, device="meta")
     if forward is nn.Linear.forward:
         outputs, inputs = module.get_parameter("weight").shape
@@ -178,7 +180,8 @@ def read(model: nn.Module, inputs: Inputs | None = None) -> tuple[nn.Module, fx.
             advice = f"; a run on example inputs raised {type(error).__name__}: {error}"
             if given:
                 raise ReductionError(
-                    f"{call}{advice.replace(';', ':', 1)}; give a batch that the model takes"
+                    f"{call}{advice.replace(';', ':', 1)}; give a batch that the model takes, or "
+                    f"none if it does not run on the meta device"
                 ) from error
     try:
         return (*trace(model), advice)
@@ -220,7 +223,7 @@ def record(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, fx.Graph]:
         return meta
 
     given = map_tensors(inputs, example)
-    with torch.no_grad(), recorder.calls(), recorder:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), recorder.calls(), recorder:
         result = call_with(copy, given)
     recorder.graph.output(recorder.argument([x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]))
     return copy, recorder.graph

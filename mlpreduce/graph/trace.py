@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from copy import copy as shallow_copy
 from copy import deepcopy
 from types import MethodType
 from typing import Any
@@ -84,6 +85,8 @@ def refuse_wrapped(model: Any, call: str) -> None:
         if module._compiled_call_impl is not None or any(c.__name__ == "OptimizedModule" for c in type(module).__mro__):
             raise ReductionError(f"{call}: {name or 'the model'} is compiled; reduce the model, then compile it")
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ReductionError(f"{call}: {name} has no shape yet; run the model once, then reduce it")
         if any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__):
             raise ReductionError(f"{call}: {name} is sharded (DTensor); reduce the model, then call fully_shard")
 
@@ -115,7 +118,7 @@ def structural_copy(model: nn.Module, device: str | None = None) -> nn.Module:
             return type(value)((key, attribute(entry)) for key, entry in value.items())
         if type(value) in (list, tuple, set):
             return type(value)(attribute(entry) for entry in value)
-        return value
+        return shallow_copy(value) if isinstance(value, (dict, list, set, deque)) else value
 
     def module(original: nn.Module) -> nn.Module:
         if id(original) in modules:

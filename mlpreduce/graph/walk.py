@@ -54,6 +54,7 @@ class Walk:
     nonlinear: bool = False
     gated: bool = False
     convolves: bool = False
+    reshapes: bool = False  # a width may be written in figures
     stop: str = ""  # the layer with weights that the walk does not know
 
     def visit(self, node: object, dim: int, offset: int) -> bool:
@@ -63,13 +64,15 @@ class Walk:
         if node.op == "call_module":
             return self._module(node, dim, offset)
         name = operation(node)
-        if name in ACTIVATIONS or name in NEUTRAL:
+        others = [parent for parent in node.all_input_nodes if parent is not operand(node)]
+        alone = name in ("to", "type_as") or all(self._is_scalar(parent) for parent in others)
+        if (name in ACTIVATIONS or name in NEUTRAL) and alone:
             self.nonlinear |= name in ACTIVATIONS
             self.signature.append((name, *_constants(node)))
             return self.visit(operand(node), dim, offset)
         if name in SHAPING:
             return self._shaped(node, dim, offset)
-        if name in MULTIPLY or name in ADD:
+        if name in MULTIPLY or name in ADD or name == "truediv":
             return self._combine(node, str(name), dim, offset)
         if name == "getitem":
             return self._part(node, dim, offset)
@@ -143,9 +146,13 @@ class Walk:
         operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
         fed = [arg for arg in operands if arg in self.flow.fed]
         self.signature.append((name, len(fed), *_constants(node)))
-        if len(fed) == 2 and name in MULTIPLY:
-            self.nonlinear = self.gated = True
-            return all(self.visit(arg, dim, offset) for arg in fed)
+        if len(fed) == 2 and name != "truediv":  # a gate, or a sum of two branches
+            self.nonlinear |= name in MULTIPLY
+            self.gated |= name in MULTIPLY
+            alike = name in MULTIPLY or self.flow.shape(fed[0]) == self.flow.shape(fed[1]) is not None
+            return alike and all(self.visit(arg, dim, offset) for arg in fed)
+        if name == "truediv" and tuple(fed[:1]) != tuple(node.args[:1]):
+            return False
         for arg in operands:
             if arg not in self.flow.fed and not self._parameter(node, arg, dim, offset):
                 return False
@@ -174,6 +181,7 @@ class Walk:
         before = self._size_before(parts, index, dim)
         if before is None:
             return False
+        self.reshapes |= "chunk" not in str(operation(parts))
         self.visited[parts] = None
         self.splits.append(parts)
         self.signature.append(("part", index))
@@ -188,7 +196,7 @@ class Walk:
             return sum(sizes[:index]) if sum(sizes) == whole[dim] else None
         along = parts.kwargs.get("dim", parts.args[2] if len(parts.args) > 2 else 0)
         given: Any = parts.args[1] if len(parts.args) > 1 else next(iter(parts.kwargs.values()))
-        halves = given == 2 if "chunk" in str(operation(parts)) else given in (self.hidden, [self.hidden] * 2)
+        halves = given == 2 and "chunk" in str(operation(parts))  # sizes in figures would be wrong after slicing
         return (index % 2) * self.hidden if halves and along in (dim, {-1: 2, 1: -3}[dim]) else None
 
     def _halves(self, node: fx.Node, dim: int, offset: int) -> bool:
@@ -203,6 +211,7 @@ class Walk:
         if before is None or after is None:
             return False
         name = str(operation(node))
+        self.reshapes = True
         self.signature.append(name)
         if name in ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "T", "mT"):
             origin = _permuted(node, len(after), dim)
@@ -215,6 +224,10 @@ class Walk:
         shape = self.flow.shape(node)
         return dim % len(shape) == other % len(shape) if shape else dim == other
 
+    def _is_scalar(self, node: fx.Node) -> bool:
+        tensor = self.flow.tensor(node)
+        return tensor is not None and tensor.numel() == 1
+
     def _leaf(self, node: fx.Node, leaves: list[fx.Node]) -> None:
         if node not in leaves:
             leaves.append(node)
@@ -224,7 +237,7 @@ class Walk:
 
     def leaks(self, contract: fx.Node) -> bool:
         """Whether what lies between the projections also goes elsewhere; other parts of a split may."""
-        for node in self.visited:
+        for node in (*self.visited, *self.parameters):
             for user in node.users:
                 other = node in self.splits and operation(user) == "getitem"
                 if user not in self.visited and user is not contract and operation(user) not in QUERIES and not other:
