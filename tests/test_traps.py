@@ -327,3 +327,16 @@ def test_lazy_layers_are_to_be_run_first() -> None:
     model.head = nn.LazyLinear(4)
     with pytest.raises(ReductionError, match=r"head.weight has no shape yet; run the model once"):
         mlpreduce.apply(model, "shallow")
+
+
+def test_many_paths_are_walked_once() -> None:
+    class Woven(Block):
+        def hidden(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.fc1(x)
+            for _ in range(60):  # 2**60 paths
+                h = torch.tanh(h) + torch.sigmoid(h)
+            return h
+
+    model, x = Net(Woven, 1).double(), torch.randn(2, N, D, dtype=torch.float64)
+    gap, effect = sliced_against_masked(model, x)
+    assert gap < 1e-12 < effect

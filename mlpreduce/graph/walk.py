@@ -48,6 +48,7 @@ class Walk:
     parameters: list[fx.Node] = field(default_factory=list)  # of the modules around the leaves
     visited: dict[fx.Node, None] = field(default_factory=dict)
     axes: dict[tuple[str, int, int], set[int]] = field(default_factory=dict)  # tensor, dim, groups -> offsets
+    answers: dict[tuple[fx.Node, int, int], bool] = field(default_factory=dict)
     splits: list[fx.Node] = field(default_factory=list)
     signature: list[object] = field(default_factory=list)
     groups: int = 1
@@ -58,8 +59,15 @@ class Walk:
     stop: str = ""  # the layer with weights that the walk does not know
 
     def visit(self, node: object, dim: int, offset: int) -> bool:
+        """Whether what lies behind a value is the inside of an MLP, down to expanding projections."""
         if not isinstance(node, fx.Node):
             return False
+        key = (node, dim, offset)
+        if key not in self.answers:  # values are used several times, and paths to them multiply
+            self.answers[key] = self._visit(node, dim, offset)
+        return self.answers[key]
+
+    def _visit(self, node: fx.Node, dim: int, offset: int) -> bool:
         self.visited[node] = None
         if node.op == "call_module":
             return self._module(node, dim, offset)
