@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import gc
 import json
 import sys
 import warnings
@@ -75,7 +74,6 @@ def _all(function: Callable[[str], Result], names: Iterable[str], workers: int, 
 
 
 def _quietly() -> None:
-    """One thread a process, and no warnings of the models'; what is imported by now is no garbage to look through."""
+    """One thread a process, and no warnings of the models'."""
     torch.set_num_threads(1)
-    gc.freeze()
     warnings.simplefilter("ignore")

@@ -32,6 +32,8 @@ from mlpreduce.graph.rules import (
 
 __all__ = ["Walk"]
 
+INSIDE = 128  # values between the projections of an MLP; a walk that sees more is lost in the residual stream
+
 
 @dataclass
 class Walk:
@@ -60,7 +62,7 @@ class Walk:
 
     def visit(self, node: object, dim: int, offset: int) -> bool:
         """Whether what lies behind a value is the inside of an MLP, down to expanding projections."""
-        if not isinstance(node, fx.Node):
+        if not isinstance(node, fx.Node) or len(self.visited) > INSIDE:
             return False
         key = (node, dim, offset)
         if key not in self.answers:  # values are used several times, and paths to them multiply

@@ -1,0 +1,113 @@
+"""The coverage table holds: one architecture of each family and kind of MLP, as docs/coverage.md says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+
+from mlpreduce.__main__ import main
+from mlpreduce.coverage import PROVED_PARAMS, Entry, Proof, examine, prove, smallest
+from mlpreduce.coverage.entries import family_of
+from mlpreduce.coverage.table import family_row, markdown
+
+TABLE = (Path(__file__).parents[1] / "docs" / "coverage.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| (\w+) \| (\d+) \| `(\w+)` \|.*\| ([^|]+) \|$", TABLE.partition("## Without")[0], re.MULTILINE)
+WITHOUT = re.findall(r"^\| (\w+) \| (\d+) \| `(\w+)` \| ([^|]+) \|$", TABLE.partition("## Without")[2], re.MULTILINE)
+
+# every kind of MLP once, on real weights; the command proves all rows
+PROVED = [
+    "test_vit",
+    "gmlp_ti16_224",
+    "gmixer_12_224",
+    "pvt_v2_b0",
+    "visformer_tiny",
+    "convnextv2_atto",
+    "levit_128s",
+    "coat_tiny",
+    "efficientformerv2_s0",
+    "starnet_s1",
+    "tiny_vit_5m_224",
+    "vit_dpwee_patch16_reg1_gap_256",
+]
+
+
+def test_the_table_is_of_this_timm() -> None:
+    assert f"with timm {timm.__version__}" in TABLE, "generate it again: python -m mlpreduce coverage --output ..."
+    total = int(re.search(r"(\d+) architectures in", TABLE)[1])  # type: ignore[index]
+    assert total == len(timm.list_models())
+    assert {row[0] for row in ROWS} | {row[0] for row in WITHOUT} == {family_of(name) for name in timm.list_models()}
+    assert "0 failures" in TABLE
+
+
+@pytest.mark.parametrize(("family", "count", "architecture", "proof"), ROWS, ids=[row[2] for row in ROWS])
+def test_a_row(family: str, count: str, architecture: str, proof: str) -> None:
+    entry = examine(architecture)
+    assert entry.failure == ""
+    assert proof.startswith("holds") or (proof == "not run: too large" and entry.params > PROVED_PARAMS)
+    shown = Proof(architecture, grouped="nothing" not in proof or None) if proof.startswith("holds") else None
+    row = family_row(entry, int(count), shown)
+    assert row in TABLE.splitlines()
+
+
+@pytest.mark.parametrize("architecture", PROVED)
+def test_on_real_weights(architecture: str) -> None:
+    assert f"`{architecture}`" in TABLE
+    assert prove(architecture).failure == ""
+
+
+@pytest.mark.parametrize(("family", "count", "architecture", "reason"), WITHOUT, ids=[row[2] for row in WITHOUT])
+def test_without_mlps(family: str, count: str, architecture: str, reason: str) -> None:
+    assert examine(architecture).reason == reason
+
+
+def test_failures_are_told() -> None:
+    good = Entry("a", "f", 100, 2, {"plain": 2}, 60, 50)
+    bad = Entry("b", "f", 90, failure="planned 1, counted 2")
+    alone = Entry("c", "g", 80, 1, {"gated": 1}, None, 70, reason="grouped: alone")
+    proofs = {"a": Proof("a", failure="tied differs from copied"), "c": Proof("c", 1e-7, 0.1, None, True, True)}
+    text = markdown([good, bad, alone], proofs, "")
+    assert "3 architectures in 2 families: 1 grouped and sliced, 1 sliced only, 0 without MLPs, 2 failures" in text
+    assert "- b: planned 1, counted 2" in text
+    assert "FAILED: tied differs from copied" in text
+    assert "- `c`: grouped: alone" in text
+    assert "holds, nothing to tie" in text
+    assert [entry.architecture for entry in smallest([good, bad, alone]).values()] == ["a", "c"]
+
+
+def test_a_wrong_cost_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlpreduce.graph import MLP
+
+    right = MLP.params
+    monkeypatch.setattr(MLP, "params", lambda self, hidden=None, *, owned=True: right(self, hidden, owned=owned) + 1)
+    assert "planned" in examine("test_vit").failure
+
+
+def test_a_wrong_slice_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlpreduce import surgery
+
+    right = surgery._narrowed
+
+    def shifted(tensor, axis, edit):  # another choice of units in fc2 than in fc1
+        part = right(tensor, axis, edit)
+        return part.roll(1, axis.dim) if axis.dim == 1 else part
+
+    monkeypatch.setattr(surgery, "_narrowed", shifted)
+    assert "sliced differs from masked" in prove("test_vit").failure
+
+
+def test_the_command(tmp_path, capsys) -> None:
+    output = tmp_path / "table.md"
+    assert (
+        main(["coverage", "--family", "vision_transformer_s*", "--family", "vgg", "--output", str(output), "--json"])
+        == 0
+    )
+    rows = json.loads(capsys.readouterr().out)
+    assert {entry["family"] for entry in rows["entries"]} == {"vision_transformer_sam", "vgg"}
+    assert all(proof["failure"] == "" for proof in rows["proofs"])
+    assert "## Without MLPs" in output.read_text(encoding="utf-8")
+    assert main(["coverage", "--family", "swim_transformer"]) == 2
+    assert "did you mean 'swin_transformer'" in capsys.readouterr().err
