@@ -29,7 +29,7 @@ PROVED = [
     "levit_128s",
     "coat_tiny",
     "efficientformerv2_s0",
-    "starnet_s1",
+    "starnet_s050",
     "tiny_vit_5m_224",
     "vit_dpwee_patch16_reg1_gap_256",
 ]
@@ -82,7 +82,11 @@ def test_a_wrong_cost_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlpreduce.graph import MLP
 
     right = MLP.params
-    monkeypatch.setattr(MLP, "params", lambda self, hidden=None, *, owned=True: right(self, hidden, owned=owned) + 1)
+
+    def wrong(self: MLP, hidden: int | None = None, *, owned: bool = True) -> int:
+        return right(self, hidden, owned=owned) + (hidden is not None)  # one more after a plan
+
+    monkeypatch.setattr(MLP, "params", wrong)
     assert "planned" in examine("test_vit").failure
 
 
