@@ -13,7 +13,7 @@ from torch import nn
 import mlpreduce
 from mlpreduce.coverage.entries import build
 from mlpreduce.edits import Plan, Share, Slice
-from mlpreduce.graph import Inputs, call_with, example_inputs, find_mlps, map_tensors, module_at
+from mlpreduce.graph import Inputs, call_with, example_inputs, find_mlps, map_tensors
 
 __all__ = ["Proof", "prove", "sliced_against_masked", "tied_is_copied"]
 
@@ -156,9 +156,9 @@ def _masked(model: nn.Module, sliced: nn.Module, made: Plan, inputs: Inputs) -> 
             continue
         gone = sorted(set(range(edit.hidden)) - set(edit.units))
         for leaf in mlp.leaves:
-            module = module_at(masked, leaf.path)
+            module = masked.get_submodule(leaf.path)
             axis = next((axis for axis in mlp.axes if axis.tensor == f"{leaf.path}.weight"), None)
-            if module is None or axis is None:
+            if axis is None:
                 continue
             if leaf.role == "fc2":
                 weight = module.get_parameter("weight").detach().movedim(axis.dim, 0)
@@ -166,7 +166,7 @@ def _masked(model: nn.Module, sliced: nn.Module, made: Plan, inputs: Inputs) -> 
             elif leaf.role == "conv" and mlp.groups > 1:
                 module.register_forward_pre_hook(lambda module, args, gone=gone: _without(args[0], gone))
             elif leaf.role == "norm" and not isinstance(module, nn.modules.batchnorm._BatchNorm):
-                narrow = copy.deepcopy(module_at(sliced, leaf.path))
+                narrow = copy.deepcopy(sliced.get_submodule(leaf.path))
                 kept = list(axis.positions(edit.hidden, edit.units))
                 module.register_forward_hook(
                     lambda module, args, output, narrow=narrow, kept=kept: _among(args[0], kept, narrow)
@@ -178,9 +178,8 @@ def _without(x: torch.Tensor, gone: list[int]) -> torch.Tensor:
     return x.index_fill(1, torch.tensor(gone), 0)
 
 
-def _among(x: torch.Tensor, kept: list[int], norm: nn.Module | None) -> torch.Tensor:
+def _among(x: torch.Tensor, kept: list[int], norm: nn.Module) -> torch.Tensor:
     """A norm over the kept channels alone; the others stay as they are, and have no weight later."""
-    assert norm is not None
     size = norm.get_parameter("weight").numel()
     dim = next(d for d in (x.dim() - 1, 1) if x.shape[d] > size or x.shape[d] == len(kept))
     index = torch.tensor(kept)
@@ -191,10 +190,7 @@ def _copied(model: nn.Module, made: Plan) -> nn.Module:
     """The whole model, in which what would be tied has equal values instead."""
     copied = copy.deepcopy(model)
     for share in made.of(Share):
-        source, target = module_at(copied, share.source), module_at(copied, share.target)
-        assert source is not None
-        assert target is not None
-        target.load_state_dict(source.state_dict())
+        copied.get_submodule(share.target).load_state_dict(copied.get_submodule(share.source).state_dict())
     return copied
 
 

@@ -63,9 +63,8 @@ def _kind(match: Match, leaves: list[Leaf]) -> str:
 
 
 def _features(tree: nn.Module, path: str, side: str) -> int:
-    module = module_at(tree, path)
+    module = tree.get_submodule(path)
     layer = projection(module)
-    assert module is not None
     return int(module.get_parameter("weight").shape[getattr(layer, side)])
 
 
@@ -77,8 +76,7 @@ def _single(match: Match) -> list[Axis]:
 
 def _leaf(tree: nn.Module, match: Match, node: fx.Node) -> Leaf:
     path = str(node.target)
-    module = module_at(tree, path)
-    assert module is not None
+    module = tree.get_submodule(path)
     role = "fc2" if node is match.contract else "fc1" if node in match.expand else "norm"
     if role == "norm" and not isinstance(module, nn.modules.batchnorm._BatchNorm):
         role = "conv" if is_depthwise(module) else "mix" if projection(module) is not None else role
