@@ -35,6 +35,10 @@ class Block(nn.Module):
     def __init__(self, width: int, hidden: int, bias: bool) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, self.halves * hidden, bias), nn.Linear(hidden, width, bias)
+        self.further(width, hidden, bias)
+
+    def further(self, width: int, hidden: int, bias: bool) -> None:
+        """Layers of this kind of block."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.branch(x)
@@ -44,8 +48,7 @@ class Block(nn.Module):
 
 
 class Plain(Block):
-    def __init__(self, width: int, hidden: int, bias: bool) -> None:
-        super().__init__(width, hidden, bias)
+    def further(self, width: int, hidden: int, bias: bool) -> None:
         self.norm, self.act = nn.LayerNorm(width), nn.GELU()
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
@@ -65,8 +68,7 @@ class PostNorm(Plain):
 class HiddenNorm(Block):
     hidden = Block.hidden | {"norm.weight": 0, "norm.bias": 0}
 
-    def __init__(self, width: int, hidden: int, bias: bool) -> None:
-        super().__init__(width, hidden, bias)
+    def further(self, width: int, hidden: int, bias: bool) -> None:
         self.norm = nn.LayerNorm(hidden)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
@@ -76,8 +78,7 @@ class HiddenNorm(Block):
 class Gate(Block):
     hidden = Block.hidden | {"gate.weight": 0, "gate.bias": 0}
 
-    def __init__(self, width: int, hidden: int, bias: bool) -> None:
-        super().__init__(width, hidden, bias)
+    def further(self, width: int, hidden: int, bias: bool) -> None:
         self.gate = nn.Linear(width, hidden, bias)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
@@ -114,8 +115,7 @@ class Convolution(Block):
     hidden = Block.hidden | {f"norm.{name}": 0 for name in ("weight", "bias", "running_mean", "running_var")}
     image = True
 
-    def __init__(self, width: int, hidden: int, bias: bool) -> None:
-        super().__init__(width, hidden, bias)
+    def further(self, width: int, hidden: int, bias: bool) -> None:
         self.fc1, self.fc2 = nn.Conv2d(width, hidden, 1, bias=bias), nn.Conv2d(hidden, width, 1, bias=bias)
         self.norm = nn.BatchNorm2d(hidden)
 
@@ -130,8 +130,7 @@ class Depthwise(Block):
     image = True
 
     class Inner(Block):
-        def __init__(self, width: int, hidden: int, bias: bool) -> None:
-            super().__init__(width, hidden, bias)
+        def further(self, width: int, hidden: int, bias: bool) -> None:
             self.fc1, self.fc2 = nn.Conv2d(width, hidden, 1, bias=bias), nn.Conv2d(hidden, width, 1, bias=bias)
             self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=bias)
 
