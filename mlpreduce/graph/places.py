@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -33,25 +33,54 @@ def locate(model: nn.Module, paths: Sequence[Sequence[str]], signatures: Sequenc
     different = [name for name, _ in {(name, tuple(leaves)) for name, leaves in zip(common, paths, strict=True)}]
     names = [n if n and different.count(n) == 1 else leaves[0] for n, leaves in zip(common, paths, strict=True)]
     kinds = dict(zip(names, signatures, strict=True))
+    held = {path for leaves in paths for path in leaves}
+    stages: dict[str, _Stage] = {}
     places: list[Place] = []
     for name in names:
-        steps = name.split(".")
-        lists = []  # (stage, block) from the outside in
-        for depth in range(len(steps)):
-            stage, block = ".".join(steps[:depth]), ".".join(steps[: depth + 1])
-            parent = module_at(model, stage)
-            if isinstance(parent, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or steps[depth].isdigit():
-                lists.append((stage, block))
-        contents = {stage: _contents(stage, kinds) for stage, _ in lists}
-        repeated = [pair for pair in lists if len(contents[pair[0]]) > 1 and _all_equal(contents[pair[0]].values())]
-        held = {path for leaves in paths for path in leaves}
-        blocks = [pair for pair in repeated if _are_blocks(model, pair[0], list(contents[pair[0]]), held)]
-        several = [pair for pair in lists if len(contents[pair[0]]) > 1 or len(_children(model, pair[0])) == 1]
+        lists = _lists(model, name)
+        for stage, _ in lists:
+            if stage not in stages:
+                stages[stage] = _stage(model, stage, _contents(stage, kinds), held)
+        blocks = [pair for pair in lists if stages[pair[0]].blocks]
+        repeated = [pair for pair in lists if stages[pair[0]].alike]
+        several = [pair for pair in lists if stages[pair[0]].several]
         stage, block = (blocks[-1:] or repeated[:1] or several[-1:] or lists[-1:] or [("", name.rpartition(".")[0])])[0]
         again = sum(place.name.split("@")[0] == name for place in places)
         unique = f"{name}@{again}" if again else name  # a flat graph calls a tied MLP by one path
         places.append(Place(unique, block, stage))
     return places
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What a sequence of modules is.
+
+    Attributes:
+        several: whether more than one child holds MLPs, or there is but one child.
+        alike: whether more than one does, and all of these hold the like.
+        blocks: whether these are blocks besides: of one class, with weights that are none of an MLP.
+    """
+
+    several: bool
+    alike: bool
+    blocks: bool
+
+
+def _stage(model: nn.Module, path: str, contents: Mapping[str, object], held: set[str]) -> _Stage:
+    first, *others = contents.values()
+    alike = bool(others) and all(other == first for other in others)
+    several = bool(others) or len(_children(model, path)) == 1
+    return _Stage(several, alike, alike and _are_blocks(model, path, list(contents), held))
+
+
+def _lists(model: nn.Module, name: str) -> list[tuple[str, str]]:
+    """The sequences of modules around a module, and their child that it lies in, from the outside in."""
+    steps, lists = name.split("."), []
+    for depth, step in enumerate(steps):
+        stage = ".".join(steps[:depth])
+        if step.isdigit() or isinstance(module_at(model, stage), (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            lists.append((stage, ".".join(steps[: depth + 1])))
+    return lists
 
 
 def _common(paths: Sequence[str]) -> str:
@@ -91,8 +120,3 @@ def _are_blocks(model: nn.Module, stage: str, names: Sequence[str], held: set[st
         for path, child in children
         if child is not None
     )
-
-
-def _all_equal(values: Iterable[object]) -> bool:
-    first, *others = values
-    return all(value == first for value in others)
