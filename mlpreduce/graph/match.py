@@ -8,14 +8,13 @@ computed from (the residual stream). What a node may be is a matter of the table
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from mlpreduce.edits import Axis, Setting
 from mlpreduce.graph.flow import Flow
-from mlpreduce.graph.rules import PRODUCTS, describe, operand, operation, projection
+from mlpreduce.graph.rules import PRODUCTS, Projection, describe, operand, operation, projection
 from mlpreduce.graph.trace import module_at
 from mlpreduce.graph.walk import Walk
 
@@ -64,47 +63,58 @@ class Match:
         return [*self.expand, *self.inner, self.contract]
 
 
-def _entries(flow: Flow, contract: fx.Node) -> Iterator[tuple[object, int, int, int]]:
-    """What goes into a contracting projection: the value, its hidden dimension and width, and where its columns start.
+@dataclass(frozen=True)
+class _Entry:
+    """What goes into a contracting projection: a value, the dimension and number of its hidden units, and the column of
+    the weight that the first of them meets."""
 
-    A layer that projects several things at once takes them concatenated.
-    """
-    layer, module = projection(flow.module(contract)), flow.module(contract)
-    if layer is None or module is None or len(contract.args) + len(contract.kwargs) != 1:
-        return
-    value, columns = operand(contract), int(module.get_parameter("weight").shape[layer.inputs])
+    value: object
+    dim: int
+    hidden: int
+    start: int = 0
+
+
+def _entries(flow: Flow, contract: fx.Node, layer: Projection, columns: int) -> list[_Entry]:
+    """What goes into a projection; one that projects several things at once takes them concatenated."""
+    value = operand(contract)
     shape = flow.shape(value)
     dim = layer.features % len(shape) if shape else layer.features
-    if shape is not None and isinstance(value, fx.Node) and operation(value) == "cat" and value.args:
-        parts = value.args[0] if isinstance(value.args[0], (list, tuple)) else ()
-        widths = [(flow.shape(part) or (0,) * (dim + 1))[dim] for part in parts]
-        for number, part in enumerate(parts) if sum(widths) == columns else ():  # else it is along another dimension
-            yield part, dim, widths[number], sum(widths[:number])
-    else:
-        yield value, dim, columns, 0
+    if shape is None or not isinstance(value, fx.Node) or operation(value) != "cat" or not value.args:
+        return [_Entry(value, dim, columns)]
+    parts = value.args[0] if isinstance(value.args[0], (list, tuple)) else ()
+    widths = [(flow.shape(part) or (0,) * (dim + 1))[dim] for part in parts]
+    if sum(widths) != columns:  # it is along another dimension
+        return []
+    return [_Entry(part, dim, widths[i], sum(widths[:i])) for i, part in enumerate(parts)]
 
 
-def _match(flow: Flow, contract: fx.Node, stops: list[str]) -> Match | None:
-    for value, dim, hidden, start in _entries(flow, contract):
-        walk = Walk(flow, hidden)
-        if not walk.visit(value, dim, 0) or not walk.nonlinear or not walk.expand:
+def _match(flow: Flow, contract: fx.Node, barren: set[tuple[object, ...]], stops: list[str]) -> Match | None:
+    module = flow.module(contract)
+    layer = projection(module)
+    if module is None or layer is None or len(contract.args) + len(contract.kwargs) != 1:
+        return None
+    whole, columns = operand(contract), int(module.get_parameter("weight").shape[layer.inputs])
+    for entry in _entries(flow, contract, layer, columns):
+        walk = Walk(flow, entry.hidden, barren)
+        if not walk.visit(entry.value, entry.dim, 0) or not walk.nonlinear or not walk.expand:
             stops += [walk.stop] if walk.stop else []
             continue
-        concatenated = operand(contract) if value is not operand(contract) else None
-        if walk.leaks(concatenated if isinstance(concatenated, fx.Node) else contract):
+        into = contract if entry.value is whole else whole
+        if not isinstance(into, fx.Node) or walk.leaks(into):
             continue
         sources = {flow.strip(operand(node)) for node in walk.expand}
         source = sources.pop()
         if sources or not isinstance(source, fx.Node) or not flow.is_residual(contract, source):
             continue
-        return _built(flow, contract, source, walk, start)
+        end = Axis(f"{contract.target}.weight", layer.inputs, columns, (entry.start,))
+        return _built(flow, contract, source, walk, end)
     return None
 
 
-def _built(flow: Flow, contract: fx.Node, source: fx.Node, walk: Walk, start: int) -> Match | None:
+def _built(flow: Flow, contract: fx.Node, source: fx.Node, walk: Walk, end: Axis) -> Match | None:
+    """The match of a walk that found an MLP; `end` is the axis of its contracting projection."""
     hidden = walk.hidden
-    fused = False
-    axes = []
+    axes, fused = [], end.size != hidden
     for (path, dim, groups), offsets in walk.axes.items():
         parent, _, name = path.rpartition(".")
         size = int(getattr(module_at(flow.model, parent), name).shape[dim])
@@ -116,12 +126,6 @@ def _built(flow: Flow, contract: fx.Node, source: fx.Node, walk: Walk, start: in
                 return None
             fused = True  # other rows of it compute something else
         axes.append(Axis(path, dim, size, starts, groups))
-    module, layer = flow.module(contract), projection(flow.module(contract))
-    if module is None or layer is None:
-        return None
-    columns = int(module.get_parameter("weight").shape[layer.inputs])
-    axes.append(Axis(f"{contract.target}.weight", layer.inputs, columns, (start,)))
-    fused |= columns != hidden
     settings = _settings(flow.model, walk.splits) if fused else []
     if fused and not settings:
         return None
@@ -134,7 +138,7 @@ def _built(flow: Flow, contract: fx.Node, source: fx.Node, walk: Walk, start: in
         expand=sorted(walk.expand, key=flow.order.__getitem__),
         inner=walk.inner,
         parameters=walk.parameters,
-        axes=axes,
+        axes=[*axes, end],
         settings=settings,
         signature=[*(describe(leaf) for leaf in described if leaf is not None), *walk.signature],
         gated=walk.gated,
@@ -172,7 +176,8 @@ def _used_elsewhere(flow: Flow, matches: list[Match]) -> set[int]:
 def match_mlps(flow: Flow) -> tuple[list[Match], list[str]]:
     """All MLPs of a graph, in order of execution, tied ones once for each call; and what may have hidden others."""
     stops: list[str] = []
-    found = (_match(flow, node, stops) for node in flow.graph.nodes if node.op == "call_module")
+    barren: set[tuple[object, ...]] = set()
+    found = (_match(flow, node, barren, stops) for node in flow.graph.nodes if node.op == "call_module")
     matches = [match for match in found if match is not None]
     elsewhere = _used_elsewhere(flow, matches)
     products = (node for node in flow.graph.nodes if operation(node) in PRODUCTS)

@@ -18,6 +18,7 @@ from mlpreduce.graph.rules import (
     QUERIES,
     SHAPING,
     SPLIT,
+    Projection,
     describe,
     is_depthwise,
     is_elementwise,
@@ -32,7 +33,7 @@ from mlpreduce.graph.rules import (
 
 __all__ = ["Walk"]
 
-INSIDE = 128  # values between the projections of an MLP; a walk that sees more is lost in the residual stream
+INSIDE = 128  # values between the projections of an MLP
 
 
 @dataclass
@@ -45,12 +46,13 @@ class Walk:
 
     flow: Flow
     hidden: int
+    barren: set[tuple[object, ...]] = field(default_factory=set)  # where walks for other projections have failed
     expand: list[fx.Node] = field(default_factory=list)
     inner: list[fx.Node] = field(default_factory=list)
     parameters: list[fx.Node] = field(default_factory=list)  # of the modules around the leaves
     visited: dict[fx.Node, None] = field(default_factory=dict)
     axes: dict[tuple[str, int, int], set[int]] = field(default_factory=dict)  # tensor, dim, groups -> offsets
-    answers: dict[tuple[fx.Node, int, int], bool] = field(default_factory=dict)
+    answers: dict[tuple[object, int, int], bool] = field(default_factory=dict)
     splits: list[fx.Node] = field(default_factory=list)
     signature: list[object] = field(default_factory=list)
     groups: int = 1
@@ -62,12 +64,19 @@ class Walk:
 
     def visit(self, node: object, dim: int, offset: int) -> bool:
         """Whether what lies behind a value is the inside of an MLP, down to expanding projections."""
-        if not isinstance(node, fx.Node) or len(self.visited) > INSIDE:
-            return False
         key = (node, dim, offset)
+        if not isinstance(node, fx.Node) or self.lost or (self.hidden, *key) in self.barren:
+            return False
         if key not in self.answers:  # values are used several times, and paths to them multiply
             self.answers[key] = self._visit(node, dim, offset)
+            if not self.answers[key] and not self.lost and self.groups == 1:  # it fails whatever the walk came from
+                self.barren.add((self.hidden, *key))
         return self.answers[key]
+
+    @property
+    def lost(self) -> bool:
+        """Whether it sees more than an MLP has, as the residual stream does."""
+        return len(self.visited) > INSIDE
 
     def _visit(self, node: fx.Node, dim: int, offset: int) -> bool:
         self.visited[node] = None
@@ -96,7 +105,7 @@ class Walk:
             return False
         layer = projection(module)
         if layer is not None:
-            return self._projection(node, module, dim, offset)
+            return self._projection(node, module, layer, dim, offset)
         self.signature.append(describe(module))
         if isinstance(module, nn.GLU):
             return self._halves(node, dim, offset)
@@ -135,10 +144,7 @@ class Walk:
             along is None or self._same(node, dim, along)
         )
 
-    def _projection(self, node: fx.Node, module: nn.Module, dim: int, offset: int) -> bool:
-        layer = projection(module)
-        if layer is None:
-            return False
+    def _projection(self, node: fx.Node, module: nn.Module, layer: Projection, dim: int, offset: int) -> bool:
         if self._same(node, dim, layer.features):
             self._leaf(node, self.expand)
             self._axis(f"{node.target}.weight", layer.outputs, offset)
