@@ -35,7 +35,7 @@ def as_units(indices: Sequence[int]) -> Units:
         >>> as_units([2, 0, 1]), as_units([3, 0])
         (range(0, 3), (0, 3))
     """
-    units = sorted(int(index) for index in indices)
+    units = sorted(map(int, indices))
     if units and units == list(range(units[0], units[-1] + 1)):
         return range(units[0], units[-1] + 1)
     return tuple(units)

@@ -71,7 +71,8 @@ class Parts(Sequence[MLP]):
         else:
             weights = torch.empty(mlp.hidden_features, 0, device="cpu")
         index = next(i for i, other in enumerate(self._mlps) if other.name == mlp.name)
-        return [int(unit) for unit in function(weights, seed + index).tolist()]
+        order: list[int] = function(weights, seed + index).tolist()
+        return order
 
     def slice(self, mlp: MLP, units: Sequence[int]) -> Slice:
         """The edit that keeps `units` of an MLP, in all tensors that its uses run through."""

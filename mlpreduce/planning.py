@@ -17,16 +17,15 @@ from mlpreduce.graph import (
     MLP,
     Inputs,
     Survey,
-    call_with,
     chains,
-    map_tensors,
+    example_inputs,
     mlps_or_raise,
     module_at,
+    record,
     refuse_wrapped,
     select,
     structural_copy,
 )
-from mlpreduce.graph import example_inputs as inputs_of
 from mlpreduce.parts import Parts
 from mlpreduce.surgery import rehearse
 from mlpreduce.transforms import Transform, check_config
@@ -114,7 +113,7 @@ def make_plan(
     draft = Plan(transform, config, edits, left_out=left_out)
     _check_whole(model, mlps, edits, call)
     if any(mlp.reshapes for mlp in mlps if mlp.name in {edit.mlp for edit in draft.of(Slice)}):
-        _try(model, draft, example_inputs, call)
+        _check_runs(model, draft, example_inputs, call)
     notes = (*_notes(edits), *_look_alikes(found.others))
     return replace(draft, rows=_rows(scope, mlps, draft), notes=notes), mlps
 
@@ -138,20 +137,19 @@ def _check_whole(model: nn.Module, mlps: list[MLP], edits: Sequence[object], cal
                 )
 
 
-def _try(model: nn.Module, draft: Plan, inputs: Inputs | None, call: str) -> None:
+def _check_runs(model: nn.Module, draft: Plan, inputs: Inputs | None, call: str) -> None:
     """Run the sliced model once on the meta device: its code may have the old width in figures.
 
     Raises:
         ReductionError: it does not run.
     """
-    sliced = rehearse(model, draft).eval()
+    sliced = rehearse(model, draft)
     try:
-        batch = inputs_of(model, 2) if inputs is None else inputs
+        batch = example_inputs(model, 2) if inputs is None else inputs
     except ReductionError:  # then nothing was reshaped that is known
         return
     try:
-        with torch.no_grad():
-            call_with(sliced, map_tensors(batch, lambda tensor: torch.empty_like(tensor, device="meta")))
+        record(sliced, batch)
     except Exception as error:  # whatever the model's forward raises
         raise ReductionError(
             f"{call}: sliced, the model does not run ({type(error).__name__}: {error}): its forward has a hidden width in "

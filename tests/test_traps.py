@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 import types
 from collections.abc import Callable
 
@@ -17,6 +16,8 @@ import mlpreduce
 from mlpreduce import ReductionError, find_mlps
 from mlpreduce.budget import measure
 from mlpreduce.coverage.proofs import sliced_against_masked
+from mlpreduce.graph.record import read
+from mlpreduce.graph.rules import operation
 
 D, H, N = 12, 40, 7
 
@@ -284,17 +285,18 @@ def test_towers_are_apart(towers: type[nn.Module]) -> None:
 
 
 def test_overlapping_searches_leave_torch_as_it_was() -> None:
-    class Slow(Block):
+    together = threading.Barrier(3, timeout=60)
+
+    class Meeting(Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.05)
+            together.wait()  # every search is in the middle of its run when another is
             return super().forward(x)
 
     call, x = nn.Module.__call__, torch.randn(2, N, D)
     found: list[int] = []
-    threads = [threading.Thread(target=lambda: found.append(len(find_mlps(Net(Slow), x)))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(len(find_mlps(Net(Meeting), x)))) for _ in range(3)]
     for thread in threads:
         thread.start()
-        time.sleep(0.02)
     for thread in threads:
         thread.join()
     assert found == [2, 2, 2]
@@ -340,3 +342,11 @@ def test_many_paths_are_walked_once() -> None:
     model, x = Net(Woven, 1).double(), torch.randn(2, N, D, dtype=torch.float64)
     gap, effect = sliced_against_masked(model, x)
     assert gap < 1e-12 < effect
+
+
+def test_a_recorded_graph_has_the_calls_of_the_model_and_no_others() -> None:
+    _, graph, _ = read(Net(Block), torch.randn(2, N, D))
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == [
+        f"blocks.{depth}.{leaf}" for depth in range(2) for leaf in ("norm", "fc1", "act", "fc2")
+    ]
+    assert [operation(node) for node in graph.nodes if node.op == "call_function"] == ["add", "add"]

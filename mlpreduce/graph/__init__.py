@@ -17,7 +17,7 @@ from mlpreduce.graph.inputs import Inputs, call_with, example_inputs, map_tensor
 from mlpreduce.graph.match import match_mlps
 from mlpreduce.graph.mlp import MLP, Leaf, chains, select
 from mlpreduce.graph.places import Place, locate
-from mlpreduce.graph.record import INPUTS, read
+from mlpreduce.graph.record import INPUTS, read, record
 from mlpreduce.graph.rules import projection, says_mlp
 from mlpreduce.graph.trace import forget, module_at, refuse_wrapped, structural_copy, trace
 
@@ -34,6 +34,7 @@ __all__ = [
     "mlps_or_raise",
     "module_at",
     "projection",
+    "record",
     "refuse_wrapped",
     "select",
     "structural_copy",
@@ -80,6 +81,7 @@ def find_mlps(model: nn.Module, example_inputs: Inputs | None = None) -> list[ML
         >>> [(mlp.name, mlp.hidden_features) for mlp in find_mlps(timm.create_model("vit_tiny_patch16_224", depth=2))]
         [('blocks.0.mlp', 768), ('blocks.1.mlp', 768)]
     """
+    refuse_wrapped(model, "find_mlps")
     return survey(model, example_inputs).mlps
 
 
@@ -87,9 +89,8 @@ def survey(model: nn.Module, example_inputs: Inputs | None = None) -> Survey:
     """The MLPs of a model, and what is none of them.
 
     Raises:
-        ReductionError: the model is wrapped, compiled, or its graph cannot be read.
+        ReductionError: its graph cannot be read.
     """
-    refuse_wrapped(model, "find_mlps")
     tree, graph, advice = read(model, example_inputs)
     flow = Flow(tree, graph)
     matches, stops = match_mlps(flow)

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph.inputs import Inputs, call_with, example_inputs, map_tensors
+from mlpreduce.graph.rules import is_of_library
 from mlpreduce.graph.trace import NORMS, is_leaf, path_below, structural_copy, trace
 
 __all__ = ["INPUTS", "read", "record"]
@@ -40,21 +41,20 @@ class _Recorder(TorchFunctionMode):
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[torch.Tensor] = []  # ids are unique among tensors that live
         self.names: dict[int, str] = {}
-        for named in (root.named_parameters(remove_duplicate=False), root.named_buffers(remove_duplicate=False)):
-            for name, tensor in named:
-                self.names.setdefault(id(tensor), name)
+        for path, module in root.named_modules(remove_duplicate=False):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                self.names.setdefault(id(tensor), f"{path}.{name}" if path else name)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = None if self.inside_leaf else _result(func, args)
+        result = _result(func, args)
         if result is None:
             result = func(*args, **(kwargs or {}))
-        if not self.inside_leaf:
-            if getattr(func, "__name__", "") == "__setitem__":
-                self.add("call_function", func, args, kwargs or {}, args[0])
-            elif isinstance(result, (torch.Tensor, tuple, list)):
-                self.add("call_function", func, args, kwargs or {}, result)
+        if getattr(func, "__name__", "") == "__setitem__":
+            self.add("call_function", func, args, kwargs or {}, args[0])
+        elif isinstance(result, (torch.Tensor, tuple, list)):
+            self.add("call_function", func, args, kwargs or {}, result)
         return result
 
     def add(self, op: str, target: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
@@ -113,14 +113,16 @@ class _Recorder(TorchFunctionMode):
                 return forward(*args, **kwargs)
             finally:
                 self.scope.pop()
-        result = _without_running(module, args, kwargs) if forward == MethodType(type(module).forward, module) else None
-        if result is None:
-            self.inside_leaf = True
-            try:
-                result = forward(*args, **kwargs)
-            finally:
-                self.inside_leaf = False
-        self.add("call_module", path, args, kwargs, result)
+        self.inside_leaf = True
+        try:
+            with torch._C.DisableTorchFunction():  # what it does inside is no node, nor is what is done here
+                own = forward != MethodType(type(module).forward, module)
+                result = None if own else _without_running(module, args, kwargs)
+                if result is None:
+                    result = forward(*args, **kwargs)
+                self.add("call_module", path, args, kwargs, result)
+        finally:
+            self.inside_leaf = False
         return result
 
 
@@ -147,11 +149,15 @@ def _without_running(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
         return None
     x, forward = args[0], type(module).forward
-    if forward in _KEEPS_SHAPE or (isinstance(module, NORMS) and forward.__module__.startswith(("torch.", "timm."))):
+    weight = module._parameters.get("weight")
+    is_norm = isinstance(module, NORMS) and is_of_library(forward)
+    if is_norm and weight is not None and weight.shape not in ((x.shape[-1],), x.shape[1:2]):
+        return None  # let it raise
+    if is_norm or forward in _KEEPS_SHAPE:
         return torch.empty(x.shape, dtype=x.dtype, device="meta")
     if forward is nn.Linear.forward:
         outputs, inputs = module.get_parameter("weight").shape
-        if x.shape[-1] == inputs:  # else let it raise
+        if x.shape[-1] == inputs:
             return torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device="meta")
     return None
 
@@ -195,7 +201,6 @@ def _with_shapes(model: fx.GraphModule, inputs: Inputs | None) -> tuple[nn.Modul
     if not isinstance(inputs, torch.Tensor):
         return model, model.graph
     copy = structural_copy(model, device="meta")
-    assert isinstance(copy, fx.GraphModule)
     try:
         with torch.no_grad():
             ShapeProp(copy).propagate(torch.empty_like(inputs, device="meta"))

@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from copy import copy as shallow_copy
 from copy import deepcopy
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
@@ -21,8 +21,11 @@ from mlpreduce.errors import ReductionError
 
 __all__ = ["NORMS", "forget", "is_leaf", "module_at", "path_below", "refuse_wrapped", "structural_copy", "trace"]
 
+Model = TypeVar("Model", bound=nn.Module)
+
 # they may hold an activation, as timm's BatchNormAct2d does
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_PLAIN = {bool, int, float, str, type(None), torch.dtype, torch.device}
 _WRAPPERS = {
     "DistributedDataParallel": "model.module",
     "DataParallel": "model.module",
@@ -77,21 +80,24 @@ def refuse_wrapped(model: Any, call: str) -> None:
                 f"{call}: the model is wrapped in {cls.__name__}, whose buffers and buckets were made for the old "
                 f"parameters; reduce {_WRAPPERS[cls.__name__]}, then wrap it"
             )
-    for name, module in model.named_modules():
+    modules = list(model.named_modules())
+    for name, module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             raise ReductionError(
                 f"{call}: {name or 'the model'} is scripted and cannot change; reduce it, then script it"
             )
         if module._compiled_call_impl is not None or any(c.__name__ == "OptimizedModule" for c in type(module).__mro__):
             raise ReductionError(f"{call}: {name or 'the model'} is compiled; reduce the model, then compile it")
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ReductionError(f"{call}: {name} has no shape yet; run the model once, then reduce it")
-        if any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__):
-            raise ReductionError(f"{call}: {name} is sharded (DTensor); reduce the model, then call fully_shard")
+    for path, module in modules:
+        for name, parameter in module._parameters.items():
+            where = f"{call}: {path}.{name}" if path else f"{call}: {name}"
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ReductionError(f"{where} has no shape yet; run the model once, then reduce it")
+            if any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__):
+                raise ReductionError(f"{where} is sharded (DTensor); reduce the model, then call fully_shard")
 
 
-def structural_copy(model: nn.Module, device: str | None = None) -> nn.Module:
+def structural_copy(model: Model, device: str | None = None) -> Model:
     """A copy of the module tree, without hooks, whose tensors are the model's own.
 
     Tied modules stay tied. With `device="meta"` the copy has meta tensors of the same shapes instead, so that a plan
@@ -126,10 +132,12 @@ def structural_copy(model: nn.Module, device: str | None = None) -> nn.Module:
         copy = modules[id(original)] = object.__new__(type(original))
         state = copy.__dict__
         for name, value in original.__dict__.items():
-            if name in ("_parameters", "_buffers"):
-                state[name] = type(value)((key, tensor(entry)) for key, entry in value.items())
+            if type(value) in _PLAIN:  # most are
+                state[name] = value
+            elif name in ("_parameters", "_buffers"):
+                state[name] = {key: tensor(entry) for key, entry in value.items()}
             elif name == "_modules":
-                state[name] = type(value)((key, entry and module(entry)) for key, entry in value.items())
+                state[name] = {key: None if entry is None else module(entry) for key, entry in value.items()}
             elif name.endswith("_hooks"):
                 state[name] = OrderedDict()
             elif name == "_compiled_call_impl":
@@ -140,7 +148,7 @@ def structural_copy(model: nn.Module, device: str | None = None) -> nn.Module:
                 state[name] = attribute(value)
         return copy
 
-    return module(model)
+    return cast(Model, module(model))
 
 
 class _Tracer(fx.Tracer):
