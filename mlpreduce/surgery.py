@@ -1,49 +1,60 @@
 """Carries the edits of a plan out on a model: checks all, then changes all.
 
 The plan is first rehearsed on a copy of the module tree with meta tensors, where every mistake shows at no cost in
-memory. The change itself then takes the new tensors of one MLP at a time beyond what the model holds, the largest
-first, and an interrupt waits until it is done.
+memory. What fails in the change itself is undone, and an interrupt waits until it is over.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from mlpreduce.edits import Assign, Axis, Plan, Scale, Share, Slice
+from mlpreduce.edits import Assign, Plan, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import canonicalize, module_at, structural_copy
+from mlpreduce.slicing import find_tensor, slice_all
 
 __all__ = ["carry_out", "rehearse", "untie_leaves"]
 
 
-def rehearse(model: nn.Module, plan: Plan) -> nn.Module:
+def rehearse(model: nn.Module, plan: Plan, rehearsal: nn.Module | None = None) -> nn.Module:
     """The reduced model on the meta device; `model` is not touched.
+
+    Args:
+        model: the model.
+        plan: what to do.
+        rehearsal: a structural copy of the model on the meta device to do it on; one is made if there is none.
 
     Raises:
         ReductionError: the plan does not fit the model; the message names the module or tensor.
     """
     call = call_text(plan.transform, plan.config)
-    rehearsal = structural_copy(model, device="meta")
+    if rehearsal is None:
+        rehearsal = structural_copy(model, device="meta")
     _check_hooks(model, plan, call)
     _check_memory(model, plan, call)
     _check_slices(rehearsal, plan.of(Slice), call)
-    _slice_all(rehearsal, plan.of(Slice))
+    undo = ExitStack()  # of no use here: the rehearsal is dropped
+    slice_all(rehearsal, plan.of(Slice), undo)
     _check_shares(rehearsal, plan.of(Share), call)
-    _share_all(rehearsal, plan.of(Share))
+    _share_all(rehearsal, plan.of(Share), undo)
     for share in plan.of(Share):
         if module_at(rehearsal, share.target) is not module_at(rehearsal, share.source):
             raise ReductionError(f"{call}: {share.target} would be shared with two different modules")
+    given: set[tuple[type, int]] = set()
     for edit in plan.of(Assign, Scale):
         tensor = _tensor(rehearsal, edit.tensor, call)
+        if (type(edit), id(tensor)) in given:
+            raise ReductionError(f"{call}: {edit.tensor} would be {type(edit).__name__.lower()}d twice")
+        given.add((type(edit), id(tensor)))
         if isinstance(edit, Assign) and (edit.value is None or edit.value.shape != tensor.shape):
             fact = "are not in the plan" if edit.value is None else f"have {tuple(edit.value.shape)}"
             raise ReductionError(f"{call}: {edit.tensor} has shape {tuple(tensor.shape)}, its new values {fact}")
@@ -52,7 +63,7 @@ def rehearse(model: nn.Module, plan: Plan) -> nn.Module:
     return rehearsal
 
 
-def carry_out(model: nn.Module, plan: Plan, *, weights: bool = True) -> None:
+def carry_out(model: nn.Module, plan: Plan, *, weights: bool = True, rehearsal: nn.Module | None = None) -> None:
     """Carry a plan out in place, all of it or nothing.
 
     Args:
@@ -60,21 +71,25 @@ def carry_out(model: nn.Module, plan: Plan, *, weights: bool = True) -> None:
         plan: what to do.
         weights: without, only shapes and ties change and the values of sliced tensors are those of the kept units;
             this is what loading a saved model needs.
+        rehearsal: as for `rehearse`.
 
     Raises:
         ReductionError: the plan does not fit the model, which is then unchanged.
     """
     plan = plan if weights else plan.structure()
-    rehearse(model, plan)
-    with _uninterrupted(), torch.inference_mode(False), torch.no_grad():
-        _slice_all(model, plan.of(Slice))
-        _share_all(model, plan.of(Share))
-        for edit in plan.of(Assign):
-            _tensor(model, edit.tensor, plan.transform).copy_(edit.value)
-        for edit in plan.of(Scale):
-            _tensor(model, edit.tensor, plan.transform).mul_(edit.factor)
+    rehearse(model, plan, rehearsal)
+    with _uninterrupted(), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+        slice_all(model, plan.of(Slice), undo)
+        _share_all(model, plan.of(Share), undo)
+        # values change in place, as the old ones would take memory; in one call, which fails before it has begun
+        assigned, scaled = plan.of(Assign), plan.of(Scale)
+        if assigned:
+            torch._foreach_copy_(_tensors(model, assigned), [edit.value for edit in assigned])
+        if scaled:
+            torch._foreach_mul_(_tensors(model, scaled), [edit.factor for edit in scaled])
         if isinstance(model, fx.GraphModule):
             canonicalize(model)
+        undo.pop_all()
 
 
 def untie_leaves(model: nn.Module, shares: list[Share]) -> None:
@@ -92,20 +107,12 @@ def untie_leaves(model: nn.Module, shares: list[Share]) -> None:
         module_at(model, parent)._modules[name] = module  # type: ignore[union-attr]
 
 
-def _slice_all(model: nn.Module, slices: list[Slice]) -> None:
-    def size(edit: Slice) -> float:
-        tensors = (_find(model, path, edit.mlp)[2] for path in {axis.tensor for axis in edit.axes})
-        return sum(tensor.nbytes for tensor in tensors) * len(edit.units) / edit.hidden
-
-    for edit in sorted(slices, key=size, reverse=True):
-        _slice(model, edit)
-
-
-def _share_all(model: nn.Module, shares: list[Share]) -> None:
+def _share_all(model: nn.Module, shares: list[Share], undo: ExitStack) -> None:
     places = _places(model) if shares else {}
     for share in shares:
-        source = module_at(model, share.source)
-        for parent, name in places[id(module_at(model, share.target))]:
+        source, target = module_at(model, share.source), module_at(model, share.target)
+        for parent, name in places[id(target)]:
+            undo.callback(parent._modules.__setitem__, name, target)
             parent._modules[name] = source
 
 
@@ -119,79 +126,12 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return places
 
 
-def _slice(model: nn.Module, edit: Slice) -> None:
-    """New tensors for the whole MLP first, so that a lack of memory leaves it as it was; then they are put in place."""
-    new: list[tuple[nn.Module, str, torch.Tensor]] = []
-    for path in dict.fromkeys(axis.tensor for axis in edit.axes):
-        leaf, name, tensor = _find(model, path, edit.mlp)
-        part = tensor.detach()
-        for axis in sorted((axis for axis in edit.axes if axis.tensor == path), key=lambda axis: -axis.groups):
-            part = _narrowed(part, axis, edit)
-        if isinstance(tensor, nn.Parameter):
-            attributes = tensor.__dict__  # marks such as timm's _no_weight_decay
-            part = nn.Parameter(part, requires_grad=tensor.requires_grad)
-            part.__dict__.update(attributes)
-        new.append((leaf, name, part))
-        del tensor
-    for leaf, name, part in new:
-        if isinstance(part, nn.Parameter):
-            leaf._parameters[name] = part
-        else:
-            leaf._buffers[name] = part
-        _set_sizes(leaf)
-    for setting in edit.settings:
-        owner = module_at(model, setting.module)
-        sizes = list(getattr(owner, setting.name))
-        sizes[setting.index] -= edit.hidden - len(edit.units)
-        setattr(owner, setting.name, sizes)
-
-
-def _narrowed(tensor: torch.Tensor, axis: Axis, edit: Slice) -> torch.Tensor:
-    """What is left of a tensor along one axis, in memory of its own."""
-    if axis.groups > 1:  # each group of rows has columns of its own
-        size = edit.hidden // axis.groups
-        groups = tensor.unflatten(0, (axis.groups, -1))
-        local = [[unit % size for unit in edit.units if unit // size == group] for group in range(axis.groups)]
-        index = [torch.tensor(units, device=tensor.device) for units in local]
-        return torch.cat([rows.index_select(1, units) for rows, units in zip(groups, index, strict=True)])
-    kept = axis.positions(edit.hidden, edit.units)
-    if isinstance(kept, range):
-        part = tensor.narrow(axis.dim, kept.start, len(kept))
-        return part.clone(memory_format=torch.contiguous_format)
-    return tensor.index_select(axis.dim, torch.tensor(kept, device=tensor.device))
-
-
-def _set_sizes(leaf: nn.Module) -> None:
-    """Widths that a leaf keeps beside its tensors: they show in its repr, and some are read in forward."""
-    if isinstance(leaf, nn.Linear):
-        leaf.out_features, leaf.in_features = leaf.weight.shape
-    elif isinstance(leaf, nn.modules.conv._ConvNd):
-        if leaf.groups == leaf.in_channels == leaf.out_channels:  # each channel alone, as before
-            leaf.groups = leaf.weight.shape[0]
-        leaf.out_channels, leaf.in_channels = leaf.weight.shape[0], leaf.weight.shape[1] * leaf.groups
-    elif isinstance(leaf, (nn.LayerNorm, nn.RMSNorm)):
-        leaf.normalized_shape = tuple(leaf.weight.shape)
-    elif isinstance(leaf, nn.modules.batchnorm._BatchNorm):
-        running = leaf.running_mean if leaf.running_mean is not None else leaf.weight
-        leaf.num_features = running.shape[0]
-    elif hasattr(leaf, "nf") and hasattr(leaf, "nx"):  # transformers' Conv1D
-        leaf.nx, leaf.nf = leaf.get_parameter("weight").shape  # type: ignore[assignment]
-    elif isinstance(getattr(leaf, "normalized_shape", None), tuple):  # timm's norms beside torch's
-        leaf.normalized_shape = tuple(leaf.get_parameter("weight").shape)  # type: ignore[assignment]
-
-
-def _find(model: nn.Module, path: str, call: str) -> tuple[nn.Module, str, torch.Tensor]:
-    """The leaf that holds the tensor at `path`, the tensor's name there, and the tensor."""
-    parent, _, name = path.rpartition(".")
-    leaf = module_at(model, parent)
-    tensor = getattr(leaf, name, None)
-    if leaf is None or not isinstance(tensor, torch.Tensor):
-        raise ReductionError(f"{call}: {type(model).__name__} has no tensor {path!r}; the plan is of another model")
-    return leaf, name, tensor
+def _tensors(model: nn.Module, edits: list[Any]) -> list[torch.Tensor]:
+    return [find_tensor(model, edit.tensor, "apply")[2] for edit in edits]
 
 
 def _tensor(model: nn.Module, path: str, call: str) -> torch.Tensor:
-    return _find(model, path, call)[2]
+    return find_tensor(model, path, call)[2]
 
 
 def _check_hooks(model: nn.Module, plan: Plan, call: str) -> None:
@@ -287,7 +227,7 @@ def _form(leaf: nn.Module | None) -> tuple[Any, ...]:
     return repr(leaf), [(name, tuple(t.shape), str(t.dtype), "trains" * t.requires_grad) for name, t in tensors]
 
 
-@contextlib.contextmanager
+@contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Hold SIGINT back until the block is done, so that Ctrl-C never leaves a model half changed."""
     handler = signal.getsignal(signal.SIGINT)

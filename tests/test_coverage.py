@@ -91,15 +91,15 @@ def test_a_wrong_cost_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_slice_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlpreduce import surgery
+    from mlpreduce import slicing
 
-    right = surgery._narrowed
+    right = slicing._picked
 
-    def shifted(tensor, axis, edit):  # another choice of units in fc2 than in fc1
-        part = right(tensor, axis, edit)
-        return part.roll(1, axis.dim) if axis.dim == 1 else part
+    def shifted(tensor, dim, positions):  # another choice of units in fc2 than in fc1
+        part = right(tensor, dim, positions)
+        return part.roll(1, dim) if dim == 1 else part
 
-    monkeypatch.setattr(surgery, "_narrowed", shifted)
+    monkeypatch.setattr(slicing, "_picked", shifted)
     assert "sliced differs from masked" in prove("test_vit").failure
 
 

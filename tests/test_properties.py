@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 
 import mlpreduce
 from mlpreduce import MLP, Plan, ReductionError
-from mlpreduce.edits import Assign, Edit, Share, Slice
+from mlpreduce.edits import Assign, Edit, Scale, Share, Slice
 from mlpreduce.graph import chains
 
 SIDE = 4  # of the square inputs
@@ -432,13 +432,18 @@ def test_a_plan_survives_json(architecture: Architecture, data: st.DataObject) -
     assert mlpreduce.history(model) == mlpreduce.history(other)
 
 
-def remembered(model: nn.Module) -> tuple[object, ...]:
+def remembered(model: nn.Module, *, identities: bool = True) -> tuple[object, ...]:
     """Every module, tensor, value, hook and attribute of a model, to be compared."""
+
+    def tensor(t: torch.Tensor) -> tuple[object, ...]:
+        values = [None if v is None else v.detach().numpy().tobytes() for v in (t, t.grad)]
+        return id(t) if identities else type(t), t.requires_grad, vars(t).copy(), values
+
     modules = model.named_modules(remove_duplicate=False)
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return (
         [(path, id(module), repr(module), module.training) for path, module in modules],
-        [(path, id(t), t.requires_grad, t.detach().numpy().tobytes()) for path, t in named],
+        [(path, tensor(t)) for path, t in named],
         {name: len(value) if "_hooks" in name else 0 for name, value in model.__dict__.items()},
     )
 
@@ -482,29 +487,36 @@ def test_one_bad_edit_anywhere_changes_nothing(architecture: Architecture, data:
 
 
 class Failing(TorchDispatchMode):
-    """Lets the k-th new tensor fail, on the meta device or on the real one."""
+    """Lets the k-th step on tensors fail, on the meta device or on the real one, before it is done."""
 
     def __init__(self, position: float, *, meta: bool) -> None:
         super().__init__()
         self.position, self.meta = position, meta
-        self.made: list[int] = []  # bytes of each
+        self.steps: list[int] = []  # bytes of the new tensors of each
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
+        views = any(
+            returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns
+        )
+        mine = not views and any(tensor.is_meta == self.meta for tensor in given)
+        if mine and len(self.steps) == self.position:
+            self.position = -1
+            raise MemoryError("injected")
         result = func(*args, **(kwargs or {}))
-        views = any(returned.alias_info is not None for returned in func._schema.returns)
-        for tensor in () if views else tree_iter(result):
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta == self.meta:
-                self.made.append(tensor.nbytes)
-                if len(self.made) > self.position:
-                    raise MemoryError("injected")
+        if mine:
+            made = [value for value in tree_iter(result) if isinstance(value, torch.Tensor)]
+            self.steps.append(0 if func._schema.is_mutable else sum(tensor.nbytes for tensor in made))
         return result
 
 
-def reduction(model: nn.Module, images: torch.Tensor) -> Plan:
-    """Ties, slices and new values in one plan."""
-    tied = mlpreduce.plan(model, "grouped", group=2, pattern="cycle", example_inputs=images)
-    sliced = mlpreduce.plan(model, "shallow", criterion="l2", ratio=0.7, example_inputs=images)
-    return Plan("by_hand", {}, (*sliced.edits, *tied.edits))
+def reduction(model: nn.Module, images: torch.Tensor, values: type[Edit] = Scale) -> Plan:
+    """Slices, ties and new values in one plan."""
+    tied = mlpreduce.plan(model, "grouped", group=2, pattern="cycle", example_inputs=images).edits
+    sliced = mlpreduce.plan(model, "shallow", criterion="l2", ratio=0.7, example_inputs=images).edits
+    new = [Assign("stages.0.0.fc2.bias", torch.ones(images.shape[1]))]
+    edits = [*sliced, *new, *tied]
+    return Plan("by_hand", {}, tuple(edit for edit in edits if isinstance(edit, (Slice, Share, values))))
 
 
 MIXED = Architecture(
@@ -520,48 +532,35 @@ MIXED = Architecture(
 )
 
 
-def test_a_failure_in_the_rehearsal_changes_nothing() -> None:
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("values", [Assign, Scale])
+@pytest.mark.parametrize("meta", [True, False])
+def test_a_failure_at_any_step_changes_nothing(meta: bool, values: type[Edit], held: bool) -> None:
+    """In the rehearsal and in the change itself; whether or not the user holds the old tensors."""
     model, images = MIXED.build(), MIXED.images
-    made = reduction(model, images)
-    reduced = copy.deepcopy(model)
-    with Failing(math.inf, meta=True) as steps:
-        mlpreduce.apply(reduced, made)
-    assert len(steps.made) > 3 * len(made.of(Slice))
-    before = remembered(model)
-    for position in range(len(steps.made)):
-        with pytest.raises(MemoryError), Failing(position, meta=True):
+    model(images).sum().backward()
+    made = reduction(model, images, values)
+    copied = copy.deepcopy(model)
+    with Failing(math.inf, meta=meta) as run:
+        mlpreduce.apply(copied, made)
+    assert len(run.steps) > 3 * len(made.of(Slice))
+    kept = [*model.parameters(), *model.buffers()] if held else []
+    before = remembered(model, identities=held)
+    for position in range(len(run.steps)):
+        with pytest.raises(MemoryError, match="injected"), Failing(position, meta=meta):
             mlpreduce.apply(model, made)
-        assert remembered(model) == before
+        assert remembered(model, identities=held) == before
+    assert all(new is old for new, old in zip([*model.parameters(), *model.buffers()], kept, strict=False))
+    mlpreduce.apply(model, made)
 
 
-def new_sizes(made: Plan, reduced: nn.Module) -> list[list[int]]:
-    """Bytes of the new tensors of each slice."""
-    state = tensors(reduced)
-    return [[state[path].nbytes for path in dict.fromkeys(axis.tensor for axis in e.axes)] for e in made.of(Slice)]
-
-
-def test_memory_that_runs_out_changes_nothing() -> None:
-    """It can run out only for the MLP that is sliced first, whose old tensors make room for all others."""
+def test_the_largest_tensors_are_sliced_first() -> None:
     model, images = MIXED.build(), MIXED.images
     made = reduction(model, images)
-    reduced = copy.deepcopy(model)
-    with Failing(math.inf, meta=False) as steps:
-        mlpreduce.apply(reduced, made)
-    sizes = new_sizes(made, reduced)
-    assert sum(steps.made) == sum(map(sum, sizes))
-    first = next(size for size in sizes if steps.made[: len(size)] == size)
-    before = remembered(model)
-    for position in range(len(first)):
-        with pytest.raises(MemoryError), Failing(position, meta=False):
-            mlpreduce.apply(model, made)
-        assert remembered(model) == before
-
-
-def test_the_largest_mlp_is_sliced_first() -> None:
-    model, images = MIXED.build(), MIXED.images
-    made = reduction(model, images)
-    reduced = copy.deepcopy(model)
-    with Failing(math.inf, meta=False) as steps:
-        mlpreduce.apply(reduced, made)
-    largest = max(new_sizes(made, reduced), key=sum)
-    assert steps.made[: len(largest)] == largest
+    sizes = {axis.tensor: dict(model.state_dict())[axis.tensor].nbytes for edit in made.of(Slice) for axis in edit.axes}
+    with Failing(math.inf, meta=False) as run:
+        mlpreduce.apply(model, made)
+    parts = [size for size in run.steps if size]
+    cut = [kept + gone for kept, gone in zip(parts[::2], parts[1::2], strict=True)]
+    assert cut[0] == max(sizes.values())
+    assert sorted(cut) == sorted(sizes.values())

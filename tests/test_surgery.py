@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import mlpreduce
-from mlpreduce import Plan, ReductionError, surgery
+from mlpreduce import Plan, ReductionError, slicing
 from mlpreduce.edits import Assign, Axis, Scale, Share, Slice
 from mlpreduce.profiling import LiveMemory
 from mlpreduce.testing import tiny_vit
@@ -189,14 +189,14 @@ def test_unchanged_sees_a_change(vit: nn.Module, unchanged) -> None:
 def test_an_interrupt_waits(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tiny_vit()
     mlpreduce.apply(whole, "shallow")
-    cut = surgery._set_sizes
+    cut = slicing._set_sizes
 
     def interrupt_then_cut(leaf: nn.Module) -> None:
         if not next(leaf.parameters()).is_meta:
             os.kill(os.getpid(), signal.SIGINT)
         cut(leaf)
 
-    monkeypatch.setattr(surgery, "_set_sizes", interrupt_then_cut)
+    monkeypatch.setattr(slicing, "_set_sizes", interrupt_then_cut)
     with pytest.raises(KeyboardInterrupt):
         mlpreduce.apply(vit, "shallow")
     assert {n: p.shape for n, p in vit.named_parameters()} == {n: p.shape for n, p in whole.named_parameters()}
@@ -254,7 +254,7 @@ def test_requires_grad_dtype_and_hooks_stay(vit: nn.Module, images: torch.Tensor
 
 @pytest.mark.slow
 def test_memory_of_apply_on_vit_large() -> None:
-    """Beyond what the model holds, applying takes no more than the new tensors of one MLP."""
+    """Beyond what the model holds, applying takes no more than its largest sliced tensor: here less than one new MLP."""
     for name, config in (("shallow", {"ratio": 0.5}), ("shallow", {"ratio": 0.75}), ("grouped", {"group": 2})):
         model = timm.create_model("vit_large_patch16_224")
         largest = int(4 * (2 * 1024 + 1) * 4096 * config.get("ratio", 1))
