@@ -63,8 +63,8 @@ def plan(
         >>> [row.owner for row in plan(vit, "grouped", group=2).rows]
         ['blocks.0.mlp', 'blocks.0.mlp', 'blocks.2.mlp', 'blocks.2.mlp']
     """
-    made, mlps = make_plan(model, transform, config, include=include, exclude=exclude, example_inputs=example_inputs)
-    return replace(made, costs=_costs(structural_copy(model, device="meta"), mlps, made, example_inputs))
+    made, found = make_plan(model, transform, config, include=include, exclude=exclude, example_inputs=example_inputs)
+    return replace(made, costs=_costs(structural_copy(model, device="meta"), found.mlps, made, example_inputs))
 
 
 def make_plan(
@@ -76,8 +76,8 @@ def make_plan(
     exclude: Globs = None,
     example_inputs: Inputs | None = None,
     found: Survey | None = None,
-) -> tuple[Plan, list[MLP]]:
-    """The plan without its costs, and the MLPs of the model; `found` are those, if they are known.
+) -> tuple[Plan, Survey]:
+    """The plan without its costs, and what the model has; `found` is that, if it is known.
 
     Raises:
         ReductionError: as `plan`.
@@ -115,7 +115,7 @@ def make_plan(
     if any(mlp.reshapes for mlp in mlps if mlp.name in {edit.mlp for edit in draft.of(Slice)}):
         _check_runs(model, draft, example_inputs, call)
     notes = (*_notes(edits), *_look_alikes(found.others))
-    return replace(draft, rows=_rows(scope, mlps, draft), notes=notes), mlps
+    return replace(draft, rows=_rows(scope, mlps, draft), notes=notes), found
 
 
 def _check_whole(model: nn.Module, mlps: list[MLP], edits: Sequence[object], call: str) -> None:

@@ -55,11 +55,13 @@ def apply(
         if config or include or exclude:
             raise ReductionError("apply(model, plan): a plan is applied as it is; give it no further arguments")
         refuse_wrapped(model, "apply(model, plan)")
-        made = transform
+        made, tree = transform, None
         _check_same(model, made, example_inputs)
     else:
-        made, _ = make_plan(model, transform, config, include=include, exclude=exclude, example_inputs=example_inputs)
-    carry_out(model, made)
+        scope: dict[str, Any] = {"include": include, "exclude": exclude, "example_inputs": example_inputs}
+        made, found = make_plan(model, transform, config, **scope)
+        tree = found.tree
+    carry_out(model, made, rehearsal=tree)
     remember(model, made)
     return model
 

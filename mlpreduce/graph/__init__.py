@@ -52,11 +52,13 @@ class Survey:
         mlps: its MLPs, in order of execution.
         others: what looks like an MLP and is none, by name, with the reason.
         advice: what to try if an MLP is missing.
+        tree: a structural copy of the model on the meta device, to be used up; None if none was made.
     """
 
     mlps: list[MLP]
     others: dict[str, str]
     advice: str
+    tree: nn.Module | None = None
 
 
 def find_mlps(model: nn.Module, example_inputs: Inputs | None = None) -> list[MLP]:
@@ -108,8 +110,10 @@ def survey(model: nn.Module, example_inputs: Inputs | None = None) -> Survey:
         shared = [leaf for leaf in mlp.leaves if leaf.shareable] or mlp.leaves
         leaves = tuple(id(module_at(tree, leaf.path)) for leaf in shared)
         mlps.append(replace(mlp, owner=owners.setdefault(leaves, mlp.name)))
-    forget(tree)
-    return Survey(mlps, others, "".join(f"; {stop}" for stop in stops[:1]) + advice)
+    spare = tree if tree is not model and all(parameter.is_meta for parameter in tree.parameters()) else None
+    if spare is None:
+        forget(tree)
+    return Survey(mlps, others, "".join(f"; {stop}" for stop in stops[:1]) + advice, spare)
 
 
 def _names(model: nn.Module, place: Place) -> list[str]:

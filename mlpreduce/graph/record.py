@@ -103,9 +103,12 @@ class _Recorder(TorchFunctionMode):
                     module.__dict__["forward"] = own
 
     def call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run one module, and make a node of it if it is a leaf."""
+        """Run one module, and make a node of it if it is a leaf that does something."""
         if self.inside_leaf:
             return forward(*args, **kwargs)
+        own = forward != MethodType(type(module).forward, module)
+        if type(module).forward in _PASSES and not own and len(args) == 1 and not kwargs:
+            return args[0]
         path = path_below(self.root, self.scope[-1], module)
         if not is_leaf(module):
             self.scope.append(path)
@@ -116,7 +119,6 @@ class _Recorder(TorchFunctionMode):
         self.inside_leaf = True
         try:
             with torch._C.DisableTorchFunction():  # what it does inside is no node, nor is what is done here
-                own = forward != MethodType(type(module).forward, module)
                 result = None if own else _without_running(module, args, kwargs)
                 if result is None:
                     result = forward(*args, **kwargs)
@@ -127,7 +129,8 @@ class _Recorder(TorchFunctionMode):
 
 
 _KNOWN = {torch.Tensor.add, torch.Tensor.mul, F.scaled_dot_product_attention}
-_KEEPS_SHAPE = {nn.Identity.forward, nn.Dropout.forward, nn.GELU.forward, nn.ReLU.forward, nn.SiLU.forward}
+_PASSES = {nn.Identity.forward, nn.Dropout.forward}  # what they are given, in eval mode
+_KEEPS_SHAPE = {nn.GELU.forward, nn.ReLU.forward, nn.SiLU.forward}
 
 
 def _result(func: Callable[..., Any], args: tuple[Any, ...]) -> torch.Tensor | None:
