@@ -53,7 +53,7 @@ def rehearse(model: nn.Module, plan: Plan, rehearsal: nn.Module | None = None) -
     for edit in plan.of(Assign, Scale):
         tensor = _tensor(rehearsal, edit.tensor, call)
         if (type(edit), id(tensor)) in given:
-            raise ReductionError(f"{call}: {edit.tensor} would be {type(edit).__name__.lower()}d twice")
+            raise ReductionError(f"{call}: {edit.tensor} has two {type(edit).__name__} edits; make them one")
         given.add((type(edit), id(tensor)))
         if isinstance(edit, Assign) and (edit.value is None or edit.value.shape != tensor.shape):
             fact = "are not in the plan" if edit.value is None else f"have {tuple(edit.value.shape)}"

@@ -164,6 +164,7 @@ def test_all_or_nothing(position: int, unchanged) -> None:
         (Share("blocks.0.mlp", "blocks.1.mlp"), "blocks.0.mlp has children"),
         (Share("blocks.0.mlp.fc1", "blocks.0.mlp.fc2"), "differ"),
         (Scale("blocks.2.mlp.fc9.weight", 2.0), "no tensor 'blocks.2.mlp.fc9.weight'"),
+        (Scale("blocks.3.mlp.fc1.weight", 2.0), "weight has two Scale edits"),  # shared with that of block 2
         (Assign("blocks.2.mlp.fc1.weight", torch.zeros(3)), r"has shape \(128, 32\), its new values have \(3,\)"),
         (Slice("blocks.1.mlp", 128, (5, 128), (axis,)), "would keep units"),
         (Slice("blocks.1.mlp", 128, range(4), (axis, axis)), "sliced twice"),
