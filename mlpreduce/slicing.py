@@ -7,9 +7,9 @@ and what goes are copied apart, and then it is freed. So the model takes no more
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -47,78 +47,103 @@ def slice_all(model: nn.Module, slices: Sequence[Slice], undo: ExitStack) -> Non
             _slice(*find_tensor(model, path, edit.mlp)[:2], axes, edit, undo)
         for setting in edit.settings:
             owner = module_at(model, setting.module)
-            sizes = list(getattr(owner, setting.name))
-            undo.callback(setattr, owner, setting.name, list(sizes))
+            before = getattr(owner, setting.name)
+            undo.callback(setattr, owner, setting.name, before)
+            sizes = list(before)
             sizes[setting.index] -= edit.hidden - len(edit.units)
             setattr(owner, setting.name, sizes)
 
 
 def _slice(leaf: nn.Module, name: str, axes: list[Axis], edit: Slice, undo: ExitStack) -> None:
     """Put what is left of one tensor of a leaf in its place."""
-    tensor: torch.Tensor = getattr(leaf, name)
-    part, rebuild = _cut(tensor, axes, edit)
-    if isinstance(tensor, nn.Parameter):
-        part = _parameter(part, tensor)
-    tensors: dict[str, Any] = leaf._parameters if isinstance(tensor, nn.Parameter) else leaf._buffers
+    old = _Old(getattr(leaf, name))
+    part = _cut(old, axes, edit)
+    tensors: dict[str, Any] = leaf._parameters if isinstance(part, nn.Parameter) else leaf._buffers
     sizes = dict(vars(leaf))
 
     def put_back() -> None:
-        tensors[name] = rebuild()
+        tensors[name] = old.again()
         vars(leaf).update(sizes)
 
     undo.callback(put_back)
     tensors[name] = part
+    old.let_go()
     _set_sizes(leaf)
 
 
-def _parameter(values: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-    """A parameter with the marks of another, such as timm's _no_weight_decay."""
-    parameter = nn.Parameter(values, requires_grad=like.requires_grad)
-    vars(parameter).update(vars(like))
-    return parameter
+def _like(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Values as the kind of tensor that another is, with its marks, such as timm's _no_weight_decay."""
+    if isinstance(tensor, nn.Parameter):
+        values = nn.Parameter(values, requires_grad=tensor.requires_grad)
+    vars(values).update(vars(tensor))
+    return values
 
 
-def _cut(tensor: torch.Tensor, axes: list[Axis], edit: Slice) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
-    """What is left of a tensor, in memory of its own, and what gives the tensor again."""
+def _cut(old: _Old, axes: list[Axis], edit: Slice) -> torch.Tensor:
+    """What is left of a tensor, in memory of its own."""
+    tensor = old.again()
     values = tensor.detach()
     if len(axes) > 1:  # a grouped convolution: the input axis first, which tells the groups
         for axis in sorted(axes, key=lambda axis: -axis.groups):
             kept = axis.positions(edit.hidden, edit.units)
             values = _of_groups(values, axis, edit) if axis.groups > 1 else _picked(values, axis.dim, kept)
-        return values, lambda: tensor
+        return _like(values, tensor)
     (axis,) = axes
     kept = axis.positions(edit.hidden, edit.units)
     part = _picked(values, axis.dim, kept)
-    hooks = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
-    if tensor.is_meta or hooks or not tensor.is_contiguous():  # without memory, or more than values
-        return part, lambda: tensor
-    gone = _others(kept, axis.size)
-    return part, _Old(tensor, axis.dim, ((kept, part), (gone, _picked(values, axis.dim, gone)))).rebuild
+    if _is_plain(tensor):
+        gone = _others(kept, axis.size)
+        old.parts = (axis.dim, ((kept, part), (gone, _picked(values, axis.dim, gone))))
+    return _like(part, tensor)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is its values, grad and marks, and no more: no hooks, no views, nothing on its memory."""
+    return (
+        type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        and not tensor.is_meta
+        and not (tensor.device.type == "cpu" and tensor.is_shared())  # on GPUs it is said of every tensor
+        and not (tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
+        and tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
+        and tensor.untyped_storage().nbytes() == tensor.nbytes
+    )
 
 
 class _Old:
-    """A tensor, remembered as its parts: what is left of it lies in the model."""
+    """A tensor that is sliced: itself, or while nobody else holds it the parts it can be made of again."""
 
-    def __init__(self, tensor: torch.Tensor, dim: int, parts: Sequence[tuple[Units, torch.Tensor]]) -> None:
-        self.alive = weakref.ref(tensor)
-        self.shape, self.dim, self.parts = tensor.shape, dim, parts
-        self.grad = tensor.grad
-        empty = tensor.new_empty(0)
-        self.like = _parameter(empty, tensor) if isinstance(tensor, nn.Parameter) else empty
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor: torch.Tensor | None = tensor
+        self.parts: tuple[int, Sequence[tuple[Units, torch.Tensor]]] | None = None
 
-    def rebuild(self) -> torch.Tensor:
-        """The tensor itself if others hold it, else one that is equal."""
-        old = self.alive()
-        if old is not None:
-            return old
-        values = self.like.new_empty(self.shape)
-        for positions, part in self.parts:
-            values.index_copy_(self.dim, torch.tensor(positions, device=part.device), part)
-        if not isinstance(self.like, nn.Parameter):
-            return values
-        parameter = _parameter(values, self.like)
-        parameter.grad = self.grad
-        return parameter
+    def let_go(self) -> None:
+        """Free the tensor, if it can be made again and nobody else holds it."""
+        tensor = self.tensor
+        if self.parts is None or tensor is None:
+            return
+        alive = weakref.ref(tensor)
+        self.shape, self.grad, self.like = tensor.shape, tensor.grad, _like(tensor.new_empty(0).detach(), tensor)
+        self.tensor = tensor = None
+        self.tensor = alive()
+        if self.tensor is not None:
+            self.parts = None
+
+    def again(self) -> torch.Tensor:
+        """The tensor, or one that is equal to it."""
+        if self.tensor is not None or self.parts is None:
+            return cast(torch.Tensor, self.tensor)
+        dim, parts = self.parts
+        values = self.like.new_empty(self.shape).detach()
+        for positions, part in parts:
+            values.index_copy_(dim, _index(positions, part), part.detach())
+        tensor = _like(values, self.like)
+        tensor.grad = self.grad
+        return tensor
+
+
+def _index(positions: Sequence[int], tensor: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(positions, dtype=torch.long, device=tensor.device)
 
 
 def _others(kept: Units, size: int) -> Units:
@@ -132,7 +157,7 @@ def _picked(tensor: torch.Tensor, dim: int, positions: Units) -> torch.Tensor:
     if isinstance(positions, range):
         part = tensor.narrow(dim, positions.start, len(positions))
         return part.clone(memory_format=torch.contiguous_format)
-    return tensor.index_select(dim, torch.tensor(positions, device=tensor.device))
+    return tensor.index_select(dim, _index(positions, tensor))
 
 
 def _of_groups(tensor: torch.Tensor, axis: Axis, edit: Slice) -> torch.Tensor:
@@ -140,7 +165,7 @@ def _of_groups(tensor: torch.Tensor, axis: Axis, edit: Slice) -> torch.Tensor:
     size = edit.hidden // axis.groups
     groups = tensor.unflatten(0, (axis.groups, -1))
     local = [[unit % size for unit in edit.units if unit // size == group] for group in range(axis.groups)]
-    index = [torch.tensor(units, device=tensor.device) for units in local]
+    index = [_index(units, tensor) for units in local]
     return torch.cat([rows.index_select(1, units) for rows, units in zip(groups, index, strict=True)])
 
 

@@ -7,6 +7,7 @@ memory. What fails in the change itself is undone, and an interrupt waits until 
 from __future__ import annotations
 
 import copy
+import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -50,16 +51,15 @@ def rehearse(model: nn.Module, plan: Plan, rehearsal: nn.Module | None = None) -
         if module_at(rehearsal, share.target) is not module_at(rehearsal, share.source):
             raise ReductionError(f"{call}: {share.target} would be shared with two different modules")
     given: set[tuple[type, int]] = set()
+    weightless = next((p.is_meta for p in model.parameters()), True)
     for edit in plan.of(Assign, Scale):
+        if isinstance(edit, Assign) and edit.value is not None and edit.value.is_meta and not weightless:
+            raise ReductionError(f"{call}: the new values of {edit.tensor} are on the meta device; give them values")
         tensor = _tensor(rehearsal, edit.tensor, call)
         if (type(edit), id(tensor)) in given:
             raise ReductionError(f"{call}: {edit.tensor} has two {type(edit).__name__} edits; make them one")
         given.add((type(edit), id(tensor)))
-        if isinstance(edit, Assign) and (edit.value is None or edit.value.shape != tensor.shape):
-            fact = "are not in the plan" if edit.value is None else f"have {tuple(edit.value.shape)}"
-            raise ReductionError(f"{call}: {edit.tensor} has shape {tuple(tensor.shape)}, its new values {fact}")
-        if not tensor.is_floating_point():
-            raise ReductionError(f"{call}: {edit.tensor} is {tensor.dtype}; only floating-point weights are changed")
+        _check_value(tensor, edit, call)
     return rehearsal
 
 
@@ -81,12 +81,10 @@ def carry_out(model: nn.Module, plan: Plan, *, weights: bool = True, rehearsal: 
     with _uninterrupted(), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         slice_all(model, plan.of(Slice), undo)
         _share_all(model, plan.of(Share), undo)
-        # values change in place, as the old ones would take memory; in one call, which fails before it has begun
-        assigned, scaled = plan.of(Assign), plan.of(Scale)
-        if assigned:
-            torch._foreach_copy_(_tensors(model, assigned), [edit.value for edit in assigned])
-        if scaled:
-            torch._foreach_mul_(_tensors(model, scaled), [edit.factor for edit in scaled])
+        for edit in plan.of(Assign):
+            _tensor(model, edit.tensor, plan.transform).copy_(edit.value)
+        for edit in plan.of(Scale):
+            _tensor(model, edit.tensor, plan.transform).mul_(edit.factor)
         if isinstance(model, fx.GraphModule):
             canonicalize(model)
         undo.pop_all()
@@ -124,10 +122,6 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
             if child is not None:
                 places.setdefault(id(child), []).append((module, name))
     return places
-
-
-def _tensors(model: nn.Module, edits: list[Any]) -> list[torch.Tensor]:
-    return [find_tensor(model, edit.tensor, "apply")[2] for edit in edits]
 
 
 def _tensor(model: nn.Module, path: str, call: str) -> torch.Tensor:
@@ -220,6 +214,22 @@ def _check_shares(model: nn.Module, shares: list[Share], call: str) -> None:
             raise ReductionError(
                 f"{call}: {share.source} and {share.target} differ: {_form(source)} and {_form(target)}"
             )
+
+
+def _check_value(tensor: torch.Tensor, edit: Assign | Scale, call: str) -> None:
+    """Whether new values fit a tensor. They are written in place, which takes no memory and is not undone."""
+    where = f"{call}: {edit.tensor}"
+    if not tensor.is_floating_point():
+        raise ReductionError(f"{where} is {tensor.dtype}; only floating-point weights are changed")
+    if isinstance(edit, Scale):
+        if isinstance(edit.factor, bool) or not isinstance(edit.factor, (int, float)) or not math.isfinite(edit.factor):
+            raise ReductionError(f"{where} would be multiplied by {edit.factor!r}; it must be a finite number")
+        return
+    if edit.value is None or edit.value.shape != tensor.shape:
+        fact = "are not in the plan" if edit.value is None else f"have {tuple(edit.value.shape)}"
+        raise ReductionError(f"{where} has shape {tuple(tensor.shape)}, its new values {fact}")
+    if edit.value.layout != torch.strided:
+        raise ReductionError(f"{where}: its new values are {edit.value.layout}; give a dense tensor")
 
 
 def _form(leaf: nn.Module | None) -> tuple[Any, ...]:

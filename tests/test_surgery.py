@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import timm
@@ -177,6 +178,46 @@ def test_all_or_nothing(position: int, unchanged) -> None:
             mlpreduce.apply(vit, Plan("by_hand", {}, tuple(edits)))
         check()
         assert mlpreduce.history(vit) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_scale_is_rounded_once(dtype: torch.dtype) -> None:
+    vit = tiny_vit().to(dtype)
+    expected = [vit.blocks[0].mlp.fc1.weight * 0.707, vit.blocks[2].mlp.fc2.weight * 0.707]
+    mlpreduce.apply(vit, "grouped", scale="paper")
+    assert torch.equal(vit.blocks[0].mlp.fc1.weight, expected[0])
+    assert torch.equal(vit.blocks[2].mlp.fc2.weight, expected[1])
+
+
+def test_units_in_any_order_and_all_of_them(vit: nn.Module, images: torch.Tensor) -> None:
+    before = vit(images)
+    (edit,) = (e for e in mlpreduce.plan(vit, "shallow").edits if e.mlp == "blocks.1.mlp")
+    mlpreduce.apply(vit, Plan("by_hand", {}, (replace(edit, units=tuple(reversed(range(128)))),)))
+    torch.testing.assert_close(vit(images), before)
+
+
+@pytest.mark.parametrize(
+    "special", [nn.Linear.share_memory, lambda fc: fc.to(torch.float8_e5m2), lambda fc: fc.weight.register_hook(print)]
+)
+def test_what_is_more_than_values_comes_back_itself(special, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = tiny_vit()
+    special(vit.blocks[0].mlp.fc1)
+    made = mlpreduce.plan(vit, "shallow", include="blocks.0.*")
+    weight = id(vit.blocks[0].mlp.fc1.weight)
+    broken = replace(made, edits=(*made.edits, mlpreduce.plan(vit, "shallow", include="blocks.1.*").edits[0]), rows=())
+    cut, calls = slicing._cut, []
+
+    def failing(old, axes, edit):
+        calls.append(edit.mlp)
+        if edit.mlp == "blocks.1.mlp" and len(calls) > 6:
+            raise MemoryError("injected")
+        return cut(old, axes, edit)
+
+    monkeypatch.setattr(slicing, "_cut", failing)
+    with pytest.raises(MemoryError):
+        mlpreduce.apply(vit, broken)
+    assert id(vit.blocks[0].mlp.fc1.weight) == weight
+    assert vit.blocks[0].mlp.fc1.out_features == 128
 
 
 def test_unchanged_sees_a_change(vit: nn.Module, unchanged) -> None:
