@@ -344,6 +344,57 @@ def test_many_paths_are_walked_once() -> None:
     assert gap < 1e-12 < effect
 
 
+def test_a_leaf_may_make_tensors_where_its_input_is() -> None:
+    class Embedding(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with x.device:
+                return x + torch.arange(x.shape[1])[:, None]
+
+    class Positioned(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = Embedding()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.positions(x))
+
+    assert len(find_mlps(Net(Positioned), torch.randn(2, N, D))) == 2
+
+
+@pytest.mark.parametrize("cls", [nn.Identity, nn.Dropout])
+def test_a_leaf_that_should_do_nothing_and_does_is_seen(cls: type[nn.Module]) -> None:
+    class Tapped(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tap = cls()
+
+        def hidden(self, x: torch.Tensor) -> torch.Tensor:
+            return self.tap(super().hidden(x))
+
+    model, x = Net(Tapped), torch.randn(2, N, D)
+    assert len(find_mlps(model, x)) == 2
+    for block in model.blocks:
+        block.tap.forward = lambda h: h.softmax(-1)
+    assert find_mlps(model, x) == []
+
+
+def test_rates_of_dropout_do_not_tell_mlps_apart() -> None:
+    class Dropped(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(torch.rand(()).item())
+
+        def hidden(self, x: torch.Tensor) -> torch.Tensor:
+            return self.drop(super().hidden(x))
+
+    traced = mlpreduce.to_graph(Net(Dropped))
+    for model, inputs in ((Net(Dropped), torch.randn(2, N, D)), (Net(Dropped), None), (traced, None)):
+        mlpreduce.apply(model, "grouped", example_inputs=inputs)
+        first, second = (model.get_submodule(f"blocks.{depth}") for depth in range(2))
+        assert first.fc1 is getattr(second, "fc1", first.fc1)
+        assert first.drop.p != second.drop.p
+
+
 def test_a_recorded_graph_has_the_calls_of_the_model_and_no_others() -> None:
     _, graph, _ = read(Net(Block), torch.randn(2, N, D))
     assert [node.target for node in graph.nodes if node.op == "call_module"] == [

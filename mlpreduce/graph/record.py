@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph.inputs import Inputs, call_with, example_inputs, map_tensors
-from mlpreduce.graph.rules import is_of_library
+from mlpreduce.graph.rules import IDLE, is_of_library
 from mlpreduce.graph.trace import NORMS, is_leaf, path_below, structural_copy, trace
 
 __all__ = ["INPUTS", "read", "record"]
@@ -48,6 +48,8 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self.inside_leaf:
+            return func(*args, **(kwargs or {}))
         result = _result(func, args)
         if result is None:
             result = func(*args, **(kwargs or {}))
@@ -107,7 +109,7 @@ class _Recorder(TorchFunctionMode):
         if self.inside_leaf:
             return forward(*args, **kwargs)
         own = forward != MethodType(type(module).forward, module)
-        if type(module).forward in _PASSES and not own and len(args) == 1 and not kwargs:
+        if type(module).forward in IDLE and not own and len(args) == 1 and not kwargs:
             return args[0]
         path = path_below(self.root, self.scope[-1], module)
         if not is_leaf(module):
@@ -116,20 +118,20 @@ class _Recorder(TorchFunctionMode):
                 return forward(*args, **kwargs)
             finally:
                 self.scope.pop()
-        self.inside_leaf = True
-        try:
-            with torch._C.DisableTorchFunction():  # what it does inside is no node, nor is what is done here
-                result = None if own else _without_running(module, args, kwargs)
-                if result is None:
-                    result = forward(*args, **kwargs)
-                self.add("call_module", path, args, kwargs, result)
-        finally:
-            self.inside_leaf = False
+        with torch._C.DisableTorchFunction():  # what is done here is no node
+            result = None if own else _without_running(module, args, kwargs)
+        if result is None:
+            self.inside_leaf = True
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                self.inside_leaf = False
+        with torch._C.DisableTorchFunction():
+            self.add("call_module", path, args, kwargs, result)
         return result
 
 
 _KNOWN = {torch.Tensor.add, torch.Tensor.mul, F.scaled_dot_product_attention}
-_PASSES = {nn.Identity.forward, nn.Dropout.forward}  # what they are given, in eval mode
 _KEEPS_SHAPE = {nn.GELU.forward, nn.ReLU.forward, nn.SiLU.forward}
 
 

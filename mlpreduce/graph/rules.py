@@ -18,6 +18,7 @@ from mlpreduce.graph.trace import NORMS
 __all__ = [
     "ACTIVATIONS",
     "ADD",
+    "IDLE",
     "MIXING",
     "MULTIPLY",
     "NEUTRAL",
@@ -74,6 +75,8 @@ _LIBRARIES = {"torch", "torchvision", "timm", "transformers"}
 _MLP_WORDS = re.compile(r"mlp|ffn|feed_?forward|^(le|mix)?ff\d*$", re.IGNORECASE)
 _NUMBERS = torch.linspace(-3.0, 3.0, 120, device="cpu")
 _PROBED: dict[tuple[type[nn.Module], str], bool] = {}
+# forwards of modules that give back what they are given, in eval mode
+IDLE = {cls.forward for cls in (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)}
 NOT_ELEMENTWISE = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU)
 
 
@@ -85,8 +88,8 @@ def operation(node: fx.Node) -> str | None:
         name = getattr(node.target, "__name__", "")
         if name == "__get__":  # a property, such as Tensor.T
             name = getattr(getattr(node.target, "__self__", None), "__name__", "")
-        if not is_of_library(node.target, "_operator", "builtins"):
-            return None
+        if getattr(node.target, "__module__", None) and not is_of_library(node.target, "_operator", "builtins"):
+            return None  # methods of tensors do not say where they are from
     else:
         return None
     name = name.strip("_")
@@ -109,7 +112,7 @@ class Projection:
 
 def is_of_library(thing: object, *others: str) -> bool:
     """Whether a function or class is of a library whose names and classes are known, or of one of `others`."""
-    module = getattr(thing, "__module__", None) or "torch"  # methods of tensors do not say
+    module = getattr(thing, "__module__", None) or ""
     return module.partition(".")[0] in {*_LIBRARIES, *others}
 
 

@@ -13,6 +13,7 @@ from mlpreduce.graph.flow import Flow
 from mlpreduce.graph.rules import (
     ACTIVATIONS,
     ADD,
+    IDLE,
     MULTIPLY,
     NEUTRAL,
     QUERIES,
@@ -24,6 +25,7 @@ from mlpreduce.graph.rules import (
     is_elementwise,
     is_nonlinear,
     is_norm,
+    is_stock,
     norm_dim,
     operand,
     operation,
@@ -87,7 +89,8 @@ class Walk:
         alone = name in ("to", "type_as") or all(self._is_scalar(parent) for parent in others)
         if (name in ACTIVATIONS or name in NEUTRAL) and alone:
             self.nonlinear |= name in ACTIVATIONS
-            self.signature.append((name, *_constants(node)))
+            if name != "dropout":  # as in the module, its rate is each block's own
+                self.signature.append((name, *_constants(node)))
             return self.visit(operand(node), dim, offset)
         if name in SHAPING:
             return self._shaped(node, dim, offset)
@@ -106,6 +109,8 @@ class Walk:
         layer = projection(module)
         if layer is not None:
             return self._projection(node, module, layer, dim, offset)
+        if type(module).forward in IDLE and is_stock(module):
+            return self.visit(operand(node), dim, offset)
         self.signature.append(describe(module))
         if isinstance(module, nn.GLU):
             return self._halves(node, dim, offset)
