@@ -19,7 +19,7 @@ from mlpreduce.graph.mlp import MLP, Leaf, chains, select
 from mlpreduce.graph.places import Place, locate
 from mlpreduce.graph.record import INPUTS, read, record
 from mlpreduce.graph.rules import projection, says_mlp
-from mlpreduce.graph.trace import forget, module_at, refuse_wrapped, structural_copy, trace
+from mlpreduce.graph.trace import forget, is_meta_twin, module_at, refuse_wrapped, structural_copy, trace
 
 __all__ = [
     "MLP",
@@ -110,7 +110,7 @@ def survey(model: nn.Module, example_inputs: Inputs | None = None) -> Survey:
         shared = [leaf for leaf in mlp.leaves if leaf.shareable] or mlp.leaves
         leaves = tuple(id(module_at(tree, leaf.path)) for leaf in shared)
         mlps.append(replace(mlp, owner=owners.setdefault(leaves, mlp.name)))
-    spare = tree if tree is not model and all(parameter.is_meta for parameter in tree.parameters()) else None
+    spare = tree if tree is not model and is_meta_twin(tree, model) else None
     if spare is None:
         forget(tree)
     return Survey(mlps, others, "".join(f"; {stop}" for stop in stops[:1]) + advice, spare)

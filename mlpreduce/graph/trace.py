@@ -11,6 +11,7 @@ import sys
 from collections import OrderedDict, deque
 from copy import copy as shallow_copy
 from copy import deepcopy
+from itertools import zip_longest
 from types import MethodType
 from typing import Any, TypeVar, cast
 
@@ -19,13 +20,23 @@ from torch import fx, nn
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["NORMS", "forget", "is_leaf", "module_at", "path_below", "refuse_wrapped", "structural_copy", "trace"]
+__all__ = [
+    "NORMS",
+    "forget",
+    "is_leaf",
+    "is_meta_twin",
+    "module_at",
+    "path_below",
+    "refuse_wrapped",
+    "structural_copy",
+    "trace",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
 # they may hold an activation, as timm's BatchNormAct2d does
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_PLAIN = {bool, int, float, str, type(None), torch.dtype, torch.device}
+_PLAIN = (int, float, str, type(None), torch.dtype, torch.device)
 _WRAPPERS = {
     "DistributedDataParallel": "model.module",
     "DataParallel": "model.module",
@@ -132,7 +143,7 @@ def structural_copy(model: Model, device: str | None = None) -> Model:
         copy = modules[id(original)] = object.__new__(type(original))
         state = copy.__dict__
         for name, value in original.__dict__.items():
-            if type(value) in _PLAIN:  # most are
+            if isinstance(value, _PLAIN):  # most are
                 state[name] = value
             elif name in ("_parameters", "_buffers"):
                 state[name] = {key: tensor(entry) for key, entry in value.items()}
@@ -149,6 +160,24 @@ def structural_copy(model: Model, device: str | None = None) -> Model:
         return copy
 
     return cast(Model, module(model))
+
+
+def is_meta_twin(copy: nn.Module, model: nn.Module) -> bool:
+    """Whether a structural copy that has run still has the modules of the model and meta tensors of the same shapes."""
+
+    def shapes(module: nn.Module) -> list[object]:
+        tensors = (*module._parameters.items(), *module._buffers.items())
+        return [(name, t.shape, t.dtype) for name, t in tensors if t is not None]
+
+    both = zip_longest(copy.named_modules(remove_duplicate=False), model.named_modules(remove_duplicate=False))
+    return all(parameter.is_meta for parameter in copy.parameters()) and all(
+        one is not None
+        and other is not None
+        and one[0] == other[0]
+        and type(one[1]) is type(other[1])
+        and shapes(one[1]) == shapes(other[1])
+        for one, other in both
+    )
 
 
 class _Tracer(fx.Tracer):
