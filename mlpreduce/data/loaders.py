@@ -1,4 +1,4 @@
-"""Data sets and loaders: timm's for images, scikit-learn's handwritten digits, and synthetic images made in memory.
+"""Batches for training and validation: timm's loader for images, and scikit-learn's handwritten digits.
 
 Validation is sharded over the workers without padding, so counts are exact; training order depends on seed and epoch alone.
 """
@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mlpreduce.data.settings import AugmentSettings, DataSettings
-from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.data.sources import check, open_source
+from mlpreduce.errors import ReductionError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Loaders", "check", "load"]
+__all__ = ["Loaders", "load"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,13 @@ class Loaders:
         train: batches of images (batch, channels, height, width) and targets, (batch,) or (batch, classes) when mixed.
         val: batches of images and labels (batch,); this worker's share.
         num_classes: how many classes the data set has.
-        train_samples: images in the training set, over all workers.
+        train_samples: images in the training set, over all workers; of streams, images in an epoch.
         val_samples: images in the validation set, over all workers.
         mixup: mixes a batch in the training loop; None where the loader does it, or nothing is mixed.
         set_epoch: sets the order of an epoch, from (seed, epoch).
+        skipped: how often, since the loaders were made, an image took the place of an unreadable one; over this worker's
+            loading processes. Only with `data.on_bad_image="skip"`, and never in validation.
+        skipped_files: the unreadable files that were met, as far as they have names; of streams none.
     """
 
     train: Any
@@ -40,43 +43,8 @@ class Loaders:
     val_samples: int
     mixup: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None
     set_epoch: Callable[[int, int], None]
-
-
-def check(data: DataSettings) -> None:
-    """Whether the data can be found, before anything is started.
-
-    Raises:
-        ReductionError: unknown `data.name`, or `data.root` does not hold what it must.
-    """
-    if data.name in ("digits", "synthetic"):
-        if data.name == "synthetic" and not (data.train_samples and data.val_samples and data.classes > 1):
-            raise ReductionError(
-                f"data.name='synthetic': train_samples={data.train_samples}, val_samples={data.val_samples}, classes="
-                f"{data.classes}; give the number of images to make (at least 1 each) and at least 2 classes"
-            )
-        return
-    if data.name != "folder":
-        if "/" not in data.name:
-            known = ["folder", "digits", "synthetic"]
-            raise ReductionError(f"data.name={data.name!r}: unknown data set{did_you_mean(data.name, known)}")
-        return
-    root = Path(data.root)
-    missing = [
-        name for name, found in (("train/", _split(root, "train")), ("val/", _split(root, "val"))) if found is None
-    ]
-    if not data.root or missing:
-        fact = (
-            "is not set"
-            if not data.root
-            else f"has no {' and no '.join(missing)}"
-            if root.is_dir()
-            else "does not exist"
-        )
-        raise ReductionError(
-            f"data.root={data.root!r} {fact}; it must hold train/ and val/ (or validation/), each with one folder of images "
-            "per class, as ImageNet's. Without data: the recipes `digits` (real images, no download) and "
-            "`paper_vitb16_tiny` (synthetic images)"
-        )
+    skipped: Callable[[], int] = lambda: 0
+    skipped_files: Callable[[], list[str]] = list
 
 
 def load(
@@ -110,13 +78,6 @@ def load(
     if data.name == "digits":
         return _digits(data, augment, micro_batch, rank, world, device)
     return _images(data, augment, micro_batch, rank, world, device)
-
-
-def _split(root: Path, name: Literal["train", "val"]) -> Path | None:
-    for folder in ("train",) if name == "train" else ("val", "validation"):
-        if (root / folder).is_dir():
-            return root / folder
-    return None
 
 
 def _digits(
@@ -153,7 +114,7 @@ def _digits(
     whole = BatchSampler(range(len(val_set)), data.eval_batch_size, drop_last=False)
     val = DataLoader(val_set, sampler=whole, batch_size=None)
     mixup = Mixup(**_mix_arguments(augment, 10)) if augment.mixes else None
-    return Loaders(train, val, 10, len(train_ids), len(val_ids), mixup, _order(order, data.shuffle_by_seed))
+    return Loaders(train, val, 10, len(train_ids), len(val_ids), mixup, _order(order))
 
 
 def _images(
@@ -162,31 +123,34 @@ def _images(
     """Images through timm's transforms and loader, with the settings of its training script."""
     import torch
     from timm.data import FastCollateMixup, create_loader
-    from torch.utils.data import IterableDataset, Subset
+    from torch.utils.data import Subset
 
     if augment.aug_repeats and world == 1:
         raise ReductionError(
             f"train.aug_repeats={augment.aug_repeats}: timm's repeated augmentation hands the copies of an image to "
             "different workers, and there is 1; use train.aug_repeats=0, or launch.workers=2 or more"
         )
-    train_set, val_set, classes = _image_sets(data)
-    if isinstance(train_set, IterableDataset) or isinstance(val_set, IterableDataset):
+    source = open_source(data, micro_batch=micro_batch, rank=rank, world=world)
+    streamed = source.set_epoch is not None
+    if augment.aug_repeats and streamed:
         raise ReductionError(
-            f"data.name={data.name!r}: a streamed data set has no fixed order to resume; use one on disk"
+            f"train.aug_repeats={augment.aug_repeats}: data.name={data.name!r} is a stream, and timm's repeated augmentation "
+            "needs images by number; use train.aug_repeats=0"
         )
-    collate = FastCollateMixup(**_mix_arguments(augment, classes)) if augment.mixes else None
+    collate = FastCollateMixup(**_mix_arguments(augment, source.num_classes)) if augment.mixes else None
+    device = torch.device(device)
     # persistent_workers=False: their random state would survive the epoch and no checkpoint could hold it.
     common: dict[str, Any] = {
         "input_size": (3, data.image_size, data.image_size),
         "mean": data.mean,
         "std": data.std,
         "num_workers": data.workers,
-        "pin_memory": data.pin_memory,
-        "device": torch.device(device),
+        "pin_memory": data.pin_memory and device.type == "cuda",  # elsewhere torch warns, and nothing is gained
+        "device": device,
         "persistent_workers": False,
     }
     train = create_loader(
-        train_set,
+        source.train,
         batch_size=micro_batch,
         is_training=True,
         re_prob=augment.random_erasing,
@@ -203,8 +167,8 @@ def _images(
         distributed=world > 1,
         **common,
     )
-    _mend_posterize(train_set.transform)
-    shard: Any = Subset(val_set, range(rank, len(val_set), world))
+    _mend_posterize(source.train.transform)
+    shard: Any = source.val if streamed else Subset(source.val, range(rank, len(source.val), world))
     val = create_loader(
         shard,
         batch_size=data.eval_batch_size,
@@ -213,8 +177,19 @@ def _images(
         crop_pct=data.crop_pct,
         **common,
     )
-    val_set.transform = shard.transform  # timm sets the transform on what it is given, but val_set reads the images
-    return Loaders(train, val, classes, len(train_set), len(val_set), None, _order(train.sampler, data.shuffle_by_seed))
+    source.val.transform = shard.transform  # timm sets it on what it is given, but the whole set reads the images
+    tally = source.tally
+    return Loaders(
+        train=train,
+        val=val,
+        num_classes=source.num_classes,
+        train_samples=source.train_samples,
+        val_samples=source.val_samples,
+        mixup=None,
+        set_epoch=source.set_epoch or _order(train.sampler),
+        skipped=lambda: tally.replaced,
+        skipped_files=lambda: [source.train.file(index) for index in tally.indices()],
+    )
 
 
 def _posterize(image: Any, bits: int, **_: Any) -> Any:
@@ -236,23 +211,6 @@ def _mend_posterize(transform: Any) -> None:
                 operation.aug_fn = _posterize
 
 
-def _image_sets(data: DataSettings) -> tuple[Any, Any, int]:
-    from timm.data import create_dataset
-
-    if data.name == "synthetic":
-        from mlpreduce.data.synthetic import SyntheticImages
-
-        return SyntheticImages(data, "train"), SyntheticImages(data, "val"), data.classes
-    name = "" if data.name == "folder" else data.name
-    train_set = create_dataset(name, root=data.root or None, split="train", is_training=True)
-    val_set = create_dataset(name, root=data.root or None, split="validation")
-    reader = getattr(train_set, "reader", train_set)
-    names = getattr(reader, "class_to_idx", None) or getattr(train_set, "classes", None)
-    if not names:
-        raise ReductionError(f"data.name={data.name!r}: the data set does not tell its classes; use class folders")
-    return train_set, val_set, len(names)
-
-
 def _mix_arguments(augment: AugmentSettings, num_classes: int) -> dict[str, Any]:
     return {
         "mixup_alpha": augment.mixup,
@@ -264,14 +222,13 @@ def _mix_arguments(augment: AugmentSettings, num_classes: int) -> dict[str, Any]
     }
 
 
-def _order(sampler: Any, by_seed: bool) -> Callable[[int, int], None]:
+def _order(sampler: Any) -> Callable[[int, int], None]:
     """How the order of an epoch is set, for the samplers that torch and timm use."""
 
     def set_epoch(seed: int, epoch: int) -> None:
         import torch
         from torch.utils.data import DistributedSampler
 
-        seed = seed if by_seed else 0
         if isinstance(sampler, DistributedSampler):
             sampler.seed = seed
             sampler.set_epoch(epoch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,24 +17,22 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = (
-        "folder"  # "folder" (class folders under root), "digits", "synthetic", or timm's "torch/...", "hfds/..."
-    )
-    root: str = ""  # directory with train/ and val/, each holding one folder per class; "" for digits and synthetic
+    name: str = "folder"  # "folder", "digits", "fractals", "synthetic", "torch/...", "hfds/...", "wds/": docs/data.md
+    root: str = ""  # folder: holds train/ and val/; torch, wds: where the files lie; hfds: cache; else ""
+    train_split: str = "train"  # torch, hfds, wds: name of the training split; wds also "part-{00..09}.tar|1000"
+    val_split: str = "validation"  # the same for validation
     image_size: Annotated[int, Field(ge=1)] = 224  # pixels a side, after cropping
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel, of pixels in 0..1
     std: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel, of pixels in 0..1
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.9  # validation: resize to image_size / crop_pct, crop the centre
     interpolation: str = "bicubic"  # validation: resampling filter
     workers: Annotated[int, Field(ge=0)] = 4  # loading processes per training worker; 0 = load in the worker itself
-    pin_memory: bool = False  # page-locked host memory, for GPUs
+    pin_memory: bool = False  # page-locked host memory, for copies to GPUs; without effect on CPUs
     eval_batch_size: Annotated[int, Field(ge=1)] = 256  # images per validation batch and worker
-    train_samples: Annotated[int, Field(ge=0)] = (
-        0  # images; synthetic: how many are made; else: what --dry-run counts with
-    )
-    val_samples: Annotated[int, Field(ge=0)] = 0  # images; synthetic: how many are made
-    classes: Annotated[int, Field(ge=0)] = 0  # synthetic: number of classes; other data sets know theirs
-    shuffle_by_seed: bool = True  # false: the order depends on the epoch alone, the same for every seed (as published)
+    train_samples: Annotated[int, Field(ge=0)] = 0  # images; fractals, synthetic: made; else: --dry-run counts with it
+    val_samples: Annotated[int, Field(ge=0)] = 0  # images; fractals, synthetic: made
+    classes: Annotated[int, Field(ge=0)] = 0  # fractals, synthetic, wds: how many; others mostly tell theirs
+    on_bad_image: Literal["raise", "skip"] = "raise"  # an unreadable training image: stop, or take the next instead
 
 
 class AugmentSettings(BaseModel):

@@ -1,0 +1,133 @@
+"""Class folders: what they must hold, looked at before anything is started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from mlpreduce.errors import ReductionError
+
+__all__ = ["check_folders", "compare_classes"]
+
+_NAMED = 5  # classes that a message names
+
+
+def check_folders(root: str) -> None:
+    """Whether `root` holds train/ and val/ with the same class folders, each with an image.
+
+    Each class folder is read up to its first image only.
+
+    Raises:
+        ReductionError: something is missing, cannot be read, or differs between train/ and val/.
+    """
+    folders = {name: _split(root, name) for name in ("train", "val")}
+    missing = [f"{name}/" for name, folder in folders.items() if folder is None]
+    if missing:
+        fact = (
+            "is not set"
+            if not root
+            else "does not exist"
+            if not os.path.lexists(root)
+            else f"has no {' and no '.join(missing)}"
+        )
+        raise ReductionError(
+            f"data.root={root!r} {fact}; it must hold train/ and val/ (or validation/), each with one folder of images "
+            "per class, as ImageNet's. Without data: the recipes `digits` (real images, no download) and "
+            "`paper_vitb16_tiny` (synthetic images)"
+        )
+    train, val = (_classes(folder) for folder in folders.values() if folder is not None)
+    compare_classes(train, val, f"data.root={root!r}")
+
+
+def compare_classes(train: Collection[str], val: Collection[str], call: str) -> None:
+    """Whether training and validation have the same classes; labels are their positions and would shift silently.
+
+    Raises:
+        ReductionError: they differ; the message counts and names them.
+    """
+    lacks = [("val", sorted(set(train) - set(val)), len(train)), ("train", sorted(set(val) - set(train)), len(val))]
+    facts = [
+        f"{split}/ has no folder for {len(names)} of the {count} classes of the other ({_some(names)})"
+        for split, names, count in lacks
+        if names
+    ]
+    if facts:
+        raise ReductionError(
+            f"{call}: {' and '.join(facts)}; a label is the position of its folder, so the labels of train/ and val/ would "
+            "mean different classes. Give both the same class folders"
+        )
+
+
+def _split(root: str, name: str) -> Path | None:
+    entries = _entries(Path(root)) if root and os.path.lexists(root) else []
+    found = {entry.name for entry in entries if entry.is_dir()}
+    names = ["train"] if name == "train" else ["val", "validation"]
+    return next((Path(root, folder) for folder in names if folder in found), None)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: OSError) -> ReductionError:
+    return ReductionError(
+        f"data.root: {str(folder)!r} cannot be read ({error.strerror}); it must be a directory that this user may list"
+    )
+
+
+def _classes(folder: Path) -> list[str]:
+    """The names of the class folders.
+
+    Raises:
+        ReductionError: there is none, one holds no image, or images lie beside them.
+    """
+    from timm.data.readers.img_extensions import get_img_extensions
+
+    types = tuple(get_img_extensions())
+    entries = _entries(folder)
+    beside = [entry.name for entry in entries if entry.name.lower().endswith(types) and not entry.is_dir()]
+    names = [entry.name for entry in entries if entry.is_dir()]
+    empty = [name for name in names if not _holds_image(folder / name, types)]
+    names = [
+        name for name in names if name not in empty or not name.startswith(".")
+    ]  # .cache and the like are no class
+    empty = [name for name in empty if name in names]
+    suffix = f"images end in {', '.join(types)}"
+    call = f"data.root: {str(folder)!r}"
+    if len(empty) == len(names) and not beside:
+        fact = f"{len(names)} class folder(s) and no image in any of them" if names else "no class folder and no image"
+        raise ReductionError(f"{call} has {fact}; it must hold one folder of images per class; {suffix}")
+    if beside:
+        raise ReductionError(
+            f"{call} has {len(beside)} image(s) beside the class folders ({_some(beside)}), which would become a "
+            "class of their own; move them into the folder of their class"
+        )
+    if empty:
+        raise ReductionError(
+            f"{call} has {len(empty)} class folder(s) of {len(names)} without an image ({_some(empty)}), which would not count "
+            f"as classes; fill or remove them, in train/ and val/ alike; {suffix}"
+        )
+    return names
+
+
+def _holds_image(folder: Path, types: tuple[str, ...]) -> bool:
+    deeper = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:  # not to the end: a class may have many images
+                if entry.is_dir():
+                    deeper.append(folder / entry.name)
+                elif entry.name.lower().endswith(types):
+                    return True
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return any(_holds_image(below, types) for below in deeper)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
