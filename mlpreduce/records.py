@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,18 @@ from mlpreduce.values import flatten
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["Recorder", "read", "results", "store", "tracking_uri", "write_results"]
+__all__ = [
+    "Recorder",
+    "baseline_of",
+    "conditions",
+    "finished",
+    "read",
+    "results",
+    "store",
+    "summarize",
+    "summary",
+    "tracking_uri",
+]
 
 SCHEMA = 1
 _COUNTS = ("params", "mlp_params", "unique_mlps", "macs_linear", "macs", "macs_with_attention")
@@ -38,12 +50,41 @@ def store(directory: Path, name: str, document: Any) -> None:
 
 
 def read(directory: str | Path) -> list[dict[str, Any]]:
-    """All records under an output directory, in the order in which the recipe names variants and seeds."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in Path(directory).glob("*/seed*/record.json")]
-    for record in found:
+    """All records under an output directory, in the order in which the recipe names variants and seeds.
+
+    Raises:
+        ReductionError: a file is no record, or one of another schema.
+    """
+    found = []
+    for path in Path(directory).glob("*/seed*/record.json"):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ReductionError(
+                f"{path}: no JSON: {error}; put it back from a copy, or move its folder away"
+            ) from error
         if record["schema"] != SCHEMA:
             raise ReductionError(f"{directory}: a record has schema {record['schema']}, this version reads {SCHEMA}")
+        found.append(record)
     return sorted(found, key=lambda record: record["order"])
+
+
+def finished(directory: str | Path) -> list[dict[str, Any]]:
+    """The records of the finished runs under an output directory.
+
+    Raises:
+        ReductionError: there is none.
+    """
+    found = [record for record in read(directory) if record["status"] == "finished"]
+    if not found:
+        raise ReductionError(f"{str(directory)!r}: no finished run lies there; `--resume` goes on with a run")
+    return found
+
+
+def conditions(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What speed and memory of a run were measured on: equal for those that may be compared or averaged."""
+    hardware = [record["hardware"].get(key) for key in ("device", "machine", "cpu_cores", "workers")]
+    return (*hardware, record["profile"].get("device"), record["profile"].get("batch_size"))
 
 
 def tracking_uri(directory: Path) -> str:
@@ -110,6 +151,7 @@ class Recorder:
             "config_hash": run.config_hash,
             "status": "running",
             "message": "",
+            "notes": [*record.get("notes", []), *event.get("notes", [])],
             "started": record.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
             "epochs_planned": event["epochs"],
             **facts,
@@ -187,21 +229,30 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def results(directory: str | Path) -> dict[str, Any]:
-    """What a recipe gave, from the records of its finished runs alone.
-
-    Counts and speed are those of one variant; `throughput` is the median over its runs. Standard deviations have ddof=1 and
-    are null for one run. `vs_baseline` compares runs of equal seed with the first variant that has no steps.
+    """What a recipe gave, from the records of its finished runs alone; see `summarize`.
 
     Raises:
         ReductionError: there is no finished run.
     """
-    records = [record for record in read(directory) if record["status"] == "finished"]
-    if not records:
-        raise ReductionError(f"results({str(directory)!r}): no finished run lies there; `--resume` goes on with a run")
+    return summarize(finished(directory))
+
+
+def baseline_of(records: Iterable[dict[str, Any]]) -> str | None:
+    """The variant that the others are compared with: the first without steps, if there is one."""
+    return next((record["variant"] for record in records if not record["steps"]), None)
+
+
+def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `results.json` holds, from finished records.
+
+    Counts and speed are those of one variant; `throughput` and `peak_memory_mib` are medians over its runs, null where
+    those were not measured on equal hardware. Standard deviations have ddof=1 and are null for one run. `vs_baseline`
+    compares runs of equal seed with the first variant that has no steps.
+    """
     variants: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         variants.setdefault(record["variant"], []).append(record)
-    baseline = next((name for name, found in variants.items() if not found[0]["steps"]), None)
+    baseline = baseline_of(records)
     reference = {r["seed"]: summary(r)["top1"] for r in variants[baseline]} if baseline is not None else {}
     table: dict[str, Any] = {}
     for name, found in variants.items():
@@ -217,34 +268,42 @@ def results(directory: str | Path) -> dict[str, Any]:
             "peak_to_final_mean": fmean([run["peak_to_final"] for run in runs]),
             "vs_baseline": None if baseline is None or name == baseline else _compare(runs, reference),
         }
-    return {"schema": SCHEMA, "recipe": records[0]["recipe"]["name"], "variants": table}
-
-
-def write_results(directory: str | Path) -> dict[str, Any]:
-    """Write `results.json` into the output directory, and return it."""
-    document = results(directory)
-    store(Path(directory), "results.json", document)
-    return document
+    names = dict.fromkeys(record["recipe"]["name"] for record in records)
+    return {"schema": SCHEMA, "recipe": " + ".join(names), "variants": table}
 
 
 def _compare(runs: list[dict[str, Any]], reference: dict[int, float]) -> dict[str, Any] | None:
-    """Paired two-sided t-test on top-1 over the seeds that both have; p is null where it is not defined."""
+    """Paired two-sided t-test on top-1 over the seeds that both have, and the 95 % confidence interval of the mean difference.
+
+    What is not defined is null: all of it for one pair; p and the interval for equal differences.
+    """
     pairs = [(run["top1"], reference[run["seed"]]) for run in runs if run["seed"] in reference]
     if not pairs:
         return None
     differences = [ours - theirs for ours, theirs in pairs]
-    p_value = None
-    if (
-        len(pairs) > 1 and max(differences) - min(differences) > 1e-9
-    ):  # equal differences have no variance to test against
+    p_value = low = high = None
+    # equal differences have no variance to test against
+    if len(pairs) > 1 and max(differences) - min(differences) > 1e-9:
         from scipy.stats import ttest_rel
 
-        p_value = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
-    return {"delta": fmean(differences), "p_value": p_value, "n": len(pairs), "test": "paired t"}
+        test = ttest_rel(*zip(*pairs, strict=True))
+        low, high = (float(bound) for bound in test.confidence_interval(0.95))
+        p_value = float(test.pvalue)
+    return {
+        "delta": fmean(differences),
+        "p_value": p_value,
+        "n": len(pairs),
+        "test": "paired t",
+        "df": len(pairs) - 1 if len(pairs) > 1 else None,
+        "ci_low": low,
+        "ci_high": high,
+    }
 
 
 def _median(found: list[dict[str, Any]], measure: str) -> float | None:
-    """Over the runs of a variant; None where nothing was measured."""
+    """Over the runs of a variant; None where nothing was measured, or not on equal hardware."""
+    if len({conditions(record) for record in found}) > 1:
+        return None
     known = [record["profile"][measure] for record in found if record["profile"][measure] is not None]
     return median(known) if known else None
 

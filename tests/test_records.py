@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.records import Recorder, read, results, summary, tracking_uri, write_results
+from mlpreduce.records import Recorder, read, results, summarize, summary, tracking_uri
 from mlpreduce.train import Run
 
 # SQLAlchemy about mlflow's own tables
@@ -87,8 +86,7 @@ def test_results_follow_the_schema(tmp_path: Path) -> None:
         "grouped": {1: [50.0, 81.0, 82.0], 2: [50.0, 79.0, 78.5]},
     }
     record_all(tmp_path, curves)
-    document = write_results(tmp_path)
-    assert json.loads((tmp_path / "results.json").read_text()) == document
+    document = results(tmp_path)
     assert list(document) == ["schema", "recipe", "variants"]
     assert list(document["variants"]) == ["baseline", "grouped"]
     grouped = document["variants"]["grouped"]
@@ -111,19 +109,55 @@ def test_results_follow_the_schema(tmp_path: Path) -> None:
     assert grouped["peak_to_final_mean"] == pytest.approx(0.25)
     assert document["variants"]["baseline"]["vs_baseline"] is None
     expected = ttest_rel([82.0, 79.0], [80.0, 78.0]).pvalue
-    assert grouped["vs_baseline"] == {"delta": 1.5, "p_value": pytest.approx(expected), "n": 2, "test": "paired t"}
+    assert grouped["vs_baseline"] == {
+        "delta": 1.5,
+        "p_value": pytest.approx(expected),
+        "n": 2,
+        "test": "paired t",
+        "df": 1,
+        "ci_low": pytest.approx(1.5 - 12.706205 * 0.5, abs=1e-5),  # by hand: t(0.975, 1), and 0.7071 / sqrt(2)
+        "ci_high": pytest.approx(1.5 + 12.706205 * 0.5, abs=1e-5),
+    }
+
+
+def test_interval_of_three_pairs_is_that_of_the_tables(tmp_path: Path) -> None:
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, df=2) = 4.302653."""
+    record_all(tmp_path, {"baseline": {1: [50.0], 2: [60.0], 3: [70.0]}, "grouped": {1: [51.0], 2: [62.0], 3: [73.0]}})
+    against = results(tmp_path)["variants"]["grouped"]["vs_baseline"]
+    assert (against["n"], against["df"]) == (3, 2)
+    assert against["ci_low"] == pytest.approx(2 - 4.302653 / 3**0.5, abs=1e-5)
+    assert against["ci_high"] == pytest.approx(2 + 4.302653 / 3**0.5, abs=1e-5)
 
 
 def test_one_seed_has_no_deviation_and_no_p(tmp_path: Path) -> None:
     record_all(tmp_path, {"baseline": {1: [50.0]}, "grouped": {1: [51.0], 2: [60.0]}})
     grouped = results(tmp_path)["variants"]["grouped"]
-    assert grouped["vs_baseline"] == {"delta": 1.0, "p_value": None, "n": 1, "test": "paired t"}
+    undefined = dict.fromkeys(("p_value", "df", "ci_low", "ci_high"))
+    assert grouped["vs_baseline"] == {"delta": 1.0, "n": 1, "test": "paired t", **undefined}
     assert results(tmp_path)["variants"]["baseline"]["top1_std"] is None
 
 
 def test_equal_differences_have_no_p(tmp_path: Path) -> None:
     record_all(tmp_path, {"baseline": {1: [50.0], 2: [60.0]}, "grouped": {1: [51.0], 2: [61.0]}})
-    assert results(tmp_path)["variants"]["grouped"]["vs_baseline"]["p_value"] is None
+    against = results(tmp_path)["variants"]["grouped"]["vs_baseline"]
+    assert (against["p_value"], against["ci_low"], against["ci_high"]) == (None, None, None)
+    assert against["df"] == 1
+
+
+def test_a_record_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "baseline" / "seed1" / "record.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"schema": 1, ')
+    with pytest.raises(ReductionError, match=r"seed1/record.json: no JSON"):
+        read(tmp_path)
+
+
+def test_speed_of_other_hardware_is_not_averaged(tmp_path: Path) -> None:
+    record_all(tmp_path, {"baseline": {1: [50.0], 2: [51.0]}})
+    first, second = read(tmp_path)
+    assert summarize([first, second])["variants"]["baseline"]["throughput"] == 50.0
+    second["hardware"] = {"device": "another"}
+    assert summarize([first, second])["variants"]["baseline"]["throughput"] is None
 
 
 def test_best_epoch_is_the_first_of_equals() -> None:
@@ -213,4 +247,3 @@ def test_failed_run_keeps_its_epochs_and_leaves_the_results(tmp_path: Path) -> N
 def test_no_records_no_results(tmp_path: Path) -> None:
     with pytest.raises(ReductionError, match="no finished run"):
         results(tmp_path)
-    assert not (tmp_path / "results.json").exists()

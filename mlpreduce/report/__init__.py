@@ -1,0 +1,103 @@
+"""Tables and figures from records: `python -m mlpreduce report RUN...`. The only package that imports matplotlib.
+
+Everything is rebuilt from the `record.json` files alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlpreduce.errors import ReductionError
+from mlpreduce.records import store, summarize
+from mlpreduce.report.figure import draw
+from mlpreduce.report.gather import gather
+from mlpreduce.report.pages import as_html, as_markdown
+from mlpreduce.report.tables import NOTES, compose, overview
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+__all__ = ["NOTES", "build", "console_table", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `mlpreduce report` and return its exit status: 0, or 2 after a ReductionError."""
+    parser = argparse.ArgumentParser(
+        prog="mlpreduce report", description="Rebuild the report of recipes from their records."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output directory of a recipe; several make one report")
+    parser.add_argument("--output", metavar="DIR", help="where it is written; default: into RUN, if there is one")
+    options = parser.parse_args(argv)
+    try:
+        document = build(*options.runs, output=options.output)
+    except ReductionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(console_table(document))
+    for note in NOTES:
+        console.print(note, style="dim", highlight=False)
+    place = Path(options.output or options.runs[0]).resolve()
+    lines = [f"report   {place / 'report.html'}", f"         {place / 'report.md'}"]
+    lines += [f"results  {place / 'results.json'}", f"figure   {place / 'curves.png'}"]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    return 0
+
+
+def build(*runs: str | Path, output: str | Path | None = None) -> dict[str, Any]:
+    """Write `results.json`, `report.md`, `report.html` and `curves.png`, from the records of finished runs alone.
+
+    Args:
+        runs: output directories of recipes; the records of several are put together.
+        output: where the files are written; by default into the directory of the runs, if it is one.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        ReductionError: a directory has no finished run; two have one of the same variant and seed, or a variant that is
+            not the same in both; there are several and `output` is missing, or is one of them.
+    """
+    records = gather(*runs)
+    sources = {Path(run).resolve() for run in runs}
+    if output is None and len(sources) > 1:
+        raise ReductionError(
+            f"report: {len(sources)} runs make a report that belongs to none of them; add --output DIR"
+        )
+    place = Path(runs[0] if output is None else output)
+    if sources != {place.resolve()} and any(place.glob("*/seed*/record.json")):
+        raise ReductionError(
+            f"report: --output {place} holds records and has a report of its own; name another directory"
+        )
+    document = summarize(records)
+    content = compose(document, records)
+    figure = BytesIO()
+    draw(records).savefig(figure, format="png", dpi=120)
+    store(place, "results.json", document)
+    (place / "curves.png").write_bytes(figure.getvalue())
+    (place / "report.md").write_text(as_markdown(content), encoding="utf-8")
+    (place / "report.html").write_text(as_html(content, figure.getvalue()), encoding="utf-8")
+    return document
+
+
+def console_table(document: dict[str, Any]) -> Group:
+    """The results for rich's console: one table of counts, one of accuracies."""
+    from rich.console import Group
+    from rich.table import Table
+
+    tables = []
+    for found in overview(document):
+        table = Table(title=found.title)
+        for number, header in enumerate(found.headers):
+            table.add_column(header, justify="right" if number else "left")
+        for row in found.rows:
+            table.add_row(*row)
+        tables.append(table)
+    return Group(*tables)

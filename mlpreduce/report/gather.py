@@ -1,0 +1,85 @@
+"""Records of one or several output directories, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlpreduce.errors import ReductionError
+from mlpreduce.records import finished
+from mlpreduce.train.settings import FREE
+from mlpreduce.values import flatten
+
+__all__ = ["differing", "gather"]
+
+
+def gather(*directories: str | Path) -> list[dict[str, Any]]:
+    """The records of all finished runs in some output directories, in their order; a directory named twice counts once.
+
+    Each has a key that its file has not: "output", the name of its directory, or its path where two have that name.
+
+    Raises:
+        ReductionError: a directory has no finished run, two have one of the same variant and seed, or a variant is not the
+            same in all.
+    """
+    if not directories:
+        raise ReductionError("report: no run is named; give the output directory of a recipe")
+    places: dict[Path, str] = {}
+    for directory in directories:
+        places.setdefault(Path(directory).resolve(), str(directory))
+    names = [place.name for place in places]
+    records: list[dict[str, Any]] = []
+    paths: dict[str, str] = {}
+    for place, path in places.items():
+        label = place.name if names.count(place.name) == 1 else path
+        paths[label] = path
+        here = [{**record, "output": label} for record in finished(path)]
+        for record in here:
+            for other in records:
+                if other["variant"] == record["variant"]:
+                    _check_pair(other, record, paths)
+        records += here
+    return records
+
+
+def _check_pair(one: dict[str, Any], two: dict[str, Any], paths: dict[str, str]) -> None:
+    """Refuse two records of a variant from different directories that cannot be runs of one row."""
+    variant, seed = two["variant"], two["seed"]
+    here, there = paths[one["output"]], paths[two["output"]]
+    if one["seed"] == seed:
+        raise ReductionError(
+            f"report: variant {variant!r} with seed {seed} lies in {here} and in {there}; name one of the two, or move the "
+            f"folder {variant}/seed{seed} out of the other"
+        )
+    changed = [f"{key}={old!r} in {here}, {new!r} in {there}" for key, old, new in _differences(one, two)]
+    if changed:
+        raise ReductionError(
+            f"report: variant {variant!r} is not the same in both: {'; '.join(changed)}; make a report of each"
+        )
+
+
+def differing(records: list[dict[str, Any]]) -> list[str]:
+    """Settings of model, data and training by which runs of different directories differ, in words."""
+    first = records[0]
+    lines = {}
+    for record in records:
+        for key, old, new in _differences(first, record):
+            if key != "steps" and first["output"] != record["output"]:
+                lines[key, record["output"]] = f"{key}: {old!r} in {first['output']}, {new!r} in {record['output']}"
+    return list(lines.values())
+
+
+def _differences(one: dict[str, Any], two: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What two runs compute differently, but for their seeds; a key that another version does not have is no difference."""
+    old, new = _settings(one), _settings(two)
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] != new[key]:
+            yield key, old[key], new[key]
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    recipe = record["recipe"]
+    flat = flatten({section: recipe[section] for section in ("data", "train") if section in recipe})
+    known = {key: value for key, value in flat.items() if key not in FREE}
+    return {"steps": record["steps"], "model": recipe.get("model"), **known}

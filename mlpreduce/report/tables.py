@@ -1,0 +1,317 @@
+"""What a report says: tables of text, the same for markdown, HTML and the console."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean, median, stdev
+from typing import Any
+
+from mlpreduce.records import baseline_of, conditions
+from mlpreduce.report import published
+from mlpreduce.report.gather import differing
+
+__all__ = ["NOTES", "Content", "Table", "compose", "overview"]
+
+ABSENT = "not in the paper"
+FEW = "(n is too small to conclude)"
+NOTES = (
+    "Tied parameters are counted once. MACs: multiply-accumulates of one image in Linear, Conv and LayerNorm layers, "
+    "attention products left out (the paper's convention; `macs` in results.json).",
+    "Top-1 and top-5 are those of the best epoch, chosen on the validation set; mean ± standard deviation over seeds "
+    "(ddof=1). Peak-to-final: top-1 of the best epoch minus that of the last, in points.",
+    "images/s and peak memory: inference on one worker, medians over the runs; the report names batch, dtype and hardware. A "
+    "ratio is to the baseline measured in the same output directory on equal hardware.",
+    "vs baseline: mean difference in top-1 over the common seeds, with its 95 % confidence interval; p: paired two-sided "
+    "t-test; n: number of pairs, df = n - 1.",
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text; the first column names the row."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Content:
+    """A report but for its figure."""
+
+    title: str
+    remarks: Sequence[str]
+    tables: Sequence[Table]
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Variant:
+    name: str
+    results: dict[str, Any]  # of results.json
+    records: list[dict[str, Any]]
+    published: dict[str, str] | None  # cells; None where the paper has no part
+    width: int | None  # features that go into an MLP, if the plans show it
+
+    @property
+    def source(self) -> str:
+        return ", ".join(dict.fromkeys(record["output"] for record in self.records))
+
+    def spread(self, key: str, digits: int = 2) -> str:
+        return mean_std([run[key] for run in self.results["runs"]], digits)
+
+
+# A column: header, what stands there for our runs, and the key of the paper's cell.
+_Column = tuple[str, Callable[[_Variant], str], str]
+
+
+def compose(document: dict[str, Any], records: list[dict[str, Any]]) -> Content:
+    """The report of finished records and what `results.json` says of them."""
+    paper = all(published.reproduces(record["recipe"]["name"]) for record in records)
+    variants = []
+    for name, found in document["variants"].items():
+        mine = [record for record in records if record["variant"] == name]
+        cells = published.cells_of(mine[0]["steps"]) if paper else None
+        variants.append(_Variant(name, found, mine, cells, _width(records)))
+    size: list[_Column] = [
+        ("parameters (M)", lambda v: millions(v.results["params"]), "params"),
+        ("MLP parameters (M)", lambda v: millions(v.results["mlp_params"]), "mlp_params"),
+        ("unique MLPs", lambda v: str(v.results["unique_mlps"]), "unique_mlps"),
+        ("MACs (G)", lambda v: billions(v.results["macs"]), "macs"),
+        ("hidden / width", _expansion, "expansion"),
+        ("parameters", lambda v: f"{v.results['params']:,}", ""),
+    ]
+    validation: list[_Column] = [
+        ("parameters (M)", lambda v: millions(v.results["params"]), "params"),
+        ("top-1 %", lambda v: v.spread("top1"), "top1"),
+        ("top-5 %", lambda v: v.spread("top5"), "top5"),
+        ("best epoch", lambda v: v.spread("peak_epoch", 0), "peak_epoch"),
+        ("peak-to-final", lambda v: v.spread("peak_to_final"), "peak_to_final"),
+        ("images/s", _images_per_s, "throughput"),
+    ]
+    cost: list[_Column] = [
+        ("top-1 % per M parameters", partial(_per, "params", 1e6), "top1_per_params"),
+        ("top-1 % per G MACs", partial(_per, "macs", 1e9), "top1_per_macs"),
+    ]
+    return Content(
+        title=document["recipe"],
+        remarks=list(_remarks(records, paper)),
+        tables=[
+            _table("Table 1: size and compute", size, variants),
+            _table("Table 2: validation", validation, variants),
+            _table("Accuracy for its cost", cost, variants),
+            _against(variants, baseline_of(records)),
+            _speed(variants, records),
+            _runs(variants),
+            _where(records),
+        ],
+        notes=(*NOTES, *([published.NOTE] if paper else [])),
+    )
+
+
+def overview(document: dict[str, Any]) -> list[Table]:
+    """Two small tables for a terminal, from `results.json` alone."""
+    counts, accuracy = [], []
+    for name, v in document["variants"].items():
+        speed = "" if v["throughput"] is None else f"{v['throughput']:,.0f}"
+        row = [f"{v['params']:,}", f"{v['mlp_params']:,}", str(v["unique_mlps"]), _macs(v["macs"]), speed]
+        counts.append([name, *row])
+        top1 = mean_std([run["top1"] for run in v["runs"]])
+        compared = comparison(v["vs_baseline"]) if v["vs_baseline"] else [""] * 5
+        accuracy.append([name, top1, f"{v['top5_mean']:.2f}", f"{v['peak_to_final_mean']:.2f}", *compared[:4]])
+    first = ("variant", "parameters", "MLP parameters", "unique MLPs", "MACs", "images/s")
+    second = ("variant", "top-1 %", "top-5 %", "peak-to-final", "vs baseline", "95 % interval", "p", "n")
+    return [
+        Table(f"{document['recipe']}: counts and speed", first, counts),
+        Table(f"{document['recipe']}: accuracy", second, accuracy),
+    ]
+
+
+def comparison(against: dict[str, Any]) -> list[str]:
+    """Mean difference, confidence interval, p, n and df of a `vs_baseline`."""
+    low, high, p, df = (against[key] for key in ("ci_low", "ci_high", "p_value", "df"))
+    interval = "not defined" if low is None else f"[{low:+.2f}, {high:+.2f}]"
+    value = "not defined" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return [
+        f"{against['delta']:+.2f}",
+        interval,
+        few(value, against["n"]),
+        str(against["n"]),
+        str(df if df else "not defined"),
+    ]
+
+
+def few(p: str, n: int) -> str:
+    """A p-value, with a warning where the pairs are fewer than three."""
+    return f"{p} {FEW}" if n < 3 else p
+
+
+def mean_std(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and standard deviation (ddof=1); the mean alone for one value."""
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{spread}"
+
+
+def millions(count: float) -> str:
+    """Five significant digits, in millions."""
+    return _significant(count / 1e6)
+
+
+def billions(count: float) -> str:
+    """Five significant digits, in billions."""
+    return _significant(count / 1e9)
+
+
+def _significant(number: float) -> str:
+    return f"{number:#.5g}".rstrip(".")
+
+
+def _table(title: str, columns: Sequence[_Column], variants: Iterable[_Variant]) -> Table:
+    """A row for each variant and, where the paper has a part, the paper's beside it."""
+    rows = []
+    for variant in variants:
+        rows.append([variant.name, variant.source, *(cell(variant) for _, cell, _ in columns)])
+        if variant.published is not None:
+            rows.append(
+                [variant.name, published.SOURCE, *(variant.published.get(key, ABSENT) for _, _, key in columns)]
+            )
+    return Table(title, ("variant", "source", *(header for header, _, _ in columns)), rows)
+
+
+def _against(variants: Iterable[_Variant], baseline: str | None) -> Table:
+    rows = []
+    for v in variants:
+        if v.name == baseline:
+            continue
+        against = v.results["vs_baseline"]
+        cells = comparison(against) if against else ["no run of the baseline has its seeds", "", "", "0", ""]
+        rows.append([v.name, v.source, *cells])
+        if v.published is not None:
+            p = v.published.get("p")
+            cells = [v.published.get("delta", ABSENT), ABSENT, ABSENT if p is None else few(p, published.SEEDS)]
+            rows.append(
+                [v.name, published.SOURCE, *cells, *((str(published.SEEDS), ABSENT) if p else (ABSENT, ABSENT))]
+            )
+    headers = ("variant", "source", "vs baseline", "95 % interval", "p", "n", "df")
+    return Table("Against the baseline", headers, rows)
+
+
+def _speed(variants: Iterable[_Variant], records: list[dict[str, Any]]) -> Table:
+    """Medians over the runs of one directory and hardware, and their ratios to the baseline's that lie there too."""
+    rows = []
+    baseline = baseline_of(records)
+    for v in variants:
+        places = dict.fromkeys((record["output"], conditions(record)) for record in v.records)
+        for place in places:
+            mine = [r for r in v.records if (r["output"], conditions(r)) == place]
+            base = [r for r in records if (r["output"], conditions(r)) == place and r["variant"] == baseline]
+            profile = mine[0]["profile"]
+            cells = [
+                *_measured(mine, base, "throughput", ",.0f"),
+                *_measured(mine, base, "peak_memory_mib", ",.1f"),
+                str(profile.get("batch_size") or "not recorded"),
+                profile.get("device") or "not recorded",
+            ]
+            rows.append([v.name, place[0], *cells])
+        if v.published is not None:
+            keys = ("throughput", "throughput_ratio", "", "memory_ratio", "", "")
+            rows.append([v.name, published.SOURCE, *(v.published.get(key, ABSENT) for key in keys)])
+    speed, memory = ("images/s", "ratio to baseline"), ("peak memory, MiB", "ratio of memory")
+    return Table("Speed and memory, inference", ("variant", "source", *speed, *memory, "batch", "device, dtype"), rows)
+
+
+def _measured(mine: list[dict[str, Any]], base: list[dict[str, Any]], key: str, form: str) -> tuple[str, str]:
+    ours, theirs = ([r["profile"][key] for r in found if r["profile"][key] is not None] for found in (mine, base))
+    if not ours:
+        return "not measured", ""
+    ratio = f"{median(ours) / median(theirs):.3f}" if theirs else "no baseline there"
+    return f"{median(ours):{form}}", ratio
+
+
+def _runs(variants: Iterable[_Variant]) -> Table:
+    rows = [
+        [
+            *(v.name, record["output"], str(run["seed"]), f"{run['top1']:.2f}", str(run["peak_epoch"])),
+            *(f"{run['final_top1']:.2f}", str(run["epochs"]), str(run["mlflow_run_id"])),
+        ]
+        for v in variants
+        for record, run in zip(v.records, v.results["runs"], strict=True)
+    ]
+    headers = ("variant", "source", "seed", "top-1 %", "best epoch", "final top-1 %", "epochs", "MLflow run")
+    return Table("Runs", headers, rows)
+
+
+def _where(records: Iterable[dict[str, Any]]) -> Table:
+    rows = {}
+    for record in records:
+        hardware = [
+            str(record["hardware"].get(key, "not recorded")) for key in ("device", "machine", "cpu_cores", "workers")
+        ]
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        rows[record["output"], *hardware, versions] = [record["output"], record["recipe"]["name"], *hardware, versions]
+    headers = ("source", "recipe", "device", "machine", "CPU cores", "workers", "versions")
+    return Table("Where it ran", headers, list(rows.values()))
+
+
+def _remarks(records: list[dict[str, Any]], paper: bool) -> Iterable[str]:
+    epochs = sorted({record["epochs_planned"] for record in records})
+    images = sorted({record["train_samples"] for record in records})
+    if paper and (
+        any(record["recipe"]["name"].endswith("_tiny") for record in records)
+        or (epochs, images) != ([published.EPOCHS], [published.TRAIN_SAMPLES])
+    ):
+        yield (
+            f"These runs had {_list(epochs)} epochs on {_list(images)} images, the paper's {published.EPOCHS} on "
+            f"{published.TRAIN_SAMPLES:,}: the numbers say nothing about the paper, though they stand side by side."
+        )
+    different = differing(records)
+    if different:
+        yield f"The runs differ in their settings: {'; '.join(different)}."
+
+
+def _list(numbers: Iterable[int]) -> str:
+    return " or ".join(f"{number:,}" for number in numbers)
+
+
+def _images_per_s(v: _Variant) -> str:
+    found = v.results["throughput"]
+    if found is not None:
+        return f"{found:,.0f}"
+    measured = any(record["profile"]["throughput"] is not None for record in v.records)
+    return "see Speed and memory" if measured else "not measured"
+
+
+def _per(key: str, unit: float, v: _Variant) -> str:
+    ratio: float = v.results["top1_mean"] / (v.results[key] / unit)
+    return f"{ratio:,.3f}"
+
+
+def _expansion(v: _Variant) -> str:
+    """Hidden features over width, if all MLPs are two Linears with biases and alike."""
+    if v.width is None or not v.results["unique_mlps"]:
+        return "not recorded"
+    hidden, rest = divmod(
+        v.results["mlp_params"] - v.width * v.results["unique_mlps"], (2 * v.width + 1) * v.results["unique_mlps"]
+    )
+    return "not recorded" if rest else f"{hidden / v.width:.3g}"
+
+
+def _width(records: Iterable[dict[str, Any]]) -> int | None:
+    """Features that go into an MLP of two Linears with biases, from its hidden features and parameters in a plan."""
+    rows = [row for record in records for plan in record["plans"] for row in plan["rows"]]
+    found = {
+        divmod(row[6] - row[2], 2 * row[2] + 1) if row[1] == "plain" and row[6] else None for row in rows if row[6]
+    }
+    if len(found) != 1:
+        return None
+    (only,) = found
+    return only[0] if only is not None and only[1] == 0 else None
+
+
+def _macs(macs: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if macs >= size:
+            return f"{macs / size:.3f} {unit}"
+    return f"{macs:.0f}"
