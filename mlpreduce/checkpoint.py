@@ -279,10 +279,13 @@ def _difference(model: nn.Module, build: dict[str, Any], call: str) -> str | Non
     return None
 
 
+_MODES = {"training", "grad_checkpointing"}  # how a model is run, not what it computes
+
+
 def _settings(module: nn.Module) -> dict[str, Any]:
     """The plain attributes of a module: what its forward may depend on beside its tensors."""
     values = {name: value for name, value in vars(module).items() if not name.startswith(("_", "mlpreduce"))}
-    return {name: value for name, value in values.items() if name != "training" and _is_plain(value)}
+    return {name: value for name, value in values.items() if name not in _MODES and _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:

@@ -74,6 +74,24 @@ def test_published_run_in_numbers(capsys: pytest.CaptureFixture[str]) -> None:
         assert number in text
 
 
+def test_published_settings_stand_in_the_recipe() -> None:
+    recipe = recipes.load("paper_vitb16")
+    train, data = recipe.train, recipe.data
+    assert (train.random_erasing, train.label_smoothing, train.auto_augment) == (0.25, 0.1, "rand-m9-mstd0.5-inc1")
+    assert (train.mixup, train.cutmix, train.mixup_prob, train.mixup_switch_prob, train.aug_repeats) == (
+        0.8,
+        1,
+        1,
+        0.5,
+        3,
+    )
+    assert (train.crop_scale, train.hflip, train.train_interpolation) == ((0.08, 1.0), 0.5, "random")
+    assert (train.amp, train.tf32, train.channels_last, train.clip_grad) == ("float16", True, True, 0)
+    assert (data.mean, data.std, data.crop_pct, data.interpolation) == ((0.5,) * 3, (0.5,) * 3, 0.9, "bicubic")
+    assert int(data.image_size / data.crop_pct) == 248
+    assert recipe.variants["grouped"][0]["scale"] == "paper"
+
+
 def test_overrides_are_toml_or_strings() -> None:
     changes = ["train.epochs=2", "train.warmup_epochs=0", "seeds=[1]", "data.root=/some/where", "launch.device=cpu"]
     changes += ['variants.mine=[{transform="grouped", group=3}]', "model.kwargs.depth=6"]
@@ -158,10 +176,11 @@ def test_errors_end_with_one_message_and_code_2(capsys: pytest.CaptureFixture[st
 
 def test_resume_may_differ_only_in_what_changes_nothing() -> None:
     before = recipes.load("digits").model_dump(mode="json")
-    assert recipes.differences(before, recipes.load("digits", ["launch.threads=2"]).model_dump(mode="json")) == []
-    now = recipes.load("digits", ["train.lr=0.1", "launch.workers=4"]).model_dump(mode="json")
+    free = ["launch.threads=2", "launch.workers=4", "launch.min_workers=1"]
+    assert recipes.differences(before, recipes.load("digits", free).model_dump(mode="json")) == []
+    now = recipes.load("digits", ["train.lr=0.1", "launch.workers=4", "launch.device=cpu"]).model_dump(mode="json")
     assert recipes.differences(before, now) == [
-        "launch.workers: was 2, is 4",
+        "launch.device: was 'auto', is 'cpu'",
         f"train.lr: was {before['train']['lr']}, is 0.1",
     ]
 

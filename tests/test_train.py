@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mlpreduce
+from mlpreduce import recipe as recipes
+from mlpreduce.data import load
 from mlpreduce.errors import ReductionError
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import Run, Runtime, TrainingStopped, build_model, create_ema, evaluate, fit, learning_rates
 from mlpreduce.train.parts import create_optimizer
 from mlpreduce.train.settings import TrainSettings
+from mlpreduce.train.state import checkpoints, seed_everything
 
 SMALL_VIT = {
     "img_size": 8,
@@ -70,9 +76,25 @@ def same(left: Any, right: Any, path: str = "") -> None:
 
 def state(directory: Path) -> dict[str, Any]:
     """All that a run has left, random states included."""
-    found = sorted(directory.glob("*.pt"))
+    found = sorted(last(directory).glob("*.pt"))
     assert len(found) >= 2
     return {path.name: torch.load(path, weights_only=True) for path in found}
+
+
+def last(directory: Path) -> Path:
+    """The last checkpoint of a run."""
+    return next(iter(checkpoints(directory).values()))
+
+
+def forge(path: Path, change: Callable[[Any], None]) -> None:
+    """Change a file of a checkpoint as if the run had written it so."""
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    data = path.read_bytes()
+    manifest["files"][path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture(autouse=True)
@@ -178,8 +200,6 @@ def test_fit_learns_and_reports(tmp_path: Path) -> None:
     assert facts["updates_per_epoch"] == 22
     best = mlpreduce.load(tmp_path / "model")
     assert best.blocks[1].mlp.fc1 is best.blocks[0].mlp.fc1
-    from mlpreduce.data import load
-
     again = evaluate(best, load(run.data, run.train, micro_batch=64).val, Runtime())
     assert again["top1"] == max(entry["top1"] for entry in history)
     assert again["images"] == 360
@@ -236,11 +256,12 @@ def test_resume_without_the_random_states_would_differ(tmp_path: Path) -> None:
     interrupt_after(run, 1)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     other = run.model_copy(update={"directory": str(tmp_path / "two")})
-    path = tmp_path / "two" / "rng0-1.pt"
-    rng = torch.load(path, weights_only=True)
-    rng["numpy"][1][0] ^= 1
-    rng["numpy"][2] = 624
-    torch.save(rng, path)
+
+    def change(rng: dict[str, Any]) -> None:
+        rng["numpy"][1][0] ^= 1
+        rng["numpy"][2] = 624
+
+    forge(last(tmp_path / "two") / "rng0.pt", change)
     fit(run)
     fit(other)
     with pytest.raises(AssertionError):
@@ -252,24 +273,25 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     interrupt_after(run, 1)
     with pytest.raises(ReductionError, match=r"written with other settings .* in another --output"):
         fit(run.model_copy(update={"train": run.train.model_copy(update={"lr": 1e-3})}))
-    with pytest.raises(ReductionError, match=r"for 2 worker\(s\), the group has 1"):
-        fit(run.model_copy(update={"workers": 2}))
-    (tmp_path / "rng0-1.pt").unlink()
-    with pytest.raises(ReductionError, match="storage that all workers share"):
+    with pytest.raises(
+        ReductionError, match=r"3 worker\(s\) cannot share the 1 micro-batches of 64 images .*; 1 could"
+    ):
+        fit(run, Runtime(world=3))
+    manifest = last(tmp_path) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("blocks.0.mlp.fc1", "blocks.0.mlp.fc9"))
+    with pytest.raises(ReductionError, match=r"the plans in .* are not those of the model"):
         fit(run)
 
 
 def test_diverged_run_stops_and_keeps_the_last_whole_epoch(tmp_path: Path) -> None:
     run = digits_run(tmp_path)
     interrupt_after(run, 1)
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    saved["model"]["head.weight"].fill_(math.inf)
-    torch.save(saved, tmp_path / "checkpoint.pt")
+    forge(last(tmp_path) / "state.pt", lambda state: state["model"]["head.weight"].fill_(math.inf))
     with pytest.raises(
         TrainingStopped, match=r"the training loss is nan in epoch 2.*1 whole epoch\(s\).*lower train.lr"
     ):
         fit(run)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 1
+    assert list(checkpoints(tmp_path)) == [1]
 
 
 def test_wrong_number_of_classes_is_refused(tmp_path: Path) -> None:
@@ -288,12 +310,98 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
             **{**run.model_dump(), "model": model, "train": {**run.train.model_dump(), "lr": 0.5, "warmup_lr": 0.5}}
         )
         interrupt_after(run, 1)
-        after.append(torch.load(Path(run.directory) / "checkpoint.pt", weights_only=True))
+        after.append(state(Path(run.directory))["state.pt"])
     assert [saved["updates"] for saved in after] == [1, 1]
     start = build_model(run).state_dict()
     for name, tensor in after[0]["model"].items():
         assert torch.allclose(tensor, after[1]["model"][name], atol=1e-6), name
     assert any(not torch.allclose(start[name], tensor, atol=1e-3) for name, tensor in after[0]["model"].items())
+
+
+def by_hand(run: Run) -> tuple[nn.Module, nn.Module, float]:
+    """One epoch of a run as timm's pieces make it: the trained model, its average, the mean loss."""
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.models import create_model
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+    from timm.utils import ModelEmaV3
+
+    train = run.train
+    torch.manual_seed(run.seed)
+    model = create_model(run.model.name, **run.model.kwargs)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=train.lr, weight_decay=train.weight_decay)
+    average = ModelEmaV3(model, decay=train.ema_decay)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=train.epochs,
+        warmup_epochs=train.warmup_epochs,
+        warmup_lr=train.warmup_lr,
+        min_lr=train.min_lr,
+        step_on_epochs=True,
+    )
+    assert scheduler is not None
+    loaders = load(run.data, train, micro_batch=train.batch_size)
+    loaders.set_epoch(run.seed, 0)
+    seed_everything(run.seed)
+    criterion, losses = SoftTargetCrossEntropy(), []
+    model.train()
+    for number, (images, targets) in enumerate(loaders.train):
+        loss = criterion(model(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update(model, step=number + 1)
+        losses.append(loss.item())
+    return model, average.module, sum(losses) / len(losses)
+
+
+def against_timm(run: Run, tolerance: float) -> None:
+    model, average, loss = by_hand(run)
+    (entry,) = fit(run)
+    assert entry["train_loss"] == pytest.approx(loss, rel=1e-6)
+    after = state(Path(run.directory))["state.pt"]
+    for ours, theirs in ((after["model"], model), (after["ema"], average)):
+        for name, tensor in theirs.state_dict().items():
+            if name.endswith("qkv.bias"):  # that of the keys has no gradient but rounding, which Adam makes steps of
+                ours[name][len(tensor) // 3 : -len(tensor) // 3] = tensor[len(tensor) // 3 : -len(tensor) // 3]
+            assert torch.allclose(ours[name], tensor, rtol=0, atol=tolerance), name
+    start = build_model(run).state_dict()
+    assert all(
+        not torch.allclose(start[name], tensor, rtol=0, atol=tolerance) for name, tensor in after["model"].items()
+    )
+
+
+def test_twenty_updates_equal_the_loop_written_with_timm(tmp_path: Path) -> None:
+    recipe = recipes.load("paper_vitb16_tiny", ["train.aug_repeats=0", "train.epochs=1", "train.warmup_epochs=0"])
+    train = recipe.train.model_copy(update={"accum_steps": 1, "channels_last": False})
+    data = recipe.data.model_copy(update={"train_samples": 20 * train.batch_size})
+    run = Run(recipe="tiny", variant="baseline", model=recipe.model, data=data, train=train, directory=str(tmp_path))
+    against_timm(run, tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_one_update_of_vit_base_equals_the_one_written_with_timm(tmp_path: Path) -> None:
+    """float32, no augmentation but the mixing of targets; 64 x 64 pixels for the time of a CPU."""
+    recipe = recipes.load("paper_vitb16", ["train.aug_repeats=0", "train.epochs=1", "train.warmup_epochs=0"])
+    plain = {
+        "auto_augment": "",
+        "random_erasing": 0.0,
+        "hflip": 0.0,
+        "crop_scale": (1.0, 1.0),
+        "crop_ratio": (1.0, 1.0),
+    }
+    plain |= {"amp": "none", "accum_steps": 1, "batch_size": 8, "channels_last": False, "color_jitter": 0.0}
+    data = {"name": "synthetic", "image_size": 64, "train_samples": 8, "val_samples": 4, "classes": 10, "workers": 0}
+    run = Run(
+        recipe="base",
+        variant="baseline",
+        model={"name": recipe.model.name, "kwargs": {"img_size": 64, "num_classes": 10}},  # type: ignore[arg-type]
+        data=data,  # type: ignore[arg-type]
+        train=recipe.train.model_copy(update=plain),
+        directory=str(tmp_path),
+    )
+    against_timm(run, tolerance=1e-6)
 
 
 # --- several processes ----------------------------------------------------------------------------------------------------
@@ -364,8 +472,215 @@ def test_two_processes_agree_and_resume_exactly(tmp_path: Path) -> None:
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="Interrupted"):
         torch.multiprocessing.spawn(_fit_pair, args=(str(tmp_path), "parted", 1), nprocs=2)
     torch.multiprocessing.spawn(_fit_pair, args=(str(tmp_path), "parted", 0), nprocs=2)
-    assert len(list((tmp_path / "whole").glob("rng*.pt"))) == 2
+    assert len(list(last(tmp_path / "whole").glob("rng*.pt"))) == 2
     same(state(tmp_path / "whole"), state(tmp_path / "parted"))
     first, second = (torch.load(tmp_path / f"whole{rank}.pt", weights_only=True) for rank in range(2))
     same(first, second)  # both know the counts of all 360 images
     assert first[-1]["top1"] * 3.6 == pytest.approx(round(first[-1]["top1"] * 3.6), abs=1e-6)
+
+
+def _fit_alone_or_together(rank: int, folder: str, world: int) -> None:
+    if world > 1:
+        join(rank, folder, f"elastic{world}")
+    model = {"name": "vit_tiny_patch16_224", "kwargs": {**SMALL_VIT, "drop_path_rate": 0.0}}
+    run = digits_run(Path(folder) / str(world), epochs=2, mixup=0.0)
+    run = Run(**{**run.model_dump(), "model": model, "workers": 2})
+    fit(run, Runtime(rank=rank, world=world, threads=1))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_another_number_of_workers_keeps_the_batch(tmp_path: Path) -> None:
+    """One worker where two were planned: as many images in an update, the same ones, and the same losses."""
+    torch.multiprocessing.spawn(_fit_alone_or_together, args=(str(tmp_path), 2), nprocs=2)
+    _fit_alone_or_together(0, str(tmp_path), 1)
+    two, one = (state(tmp_path / str(world))["state.pt"] for world in (2, 1))
+    assert one["updates"] == two["updates"] == 44
+    for left, right in zip(one["history"], two["history"], strict=True):
+        assert left["train_loss"] == pytest.approx(right["train_loss"], abs=1e-5)
+        assert left["val_loss"] == pytest.approx(right["val_loss"], abs=1e-5)
+
+
+# --- what happens in 300 epochs -------------------------------------------------------------------------------------------
+
+
+def test_the_last_checkpoints_and_the_best_one_stay(tmp_path: Path) -> None:
+    run = digits_run(tmp_path, epochs=6, keep_checkpoints=2)
+    history = fit(run)
+    best = max(history, key=lambda entry: entry["top1"])["epoch"]
+    assert set(checkpoints(tmp_path)) == {5, 6, best}
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of three epochs, and the same one interrupted after two."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.set_num_threads(1)
+    fit(digits_run(folder / "whole"))
+    interrupt_after(digits_run(folder / "interrupted"), 2)
+    return folder / "whole", folder / "interrupted"
+
+
+@pytest.mark.parametrize("name", ["state.pt", "rng0.pt", "manifest.json"])
+@pytest.mark.parametrize("harm", ["cut", "flip", "gone"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    two_epochs: tuple[Path, Path], tmp_path: Path, name: str, harm: str
+) -> None:
+    whole, interrupted = two_epochs
+    shutil.copytree(interrupted, tmp_path / "parted")
+    parted = digits_run(tmp_path / "parted")
+    path = last(tmp_path / "parted") / name
+    data = path.read_bytes()
+    position = torch.randint(1, len(data) - 1, (), generator=torch.Generator().manual_seed(len(name))).item()
+    if harm == "gone":
+        path.unlink()
+    else:
+        rest = b"" if harm == "cut" else bytes([data[position] ^ 255]) + data[position + 1 :]
+        path.write_bytes(data[:position] + rest)
+    events: list[dict[str, Any]] = []
+    fit(parted, Runtime(report=events.append))
+    (note,) = events[0]["notes"]
+    assert name in note
+    assert "going on after epoch 1" in note
+    same(state(whole), state(tmp_path / "parted"))
+
+
+def test_no_whole_checkpoint_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
+    run = digits_run(tmp_path)
+    interrupt_after(run, 2)
+    for folder in checkpoints(tmp_path).values():
+        (folder / "state.pt").write_bytes(b"")
+    with pytest.raises(ReductionError, match=r"no checkpoint is whole .*state.pt has 0 of .* bytes.*to train it anew"):
+        fit(run)
+    assert len(checkpoints(tmp_path)) == 2
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+from test_train import *
+run = digits_run(Path({folder!r}), epochs=3, keep_checkpoints=1)
+def report(event):
+    if event["event"] == "epoch" and event["epoch"] == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # the system refuses larger files
+try:
+    fit(run, Runtime(report=report, threads=1))
+except ReductionError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
+    tests = str(Path(__file__).parent)
+    script = FULL.format(tests=tests, folder=str(tmp_path / "run"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "worker 0 cannot " in done.stdout, done.stderr
+    assert "File too large" in done.stdout
+    assert "Checkpoints that are kept: 1." in done.stdout
+    run = digits_run(tmp_path / "run", epochs=3, keep_checkpoints=1)
+    assert len(fit(run)) == 3
+
+
+def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    run = digits_run(tmp_path / "file" / "run")
+    with pytest.raises(ReductionError, match=r"worker 0 cannot make its directory: Not a directory"):
+        fit(run)
+
+
+def test_a_device_out_of_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.models.vision_transformer import Block
+
+    forward = Block.forward
+
+    def full(self: nn.Module, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if self.training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, x, **kwargs)
+
+    monkeypatch.setattr(Block, "forward", full)
+    with pytest.raises(ReductionError, match=r"64 images do not fit .*2.00 GiB.*train.accum_steps=2 takes half"):
+        fit(digits_run(tmp_path))
+
+
+# --- options and fidelity ---------------------------------------------------------------------------------------------------
+
+
+def losses(directory: Path, **train: Any) -> list[float]:
+    return [entry["train_loss"] for entry in fit(digits_run(directory, epochs=2, **train))]
+
+
+@pytest.mark.parametrize(
+    "option", [{"compile": True}, {"grad_checkpointing": True}, {"deterministic": True}, {"tf32": False}]
+)
+def test_options_of_speed_and_memory_change_no_loss(tmp_path: Path, option: dict[str, bool]) -> None:
+    before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    assert losses(tmp_path / "with", **option) == pytest.approx(losses(tmp_path / "without"), abs=1e-4)
+    assert (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()) == before
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "baseline": (),
+    "grouped": ({"transform": "grouped", "group": 2},),
+    "shallow": ({"transform": "shallow", "ratio": 0.5},),
+    "thin": ({"transform": "thin", "mlp_ratio": 2.0},),
+}
+
+
+def facts_of(run: Run) -> tuple[str, list[tuple[str, str]]]:
+    events: list[dict[str, Any]] = []
+    history = fit(run, Runtime(report=events.append))
+    return events[0]["facts"]["weights_digest"], [(e["batch_digest"], e["random_digest"]) for e in history]
+
+
+@pytest.mark.parametrize("fidelity", ["corrected", "published"])
+def test_variants_of_a_seed_see_the_same(tmp_path: Path, fidelity: str) -> None:
+    """Weights outside the MLPs, batches with their augmentation, and as many random numbers; as recorded."""
+    found = {}
+    for variant, steps in VARIANTS.items():
+        run = synthetic_run(tmp_path / variant)
+        train = run.train.model_copy(update={"fidelity": fidelity, "epochs": 2})
+        found[variant] = facts_of(run.model_copy(update={"steps": steps, "train": train}))
+    weights = {variant: digest for variant, (digest, _) in found.items()}
+    assert weights["baseline"] == weights["grouped"] == weights["shallow"]
+    assert (weights["thin"] == weights["baseline"]) == (fidelity == "corrected")
+    assert len({str(fed) for _, fed in found.values()}) == 1
+    other = synthetic_run(tmp_path / "other").model_copy(update={"seed": 1})
+    assert facts_of(other) != found["grouped"]
+
+
+def test_the_order_of_images_is_the_same_for_all_seeds_only_where_published(tmp_path: Path) -> None:
+    for fidelity, orders in (("corrected", 2), ("published", 1)):
+        found = set()
+        for seed in (42, 123):
+            run = digits_run(tmp_path / f"{fidelity}{seed}", epochs=1, warmup_epochs=0, mixup=0.0, fidelity=fidelity)
+            found.add(fit(run.model_copy(update={"seed": seed}))[0]["batch_digest"])
+        assert len(found) == orders
+
+
+def test_images_that_cannot_be_read_are_counted_and_named_in_the_record(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for number in range(16):
+            path = tmp_path / "images" / split / f"class{number % 2}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (12, 12), (number, 0, 0)).save(path)
+    bad = tmp_path / "images" / "train" / "class1" / "3.png"
+    bad.write_bytes(b"no image")
+    run = synthetic_run(tmp_path / "run")
+    data = {"name": "folder", "root": str(tmp_path / "images"), "image_size": 8, "workers": 0, "on_bad_image": "skip"}
+    model = {"name": run.model.name, "kwargs": {**SMALL_VIT, "in_chans": 3, "num_classes": 2}}
+    train = {**run.train.model_dump(), "batch_size": 8, "epochs": 1, "warmup_epochs": 0}
+    skipping = Run(**{**run.model_dump(), "data": data, "model": model, "train": train})
+    (entry,) = fit(skipping)
+    assert entry["skipped_images"] == 1
+    assert entry["skipped_files"] == [str(bad)]
+    raising = Run(
+        **{**skipping.model_dump(), "data": {**data, "on_bad_image": "raise"}, "directory": str(tmp_path / "other")}
+    )
+    with pytest.raises(ReductionError, match=r"3\.png"):
+        fit(raising)
+    assert raising.config_hash == skipping.config_hash

@@ -65,7 +65,7 @@ class Display:
         key = (event["variant"], event["seed"])
         name = f"run {self._number[key]} of {self._total}: {key[0]}, seed {key[1]}"
         if event["event"] == "start":
-            self._start(key, name, len(event["history"]))
+            self._start(key, name, len(event["history"]), event.get("notes", ()))
         elif event["event"] == "epoch":
             self._done[key], self._top1[key] = event["epoch"], event["top1"]
             self._epoch(name, event)
@@ -77,7 +77,7 @@ class Display:
         elif event["status"] == "failed":
             self._console.print(f"{name}: {event['message']}", style="red", highlight=False, markup=False)
 
-    def _start(self, key: tuple[str, int], name: str, done: int) -> None:
+    def _start(self, key: tuple[str, int], name: str, done: int, notes: Sequence[str]) -> None:
         if not self._started:
             self._started = time.monotonic()
         if key in self._done:
@@ -85,6 +85,8 @@ class Display:
         elif done:
             self._console.print(f"{name}: going on after epoch {done}", highlight=False)
             self._skipped += done
+        for note in notes:
+            self._console.print(f"{name}: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
         self._done[key] = done
         self._progress.update(self._all, completed=sum(self._done.values()), description=name)
 

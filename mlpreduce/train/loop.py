@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mlpreduce
-from mlpreduce.data import Loaders, load
 from mlpreduce.errors import ReductionError
-from mlpreduce.train.parts import build_model, create_ema, create_loss, create_optimizer, create_scheduler
-from mlpreduce.train.runtime import Runtime, environment
+from mlpreduce.train import digests
+from mlpreduce.train.runtime import Runtime, precision
 from mlpreduce.train.settings import Run
-from mlpreduce.train.state import read_checkpoint, restore_rng, save_checkpoint, seed_everything
+from mlpreduce.train.setup import Setup, prepare
+from mlpreduce.train.state import Saved, all_do, read_checkpoint, save_checkpoint
 from mlpreduce.train.validation import evaluate
-from mlpreduce.verification import reentrant_problem
 
 __all__ = ["TrainingStopped", "fit"]
 
@@ -33,30 +31,6 @@ _REPORT_EVERY = 2.0  # seconds between two progress events
 
 class TrainingStopped(ReductionError):
     """The loss is no longer finite. The checkpoint of the last whole epoch is kept."""
-
-
-@dataclass
-class _Parts:
-    """What one run trains with."""
-
-    run: Run
-    runtime: Runtime
-    loaders: Loaders
-    core: nn.Module  # the model itself
-    model: nn.Module  # the same, wrapped by DDP where there is a group
-    ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    scaler: torch.amp.GradScaler
-    loss: nn.Module
-    facts: dict[str, Any]
-    history: list[dict[str, Any]] = field(default_factory=list)
-    updates: int = 0
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.run.train.amp == "none":
-            return nullcontext()
-        return torch.autocast(self.runtime.device.type, dtype=getattr(torch, self.run.train.amp))
 
 
 def fit(run: Run, runtime: Runtime | None = None) -> list[dict[str, Any]]:
@@ -80,95 +54,83 @@ def fit(run: Run, runtime: Runtime | None = None) -> list[dict[str, Any]]:
         TrainingStopped: the loss is no longer finite.
     """
     runtime = runtime or Runtime()
-    if run.workers != runtime.world:
-        raise ReductionError(f"fit({run.label}): the run is for {run.workers} worker(s), the group has {runtime.world}")
+    run.accumulation(runtime.world)
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
-    saved = read_checkpoint(run)
-    if saved is not None and saved["epoch"] >= run.train.epochs:
-        _report(run, runtime, "start", history=saved["history"], facts=saved["facts"])
+    saved = read_checkpoint(run, runtime)
+    notes = [] if saved is None else list(saved.notes)
+    if saved is not None and saved.epoch >= run.train.epochs:
+        _report(run, runtime, "start", history=saved.state["history"], facts=saved.state["facts"], notes=notes)
         _report(run, runtime, "end", status="finished")
-        return list(saved["history"])
-    parts = _prepare(run, runtime, saved)
-    _report(run, runtime, "start", history=list(parts.history), facts=parts.facts)
+        return list(saved.state["history"])
+    with precision(run.train):
+        return _fit(run, runtime, saved, notes)
+
+
+def _fit(run: Run, runtime: Runtime, saved: Saved | None, notes: list[str]) -> list[dict[str, Any]]:
+    all_do(run, runtime, "make its directory", lambda: Path(run.directory).mkdir(parents=True, exist_ok=True))
+    parts = prepare(run, runtime, saved)
+    if saved is not None and saved.world != runtime.world:
+        notes.append(
+            f"epoch {saved.epoch} was written by {saved.world} worker(s), and {runtime.world} go on: the batch is the same, "
+            f"the random numbers are not, so the run is no longer exact"
+        )
+    _report(run, runtime, "start", history=list(parts.history), facts=parts.facts, notes=notes)
+    order = run.seed if run.train.fidelity == "corrected" else 0  # as published, the epoch alone decides
     for epoch in range(len(parts.history), run.train.epochs):
-        parts.loaders.set_epoch(run.seed, epoch)
+        parts.loaders.set_epoch(order, epoch)
         entry = {"epoch": epoch + 1, "lr": float(parts.optimizer.param_groups[0]["lr"]), **_train_epoch(parts, epoch)}
-        entry.update(_validate(parts, epoch))
+        if run.data.on_bad_image == "skip":
+            entry.update(_skipped(parts))
+        entry.update(_validate(parts, epoch), workers=runtime.world, random_digest=digests.of_randomness(runtime))
         if parts.scheduler is not None:
             parts.scheduler.step(epoch + 1)
         best = max((past["top1"] for past in parts.history), default=-1.0)
         parts.history.append(entry)
-        if runtime.rank == 0 and entry["top1"] > best:
-            _save_model(parts)
+        if entry["top1"] > best:
+            all_do(run, runtime, "save the best model", (lambda: _save_model(parts)) if runtime.rank == 0 else None)
         _save(parts, epoch + 1)
         _report(run, runtime, "epoch", **entry)
     _report(run, runtime, "end", status="finished")
     return parts.history
 
 
-def _prepare(run: Run, runtime: Runtime, saved: dict[str, Any] | None) -> _Parts:
-    train, device = run.train, runtime.device
-    loaders = load(run.data, train, micro_batch=run.micro_batch, rank=runtime.rank, world=runtime.world, device=device)
-    updates_per_epoch = run.updates_per_epoch(loaders.train_samples)
-    core = build_model(run).to(device)
-    if runtime.world > 1 and (problem := reentrant_problem(core)) is not None:
-        raise ReductionError(f"fit({run.label}): {problem}")
-    if getattr(core, "num_classes", loaders.num_classes) != loaders.num_classes:
+@contextmanager
+def _memory(run: Run, images: int) -> Iterator[None]:
+    """Tell what to do where a device is out of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        steps = 2 * run.train.accum_steps
         raise ReductionError(
-            f"model.kwargs.num_classes: {run.model.name} has {core.num_classes} classes, data.name={run.data.name!r} has "
-            f"{loaders.num_classes}; use model.kwargs.num_classes={loaders.num_classes}"
-        )
-    if train.channels_last:
-        core = core.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if saved is not None:
-        facts = saved["facts"]
-    else:
-        facts = _facts(run, runtime, core, loaders, updates_per_epoch) if runtime.rank == 0 else {}
-    ema = create_ema(core, train.ema_decay, per_alias=train.ema_per_alias) if train.ema_decay else None
-    optimizer = create_optimizer(core, train)
-    model: nn.Module = core
-    if runtime.world > 1 and dist.is_initialized():
-        model = DistributedDataParallel(core, device_ids=[device] if device.type == "cuda" else None)
-    parts = _Parts(
-        run=run,
-        runtime=runtime,
-        loaders=loaders,
-        core=core,
-        model=model,
-        ema=ema,
-        optimizer=optimizer,
-        scheduler=create_scheduler(optimizer, train, updates_per_epoch),
-        scaler=torch.amp.GradScaler(device.type, enabled=train.amp == "float16"),
-        loss=create_loss(train),
-        facts=facts,
-    )
-    if saved is None:
-        seed_everything(run.seed + runtime.rank)  # differs by worker: drop path and augmentation, never the weights
-    else:
-        _restore(parts, saved)
-    return parts
+            f"train({run.label}): {images} images do not fit into the memory of a worker: {str(error).splitlines()[0]} "
+            f"train.accum_steps={steps} takes half as many at a time for the same batch of {run.train.batch_size}; "
+            f"train.grad_checkpointing=true and train.amp='bfloat16' take less too. --resume goes on after the last epoch"
+        ) from error
 
 
-def _train_epoch(parts: _Parts, epoch: int) -> dict[str, float]:
+def _train_epoch(parts: Setup, epoch: int) -> dict[str, Any]:
     run, runtime, train = parts.run, parts.runtime, parts.run.train
     parts.model.train()
     batches = len(parts.loaders.train)
     # The last update of an epoch may have fewer micro-batches; its gradient is the mean of those it has.
-    last_group = batches % train.accum_steps or train.accum_steps
+    steps = run.accumulation(runtime.world)
+    last_group = batches % steps or steps
     total = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # sum of losses, images
     started = told = time.perf_counter()
     # Only the last micro-batch of an update exchanges gradients.
-    quiet = parts.model.no_sync if isinstance(parts.model, DistributedDataParallel) else nullcontext
+    quiet = parts.replica.no_sync if isinstance(parts.replica, DistributedDataParallel) else nullcontext
     for number, (images, targets) in enumerate(parts.loaders.train):
         images, targets = images.to(runtime.device), targets.to(runtime.device)
         if parts.loaders.mixup is not None:
             images, targets = parts.loaders.mixup(images, targets)
+        if number == 0:
+            first = digests.of_tensors({"images": images, "targets": targets})
         if train.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        update = (number + 1) % train.accum_steps == 0 or number + 1 == batches
-        group = last_group if number >= batches - last_group else train.accum_steps
-        with nullcontext() if update else quiet():
+        update = (number + 1) % steps == 0 or number + 1 == batches
+        group = last_group if number >= batches - last_group else steps
+        with nullcontext() if update else quiet(), _memory(run, len(images)):
             with parts.autocast():
                 loss = parts.loss(parts.model(images), targets)
             parts.scaler.scale(loss / group).backward()
@@ -194,12 +156,23 @@ def _train_epoch(parts: _Parts, epoch: int) -> dict[str, float]:
     seconds = time.perf_counter() - started
     return {
         "train_loss": mean,
+        "batch_digest": digests.together(first, runtime),
         "train_seconds": seconds,
         "images_per_s": batches * run.micro_batch * runtime.world / seconds,
     }
 
 
-def _update(parts: _Parts) -> None:
+def _skipped(parts: Setup) -> dict[str, Any]:
+    """Images that could not be read since this process began, over all workers: how many, and which files."""
+    every: list[Any] = [(parts.loaders.skipped(), parts.loaders.skipped_files())]
+    if parts.runtime.world > 1:
+        mine, every = every[0], [None] * parts.runtime.world
+        dist.all_gather_object(every, mine)
+    files = sorted({file for _, found in every for file in found})
+    return {"skipped_images": sum(count for count, _ in every), "skipped_files": files}
+
+
+def _update(parts: Setup) -> None:
     train = parts.run.train
     if train.clip_grad:
         parts.scaler.unscale_(parts.optimizer)
@@ -216,7 +189,7 @@ def _update(parts: _Parts) -> None:
         parts.scheduler.step_update(parts.updates)
 
 
-def _mean_loss(parts: _Parts, total: torch.Tensor, epoch: int) -> float:
+def _mean_loss(parts: Setup, total: torch.Tensor, epoch: int) -> float:
     """The mean training loss over all workers so far; all of them stop together when it is not finite."""
     everywhere = total.clone()
     if parts.runtime.world > 1:
@@ -226,7 +199,7 @@ def _mean_loss(parts: _Parts, total: torch.Tensor, epoch: int) -> float:
     return mean
 
 
-def _check_finite(parts: _Parts, loss: float, name: str, epoch: int) -> None:
+def _check_finite(parts: Setup, loss: float, name: str, epoch: int) -> None:
     if not math.isfinite(loss):
         kept = f"what {len(parts.history)} whole epoch(s) gave is kept in {parts.run.directory}"
         raise TrainingStopped(
@@ -235,7 +208,7 @@ def _check_finite(parts: _Parts, loss: float, name: str, epoch: int) -> None:
         )
 
 
-def _validate(parts: _Parts, epoch: int) -> dict[str, float]:
+def _validate(parts: Setup, epoch: int) -> dict[str, float]:
     arguments = (parts.loaders.val, parts.runtime, parts.autocast, parts.run.train.channels_last)
     raw = evaluate(parts.core, *arguments)
     reported = raw if parts.ema is None else evaluate(parts.ema.module, *arguments)
@@ -250,7 +223,7 @@ def _validate(parts: _Parts, epoch: int) -> dict[str, float]:
     }
 
 
-def _save(parts: _Parts, epoch: int) -> None:
+def _save(parts: Setup, epoch: int) -> None:
     state: dict[str, Any] = {}
     if parts.runtime.rank == 0:
         state = {
@@ -260,43 +233,17 @@ def _save(parts: _Parts, epoch: int) -> None:
             "scheduler": None if parts.scheduler is None else parts.scheduler.state_dict(),
             "scaler": parts.scaler.state_dict(),
             "updates": parts.updates,
-            "best": max(parts.history, key=lambda entry: entry["top1"]),
             "history": parts.history,
             "facts": parts.facts,
         }
-    runtime = parts.runtime
-    save_checkpoint(parts.run, state, epoch=epoch, rank=runtime.rank, world=runtime.world, device=runtime.device)
+    best = max(parts.history, key=lambda entry: entry["top1"])["epoch"]
+    plans = [plan.to_json() for plan in mlpreduce.history(parts.core)]
+    save_checkpoint(parts.run, parts.runtime, state, epoch=epoch, best=best, plans=plans)
 
 
-def _restore(parts: _Parts, saved: dict[str, Any]) -> None:
-    parts.core.load_state_dict(saved["model"])
-    if parts.ema is not None:
-        parts.ema.module.load_state_dict(saved["ema"])
-    parts.optimizer.load_state_dict(saved["optimizer"])
-    if parts.scheduler is not None:
-        parts.scheduler.load_state_dict(saved["scheduler"])
-    parts.scaler.load_state_dict(saved["scaler"])
-    parts.updates = saved["updates"]
-    parts.history = list(saved["history"])
-    restore_rng(parts.run, epoch=saved["epoch"], rank=parts.runtime.rank, device=parts.runtime.device)
-
-
-def _save_model(parts: _Parts) -> None:
+def _save_model(parts: Setup) -> None:
     """The weights of the best epoch. Written before the checkpoint: a run killed in between repeats the epoch, and this."""
     mlpreduce.save(parts.core if parts.ema is None else parts.ema.module, Path(parts.run.directory) / "model")
-
-
-def _facts(run: Run, runtime: Runtime, core: nn.Module, loaders: Loaders, updates_per_epoch: int) -> dict[str, Any]:
-    """What a record keeps besides the epochs: plans, counts and speed of the model, versions, hardware."""
-    return {
-        "plans": [plan.to_json() for plan in mlpreduce.history(core)],
-        "profile": asdict(mlpreduce.profile(core, measure_speed=True, batch_size=32)),
-        "train_samples": loaders.train_samples,
-        "val_samples": loaders.val_samples,
-        "updates_per_epoch": updates_per_epoch,
-        "micro_batch": run.micro_batch,
-        **environment(runtime),
-    }
 
 
 def _report(run: Run, runtime: Runtime, event: str, **content: Any) -> None:

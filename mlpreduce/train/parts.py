@@ -19,7 +19,15 @@ from mlpreduce.ties import full_state
 from mlpreduce.train.settings import Run, TrainSettings
 from mlpreduce.transforms import is_construction
 
-__all__ = ["build_model", "create_ema", "create_loss", "create_optimizer", "create_scheduler", "learning_rates"]
+__all__ = [
+    "build_model",
+    "create_ema",
+    "create_loss",
+    "create_optimizer",
+    "create_scheduler",
+    "learning_rates",
+    "outside_mlps",
+]
 
 
 def build_model(run: Run, device: torch.device | str | None = None) -> nn.Module:
@@ -32,15 +40,38 @@ def build_model(run: Run, device: torch.device | str | None = None) -> nn.Module
     Raises:
         ReductionError: the model or the reduction cannot be made.
     """
-    torch.manual_seed(run.seed)
     steps = [dict(step) for step in run.steps]
     first: dict[str, Any] = steps.pop(0) if steps and is_construction(steps[0]["transform"]) else {}
     name = first.pop("transform", None)
-    with nullcontext() if device is None else torch.device(device):
-        model = mlpreduce.create_model(run.model.name, name, **{**run.model.kwargs, **first})
+
+    def create(transform: str | None, **config: Any) -> nn.Module:
+        torch.manual_seed(run.seed)
+        with nullcontext() if device is None else torch.device(device):
+            return mlpreduce.create_model(run.model.name, transform, **{**run.model.kwargs, **config})
+
+    model = create(name, **first)
+    if name is not None and run.train.fidelity == "corrected" and device is None:
+        _start_alike(model, create(None))
     for step in steps:
         model = mlpreduce.apply(model, step.pop("transform"), **step)
     return model
+
+
+def outside_mlps(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a model that are no MLP's, by name."""
+    inside = tuple(f"{leaf.path}." for mlp in mlpreduce.find_mlps(model) for leaf in mlp.leaves)
+    return {name: tensor for name, tensor in full_state(model).items() if not name.startswith(inside)}
+
+
+def _start_alike(model: nn.Module, baseline: nn.Module) -> None:
+    """Give a model that was built narrower the initial weights of the baseline outside of its MLPs.
+
+    MLPs of another width take another amount of random numbers, and all that is drawn after them would differ.
+    """
+    theirs = full_state(baseline)
+    with torch.no_grad():
+        for name, tensor in outside_mlps(model).items():
+            tensor.copy_(theirs[name])
 
 
 class _PerAliasEma(ModelEmaV3):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 
 import mlpreduce
+from mlpreduce.train.settings import TrainSettings
 
-__all__ = ["Event", "Runtime", "environment"]
+__all__ = ["Event", "Runtime", "environment", "precision"]
 
 Event = dict[str, Any]
 
@@ -41,6 +43,24 @@ class Runtime:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     report: Callable[[Event], None] = _ignore
     threads: int = 0
+
+
+@contextmanager
+def precision(train: TrainSettings) -> Iterator[None]:
+    """The precision and the algorithms that a run asks for, for as long as it trains."""
+    before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if train.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = train.tf32
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.use_deterministic_algorithms(before[1])
 
 
 def environment(runtime: Runtime) -> dict[str, Any]:

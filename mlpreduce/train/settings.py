@@ -12,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlpreduce.data.settings import AugmentSettings, DataSettings, NonNegative
 from mlpreduce.errors import ReductionError
 
-__all__ = ["ModelSettings", "Run", "Step", "TrainSettings"]
+__all__ = ["FREE", "ModelSettings", "Run", "Step", "TrainSettings"]
 
 Count = Annotated[int, Field(ge=1)]
 
+# keys that may change when a run goes on: none of them changes what is computed
+FREE = ("data.root", "data.pin_memory", "data.on_bad_image", "train.accum_steps", "train.keep_checkpoints")
 Step = dict[str, Any]  # {"transform": name, **config}
 
 
@@ -44,9 +46,16 @@ class TrainSettings(AugmentSettings):
     min_lr: NonNegative = 0.0  # learning rate the schedule ends at
     schedule_per_update: bool = False  # true: the learning rate moves each update; false: each epoch (as published)
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998  # per update, of the averaged weights; 0 = no averaging
-    ema_per_alias: bool = False  # true: a tied tensor is averaged once per block that uses it, as published
+    fidelity: Literal["corrected", "published"] = (
+        "corrected"  # published: with what is wrong there, see docs/fidelity.md
+    )
     amp: Literal["none", "bfloat16", "float16"] = "none"  # automatic mixed precision
+    tf32: bool = True  # float32 products of GPUs in TF32, as published
     channels_last: bool = False  # memory format of images and convolutions
+    compile: bool = False  # torch.compile, default backend
+    grad_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time (timm's)
+    deterministic: bool = False  # only algorithms that give the same bits each time; an error where there is none
+    keep_checkpoints: Count = 2  # the last ones that are kept, beside the best
 
 
 class Run(BaseModel):
@@ -69,6 +78,22 @@ class Run(BaseModel):
         """Variant and seed, for messages."""
         return f"{self.recipe}, variant {self.variant}, seed {self.seed}"
 
+    def accumulation(self, world: int) -> int:
+        """Micro-batches per update of each worker, where another number of workers than planned shares the batch.
+
+        Raises:
+            ReductionError: they cannot share it evenly.
+        """
+        parts = self.workers * self.train.accum_steps
+        steps, rest = divmod(parts, world)
+        if rest:
+            possible = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
+            raise ReductionError(
+                f"train({self.label}): {world} worker(s) cannot share the {parts} micro-batches of {self.micro_batch} images "
+                f"in an update; {possible} could"
+            )
+        return steps
+
     @property
     def micro_batch(self) -> int:
         """Images in one forward pass of one worker.
@@ -87,28 +112,33 @@ class Run(BaseModel):
             )
         return size
 
-    def updates_per_epoch(self, train_samples: int) -> int:
+    def updates_per_epoch(self, train_samples: int, world: int | None = None) -> int:
         """Optimizer updates in one epoch over `train_samples` images; incomplete batches are dropped.
+
+        Args:
+            train_samples: images in the training set.
+            world: workers that share them; as many as planned by default.
 
         Raises:
             ReductionError: not even one batch per worker.
         """
-        share = math.ceil(train_samples / self.workers)
+        world = self.workers if world is None else world
+        share = math.ceil(train_samples / world)
         if self.train.aug_repeats:  # as timm's RepeatAugSampler counts: whole blocks of 256 images
             whole = train_samples // 256 * 256 if train_samples >= 256 else train_samples
-            share = whole // self.workers if train_samples >= 256 else share
+            share = whole // world if train_samples >= 256 else share
         batches = share // self.micro_batch
         if not batches:
             raise ReductionError(
-                f"train.batch_size={self.train.batch_size}: {train_samples} training images give each of {self.workers} "
+                f"train.batch_size={self.train.batch_size}: {train_samples} training images give each of {world} "
                 f"worker(s) {share}, fewer than one batch of {self.micro_batch}; use a smaller train.batch_size"
             )
-        return math.ceil(batches / self.train.accum_steps)
+        return math.ceil(batches / self.accumulation(world))
 
     @property
     def config_hash(self) -> str:
-        """Identifies what is computed. Where the data and the output lie is no part of it."""
-        document = self.model_dump(mode="json", exclude={"recipe", "variant", "directory"})
-        for key in ("root", "pin_memory"):
-            del document["data"][key]
+        """Identifies what is computed. Where the data and the output lie is no part of it, nor how the batch is shared."""
+        document = self.model_dump(mode="json", exclude={"recipe", "variant", "directory", "workers"})
+        for section, key in (name.split(".") for name in FREE):
+            del document[section][key]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]

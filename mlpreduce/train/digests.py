@@ -1,0 +1,45 @@
+"""Short fingerprints of what a run starts from and is fed with, so that variants of one seed can be seen to be alike."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mlpreduce.train.runtime import Runtime
+
+__all__ = ["of_randomness", "of_tensors", "together"]
+
+LENGTH = 16  # hexadecimal digits that are kept
+
+
+def of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The fingerprint of named tensors, by names, shapes and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype} ".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:LENGTH]
+
+
+def of_randomness(runtime: Runtime) -> str:
+    """The fingerprint of the random states of all workers: equal where as many numbers were drawn from equal seeds."""
+    digest = hashlib.sha256(torch.get_rng_state().numpy().data)
+    if runtime.device.type == "cuda":
+        digest.update(torch.cuda.get_rng_state(runtime.device).numpy().data)
+    digest.update(repr((np.random.get_state(legacy=True)[1:3], random.getstate())).encode())  # type: ignore[index]
+    return together(digest.hexdigest(), runtime)
+
+
+def together(digest: str, runtime: Runtime) -> str:
+    """One fingerprint of those of all workers."""
+    every = [digest]
+    if runtime.world > 1:
+        every = [""] * runtime.world
+        dist.all_gather_object(every, digest)
+    return hashlib.sha256("".join(every).encode()).hexdigest()[:LENGTH]

@@ -1,0 +1,138 @@
+"""What one run trains with, made of timm's parts, and set as a checkpoint left it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import mlpreduce
+from mlpreduce.data import Loaders, load
+from mlpreduce.errors import ReductionError
+from mlpreduce.train import digests
+from mlpreduce.train.parts import build_model, create_ema, create_loss, create_optimizer, create_scheduler, outside_mlps
+from mlpreduce.train.runtime import Runtime, environment
+from mlpreduce.train.settings import Run
+from mlpreduce.train.state import Saved, restore_rng, seed_everything
+from mlpreduce.verification import reentrant_problem
+
+__all__ = ["Setup", "prepare"]
+
+
+@dataclass
+class Setup:
+    """What one run trains with."""
+
+    run: Run
+    runtime: Runtime
+    loaders: Loaders
+    core: nn.Module  # the model itself
+    model: nn.Module  # the same, wrapped by DDP where there is a group, and compiled if asked for
+    replica: nn.Module  # the same, wrapped by DDP only
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+    loss: nn.Module
+    facts: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    updates: int = 0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.run.train.amp == "none":
+            return nullcontext()
+        return torch.autocast(self.runtime.device.type, dtype=getattr(torch, self.run.train.amp))
+
+
+def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
+    train, device = run.train, runtime.device
+    plans: list[str] = []
+    loaders = load(run.data, train, micro_batch=run.micro_batch, rank=runtime.rank, world=runtime.world, device=device)
+    updates_per_epoch = run.updates_per_epoch(loaders.train_samples, runtime.world)
+    core = build_model(run).to(device)
+    if train.grad_checkpointing:
+        _checkpoint_blocks(core, run)
+    if runtime.world > 1 and (problem := reentrant_problem(core)) is not None:
+        raise ReductionError(f"fit({run.label}): {problem}")
+    if getattr(core, "num_classes", loaders.num_classes) != loaders.num_classes:
+        raise ReductionError(
+            f"model.kwargs.num_classes: {run.model.name} has {core.num_classes} classes, data.name={run.data.name!r} has "
+            f"{loaders.num_classes}; use model.kwargs.num_classes={loaders.num_classes}"
+        )
+    if train.channels_last:
+        core = core.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    plans = [plan.to_json() for plan in mlpreduce.history(core)]
+    if saved is not None:
+        if saved.plans != plans:
+            raise ReductionError(
+                f"resume({run.label}): the plans in {saved.folder} are not those of the model; start in another --output"
+            )
+        facts = saved.state["facts"]
+    else:
+        facts = _facts(run, runtime, core, loaders, updates_per_epoch) if runtime.rank == 0 else {}
+    per_alias = train.fidelity == "published"
+    ema = create_ema(core, train.ema_decay, per_alias=per_alias) if train.ema_decay else None
+    optimizer = create_optimizer(core, train)
+    replica: nn.Module = core
+    if runtime.world > 1 and dist.is_initialized():
+        replica = DistributedDataParallel(core, device_ids=[device] if device.type == "cuda" else None)
+    parts = Setup(
+        run=run,
+        runtime=runtime,
+        loaders=loaders,
+        core=core,
+        model=torch.compile(replica) if train.compile else replica,  # type: ignore[arg-type]
+        replica=replica,
+        ema=ema,
+        optimizer=optimizer,
+        scheduler=create_scheduler(optimizer, train, updates_per_epoch),
+        scaler=torch.amp.GradScaler(device.type, enabled=train.amp == "float16"),
+        loss=create_loss(train),
+        facts=facts,
+    )
+    if saved is None:
+        seed_everything(run.seed + runtime.rank)  # differs by worker: drop path and augmentation, never the weights
+    else:
+        _restore(parts, saved)
+    return parts
+
+
+def _checkpoint_blocks(core: nn.Module, run: Run) -> None:
+    enable = getattr(core, "set_grad_checkpointing", None)
+    if enable is None:
+        raise ReductionError(f"train.grad_checkpointing=true: {run.model.name} does not offer it; leave it out")
+    enable(True)
+
+
+def _restore(parts: Setup, saved: Saved) -> None:
+    state = saved.state
+    parts.core.load_state_dict(state["model"])
+    if parts.ema is not None:
+        parts.ema.module.load_state_dict(state["ema"])
+    parts.optimizer.load_state_dict(state["optimizer"])
+    if parts.scheduler is not None:
+        parts.scheduler.load_state_dict(state["scheduler"])
+    parts.scaler.load_state_dict(state["scaler"])
+    parts.updates = state["updates"]
+    parts.history = list(state["history"])
+    restore_rng(saved, parts.run, parts.runtime)
+
+
+def _facts(run: Run, runtime: Runtime, core: nn.Module, loaders: Loaders, updates_per_epoch: int) -> dict[str, Any]:
+    """What a record keeps besides the epochs: plans, counts and speed of the model, versions, hardware."""
+    return {
+        "plans": [plan.to_json() for plan in mlpreduce.history(core)],
+        "profile": asdict(mlpreduce.profile(core, measure_speed=True, batch_size=32)),
+        "train_samples": loaders.train_samples,
+        "val_samples": loaders.val_samples,
+        "updates_per_epoch": updates_per_epoch,
+        "micro_batch": run.micro_batch,
+        "weights_digest": digests.of_tensors(outside_mlps(core)),
+        **environment(runtime),
+    }
