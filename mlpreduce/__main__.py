@@ -1,4 +1,4 @@
-"""The `mlpreduce` command: list, plan, profile, bench, recipe, coverage. It dispatches and prints."""
+"""The `mlpreduce` command: list, plan, profile, bench, recipe, report, coverage. It dispatches and prints."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mlpreduce.bench import main as bench
 
         return bench(arguments[1:])
+    if arguments[:1] == ["report"]:
+        from mlpreduce.report import main as report
+
+        return report(arguments[1:])
     if arguments[:1] == ["coverage"]:
         return _coverage(arguments[1:])
     options = _parser().parse_args(arguments)
@@ -52,7 +56,7 @@ def _coverage(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlpreduce", description="Reduce the MLPs of Vision Transformers.")
-    commands = parser.add_subparsers(required=True, metavar="{list,plan,profile,bench,recipe,coverage}")
+    commands = parser.add_subparsers(required=True, metavar="{list,plan,profile,bench,recipe,report,coverage}")
     words = "timm arguments as key=value, then transforms, each followed by its own key=value"
 
     listing = commands.add_parser("list", help="transforms, criteria and recipes")
@@ -72,8 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--batch-size", type=int, default=32, help="images of a timed batch (default: 32)")
     profile.set_defaults(run=_profile)
 
-    commands.add_parser("bench", help="time planning and applying, beside a peer that does the same", add_help=False)
+    commands.add_parser("bench", help="time applying or training, beside a peer that does the same", add_help=False)
     commands.add_parser("recipe", help="run an experiment; the same as python -m mlpreduce.recipe", add_help=False)
+    commands.add_parser("report", help="tables and figures of training runs, from their records", add_help=False)
     commands.add_parser("coverage", help="which architectures of timm are reduced, and the proof", add_help=False)
     for command in (plan, profile):
         command.add_argument("--pretrained", action="store_true", help="with timm's weights (else none are made)")

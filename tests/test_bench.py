@@ -7,21 +7,23 @@ import sys
 
 import pytest
 
-from mlpreduce import ReductionError, bench
+from mlpreduce import ReductionError
 from mlpreduce.__main__ import main
+from mlpreduce.bench import apply as bench
+from mlpreduce.bench.rounds import read_models
 
 SMALL = ["depth=2", "img_size=32", "embed_dim=24", "num_heads=2"]
 
 
 def test_words_are_models_and_their_arguments() -> None:
     words = ["vit_tiny_patch16_224", "depth=2", "img_size=32", "pvt_v2_b0"]
-    assert bench._models(words) == [("vit_tiny_patch16_224", {"depth": 2, "img_size": 32}), ("pvt_v2_b0", {})]
+    assert read_models(words, "apply") == [("vit_tiny_patch16_224", {"depth": 2, "img_size": 32}), ("pvt_v2_b0", {})]
 
 
 def test_the_list_of_peers_names_architectures_of_timm() -> None:
     import timm
 
-    names = [name for name, _ in bench._models(bench.LISTS["peers"].split())]
+    names = [name for name, _ in read_models(bench.LISTS["peers"].split(), "apply")]
     assert len(set(names)) == len(names) == 44
     assert [name for name in names if not timm.is_model(name)] == []
 
@@ -90,3 +92,15 @@ def test_a_missing_peer_is_named_with_its_install(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ReductionError, match=r"torch_pruning is not installed: pip install torch-pruning"):
         bench.compare("vit_tiny_patch16_224", "torch-pruning", depth=1, img_size=32)
+
+
+def test_options_may_stand_before_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--runs", "0", "apply"]) == 2
+    assert "bench apply --runs 0: it must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["prune"], ["--runs", "2"]])
+def test_without_a_job_the_jobs_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", *words])
+    assert "{apply,train}" in capsys.readouterr().err

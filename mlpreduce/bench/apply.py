@@ -11,7 +11,6 @@ import argparse
 import copy
 import gc
 import json
-import statistics
 import sys
 import time
 import warnings
@@ -23,9 +22,9 @@ import torch
 from torch import nn
 
 import mlpreduce
+from mlpreduce.bench.rounds import Ratios, at_least_one, ratio_text, ratios, read_models, reasons, turns, value_text
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import Inputs, call_with, example_inputs
-from mlpreduce.values import parse_pairs
 
 __all__ = ["Comparison", "Timing", "compare", "main"]
 
@@ -62,7 +61,7 @@ class Timing:
     failure: str = ""
 
     def __str__(self) -> str:
-        return "not run" if self.failure else _spread(statistics.median(self.seconds), *_ends(self.seconds), digits=3)
+        return value_text(self.seconds, self.failure, digits=3)
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,11 @@ class Comparison:
     peer: Timing | None = None
 
     @property
-    def ratios(self) -> tuple[float, float, float] | None:
+    def ratios(self) -> Ratios | None:
         """Ours over the peer's: the ratio of the medians, then the least and the largest of a round."""
         if self.peer is None or self.ours.failure or self.peer.failure:
             return None
-        rounds = [a / b for a, b in zip(self.ours.seconds, self.peer.seconds, strict=True)]
-        ratio = statistics.median(self.ours.seconds) / statistics.median(self.peer.seconds)
-        return ratio, *_ends(rounds)
+        return ratios(self.ours.seconds, self.peer.seconds)
 
     @property
     def equal(self) -> bool | None:
@@ -96,12 +93,12 @@ class Comparison:
         return None if self.ratios is None or self.peer is None else self.ours.params == self.peer.params
 
     def __str__(self) -> str:
-        ratio = "" if self.ratios is None else _spread(*self.ratios)
         after = "" if self.ours.failure else f"{self.ours.params:,}"
-        line = _ROW.format(self.model, f"{self.params:,}", after, str(self.ours), str(self.peer or ""), ratio)
+        line = _ROW.format(
+            self.model, f"{self.params:,}", after, str(self.ours), str(self.peer or ""), ratio_text(self.ratios)
+        )
         end = "" if self.equal is None else "equal" if self.equal else f"peer {self.peer and self.peer.params:,}"
-        reasons = [("ours", self.ours.failure), ("peer", self.peer.failure if self.peer is not None else "")]
-        told = [f"    {tool} not run: {reason}" for tool, reason in reasons if reason]
+        told = reasons(self.ours.failure, "" if self.peer is None else self.peer.failure)
         return "\n".join([f"{line} {end}".rstrip(), *told])
 
     def to_json(self) -> str:
@@ -111,14 +108,6 @@ class Comparison:
 
 _ROW = "{:<36} {:>12} {:>12}  {:<22} {:<22} {:<19}"
 _HEAD = _ROW.format("model", "parameters", "after", "ours, s (min to max)", "peer, s (min to max)", "ours / peer")
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    return min(values), max(values)
-
-
-def _spread(middle: float, low: float, high: float, *, digits: int = 2) -> str:
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def compare(name: str, peer: str | None = None, runs: int = 5, **kwargs: Any) -> Comparison:
@@ -148,9 +137,8 @@ def compare(name: str, peer: str | None = None, runs: int = 5, **kwargs: Any) ->
     timings = [_try(tool, model, images) for tool in tools]
     ready = [index for index, timing in enumerate(timings) if not timing.failure]
     seconds: list[list[float]] = [[] for _ in tools]
-    for turn in range(runs):
-        for index in ready[:: 1 if turn % 2 == 0 else -1]:  # neither always runs on the memory the other has left
-            seconds[index].append(_time(tools[index], model))
+    for index in turns(runs, ready):
+        seconds[index].append(_time(tools[index], model))
     ours, *theirs = [
         Timing(tuple(taken), timing.params, timing.failure) for taken, timing in zip(seconds, timings, strict=True)
     ]
@@ -227,30 +215,15 @@ def _find_peer(name: str) -> Callable[[nn.Module, Inputs], Tool]:
     return PEERS[name]
 
 
-def _models(words: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """timm architectures with the arguments that follow each."""
-    models: list[tuple[str, dict[str, Any]]] = []
-    for word in words:
-        if "=" not in word:
-            models.append((word, {}))
-        elif not models:
-            raise ReductionError(f"bench apply {word}: an argument of no model; write MODEL {word}")
-        else:
-            models[-1][1].update(parse_pairs([word]))
-    return models
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, a model at a time, and return its exit status: 0, or 2 after a ReductionError."""
     options = _parser().parse_intermixed_args(argv)
     threads = torch.get_num_threads()
     try:
-        for name in ("runs", "threads"):
-            if getattr(options, name) < 1:
-                raise ReductionError(f"bench apply --{name} {getattr(options, name)}: it must be at least 1")
+        at_least_one(options, ["runs", "threads"], "apply")
         torch.set_num_threads(options.threads)
         words = [*options.models, *LISTS.get(options.list, "").split()]
-        models = _models(words or ["vit_base_patch16_224"])
+        models = read_models(words or ["vit_base_patch16_224"], "apply")
         results = []
         for name, kwargs in models:
             results.append(compare(name, options.peer, options.runs, **kwargs))
@@ -279,9 +252,9 @@ def _summary(results: Sequence[Comparison], peer: str | None, runs: int) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="mlpreduce bench", description="Time mlpreduce on this machine, beside a peer that does the same job."
+        prog="mlpreduce bench apply",
+        description="Time plan and apply of shallow(ratio=0.5) on this machine, beside a peer that does the same job.",
     )
-    parser.add_argument("job", choices=["apply"], help="plan and apply shallow(ratio=0.5)")
     words = "timm architectures, each followed by its arguments as key=value (default: vit_base_patch16_224)"
     parser.add_argument("models", nargs="*", metavar="MODEL key=value", help=words)
     parser.add_argument("--models", dest="list", choices=list(LISTS), help="a list: peers has 44, of many families")
