@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from mlpreduce import recipe as recipes
 from mlpreduce.errors import ReductionError
 from mlpreduce.launch import LaunchSettings, execute
+from mlpreduce.launch.locks import drive, work
+from mlpreduce.launch.sharing import check_sharing, regroup, sharers
 from mlpreduce.recipe.schema import runs as runs_of
+from mlpreduce.train.settings import Run, TrainSettings
 
 # SQLAlchemy about mlflow's own tables
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")
@@ -71,6 +77,60 @@ def records(output: Path) -> dict[str, dict[str, Any]]:
     return {f"{record['variant']}-{record['seed']}": record for record in found}
 
 
+def workers_of(mark: str) -> list[int]:
+    return [number for number, line in marked(mark).items() if line.startswith("ray::RayTrainWorker")]
+
+
+TIMES = ("train_seconds", "images_per_s")
+
+
+def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in entry.items() if name not in TIMES} for entry in history]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether all tensors and values are equal, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(same(*pair) for pair in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+def last_state(run: Path) -> dict[str, Any]:
+    """What the last checkpoint of a run holds, but for times and speeds."""
+    epoch = max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*"))
+    state: dict[str, Any] = torch.load(run / "checkpoints" / str(epoch) / "state.pt", weights_only=True)
+    del state["facts"]
+    return {**state, "history": without_times(state["history"])}
+
+
+def _fit_beside(rank: int, folder: str, run: str) -> None:
+    from mlpreduce.train import Runtime, fit
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    fit(Run.model_validate_json(run), Runtime(rank=rank, world=2, threads=1))
+    dist.destroy_process_group()
+
+
+def undisturbed(folder: Path, *overrides: str) -> Path:
+    """The directory of the last run of digits_tiny, trained by two plain processes, without Ray."""
+    folder.mkdir()
+    run = runs_of(recipes.load("digits_tiny", [*overrides]), folder)[-1]
+    torch.multiprocessing.spawn(_fit_beside, args=(str(folder), run.model_dump_json()), nprocs=2)
+    return Path(run.directory)
+
+
+SETTINGS = ["seeds=[42]", "train.epochs=12"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return undisturbed(tmp_path_factory.mktemp("undisturbed") / "out", *SETTINGS)
+
+
 def test_wrong_address_fails_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     runs = runs_of(recipes.load("digits_tiny"), tmp_path)
@@ -80,9 +140,143 @@ def test_wrong_address_fails_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         execute(runs, LaunchSettings(), print)
 
 
-def test_no_gpu_is_told_in_process(tmp_path: Path) -> None:
-    import torch
+def test_the_address_overrides_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.255.255.1:6379")
+    assert recipes.main(["digits_tiny", "--address", "127.0.0.1:1", "--output", str(tmp_path / "out")]) == 2
+    assert "RAY_ADDRESS='127.0.0.1:1': no Ray cluster answers there" in capsys.readouterr().err
+    assert recipes.main(["digits_tiny", "launch.workers=0", "--address", "127.0.0.1:1", "--output", str(tmp_path)]) == 2
+    assert "launch.workers=0 trains in this process" in capsys.readouterr().err
 
+
+@pytest.mark.parametrize("output", ["s3://bucket/runs", "gs://bucket/runs"])
+def test_object_stores_are_refused(output: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert recipes.main(["digits_tiny", "launch.workers=0", "--output", output]) == 2
+    told = capsys.readouterr().err
+    assert f"--output {output}: object stores are not supported" in told
+    assert "storage that all machines see" in told
+
+
+def run_of(workers: int, accum_steps: int = 1) -> Run:
+    train = TrainSettings(batch_size=96, accum_steps=accum_steps)
+    return Run(recipe="any", variant="baseline", train=train, workers=workers, directory="/any")
+
+
+def test_the_most_workers_that_share_a_batch() -> None:
+    assert [sharers(run_of(8), world) for world in range(1, 9)] == [1, 2, 2, 4, 4, 4, 4, 8]
+    assert [sharers(run_of(4, 3), world) for world in range(1, 5)] == [1, 2, 3, 4]
+
+
+def test_elastic_numbers_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
+    check_sharing(run_of(8), 4, 8)
+    check_sharing(run_of(4, 3), 3, 4)
+    with pytest.raises(ReductionError, match=r"of 6 or 7 workers, .*only 4 .*8 micro-batches.*min_workers=4,"):
+        check_sharing(run_of(8), 6, 8)
+    recipe = recipes.load("digits_tiny", ["launch.min_workers=3"])
+    with pytest.raises(ReductionError, match=r"launch\.min_workers=3: more than launch\.workers=2"):
+        execute(runs_of(recipe, tmp_path), recipe.launch, print)
+
+
+def _join_team(rank: int, folder: str) -> None:
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=3)
+    member = regroup(rank, 3, 2, "gloo")
+    assert member == (rank < 2)
+    if member:
+        total = torch.tensor([rank + 1.0])
+        dist.all_reduce(total)
+        assert (dist.get_world_size(), total.item()) == (2, 3.0)
+    assert dist.is_initialized() == member
+
+
+@pytest.mark.slow
+def test_workers_beyond_those_that_share_a_batch_leave_the_group(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_join_team, args=(str(tmp_path),), nprocs=3)
+
+
+HOLD = """
+import sys, time
+from mlpreduce.launch.locks import drive, work
+directory, rank, text = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+with drive([directory]) if rank < 0 else work(directory, rank, text):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(directory: Path, rank: int, text: str = "") -> subprocess.Popen[str]:
+    """Another process that holds a run: as its driver (rank -1) or as a worker."""
+    arguments = [sys.executable, "-c", HOLD, str(directory), str(rank), text]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_run_has_one_driver(tmp_path: Path) -> None:
+    recipe = recipes.load("digits_tiny", ["launch.workers=0", "seeds=[42]"])
+    runs = runs_of(recipe, tmp_path)
+    with holder(Path(runs[1].directory), -1) as other:
+        told = rf"grouped/seed42/\.lock: process {other.pid} on {socket.gethostname()}, .*trains this run"
+        with pytest.raises(ReductionError, match=told):
+            execute(runs, recipe.launch, print)
+        other.kill()
+    with drive([run.directory for run in runs], patience=0):
+        pass
+
+
+def test_a_driver_waits_for_the_workers_of_one_that_was_killed(tmp_path: Path) -> None:
+    with drive([str(tmp_path)]) as text:
+        orphan = holder(tmp_path, 1, text)
+    with orphan:
+        with pytest.raises(
+            ReductionError, match=r"after 0 s, workers of process \d+ on .* still train this run; end them"
+        ):
+            take_over(tmp_path)
+        orphan.kill()
+    take_over(tmp_path)
+
+
+def take_over(directory: Path) -> None:
+    with drive([str(directory)], patience=0):
+        pass
+
+
+def test_a_worker_waits_for_the_one_of_a_lost_group(tmp_path: Path) -> None:
+    with drive([str(tmp_path)]) as text:
+        pass
+    with holder(tmp_path, 0, text) as orphan:
+        with work(str(tmp_path), 1, text, patience=0):
+            pass
+        with (
+            pytest.raises(TimeoutError, match="worker 0 of the group before"),
+            work(str(tmp_path), 0, text, patience=0),
+        ):
+            pass
+        orphan.kill()
+        with work(str(tmp_path), 0, text, patience=10):
+            pass
+
+
+def test_storage_that_is_not_shared_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlpreduce.launch.locks._SHOWN_WITHIN", 0)
+    with drive([str(tmp_path / "here")]) as text:
+        pass
+    for directory in (tmp_path / "there", tmp_path):
+        with (
+            pytest.raises(ReductionError, match="must lie on storage that all machines share"),
+            work(str(directory), 0, text),
+        ):
+            pass
+    with (
+        pytest.raises(ReductionError, match="does not see what the driver wrote"),
+        work(str(tmp_path / "here"), 0, "older"),
+    ):
+        pass
+
+
+def test_no_gpu_is_told_in_process(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     recipe = recipes.load("digits_tiny", ["launch.workers=0"])
@@ -139,17 +333,19 @@ def test_digits_tiny_on_two_workers(tmp_path: Path) -> None:
     assert record["hardware"]["workers"] == 2
     assert len(record["epochs"]) == record["epochs_planned"] == 4
     assert record["epochs"][-1]["top1"] * 3.6 == pytest.approx(round(record["epochs"][-1]["top1"] * 3.6), abs=1e-6)
-    assert (output / "baseline" / "seed42" / "rng1-4.pt").is_file()  # the second worker's random states
+    assert (
+        output / "baseline" / "seed42" / "checkpoints" / "4" / "rng1.pt"
+    ).is_file()  # the second worker's random states
     assert "Traceback" not in done.stdout + done.stderr
     assert "mlflow ui --backend-store-uri sqlite:///" in done.stdout
     assert marked(mark) == {}
 
 
 @pytest.mark.ray
-def test_interrupt_resume_and_a_lost_worker(tmp_path: Path) -> None:
+def test_interrupt_resume_and_a_lost_worker(tmp_path: Path, whole: Path) -> None:
     mark = uuid.uuid4().hex
     output = tmp_path / "out"
-    arguments = ["digits_tiny", "seeds=[42]", "train.epochs=15", "--output", str(output)]
+    arguments = ["digits_tiny", *SETTINGS, "--output", str(output)]
     process = start(mark, *arguments)
     wait_for_epochs(process, output, "grouped-42", 1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the whole group
@@ -165,11 +361,11 @@ def test_interrupt_resume_and_a_lost_worker(tmp_path: Path) -> None:
     assert before["baseline-42"]["status"] == "finished"
     assert before["grouped-42"]["status"] == "interrupted"
     kept = before["grouped-42"]["epochs"]
-    assert 1 <= len(kept) < 15
+    assert 1 <= len(kept) < 12
 
     process = start(mark, *arguments, "--resume")
     wait_for_epochs(process, output, "grouped-42", len(kept) + 1)
-    workers = [number for number, line in marked(mark).items() if line.startswith("ray::RayTrainWorker")]
+    workers = workers_of(mark)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=400)
@@ -178,6 +374,53 @@ def test_interrupt_resume_and_a_lost_worker(tmp_path: Path) -> None:
     after = records(output)
     assert after["baseline-42"] == before["baseline-42"]
     assert after["grouped-42"]["status"] == "finished"
-    assert [entry["epoch"] for entry in after["grouped-42"]["epochs"]] == list(range(1, 16))
+    assert [entry["epoch"] for entry in after["grouped-42"]["epochs"]] == list(range(1, 13))
     assert after["grouped-42"]["epochs"][: len(kept)] == kept
     assert after["grouped-42"]["mlflow_run_id"] == before["grouped-42"]["mlflow_run_id"]
+    assert same(last_state(output / "grouped" / "seed42"), last_state(whole))
+    assert without_times(after["grouped-42"]["epochs"]) == last_state(whole)["history"]
+    assert not list(output.rglob(".ray*"))
+
+
+@pytest.mark.ray
+def test_the_driver_is_killed_and_a_worker_outlives_it(tmp_path: Path, whole: Path) -> None:
+    marks = uuid.uuid4().hex, uuid.uuid4().hex
+    output = tmp_path / "out"
+    arguments = [
+        "digits_tiny",
+        *SETTINGS,
+        "variants={grouped=[{transform='grouped', group=2}]}",
+        "--output",
+        str(output),
+    ]
+    process = start(marks[0], *arguments)
+    wait_for_epochs(process, output, "grouped-42", 2)
+    assert len(workers_of(marks[0])) == 2
+    run = output / "grouped" / "seed42"
+    orphan = holder(run, 5, (run / ".lock").read_text())  # stands for a worker that does not notice that Ray is gone
+    process.kill()  # that process alone
+    process.communicate()
+    kept = records(output)["grouped-42"]
+    assert kept["status"] == "running"
+
+    process = start(marks[1], *arguments, "--resume")
+    deadline = time.monotonic() + 120
+    assert process.stdout is not None
+    while "1 variants x 1 seeds" not in (line := process.stdout.readline()):
+        assert line, process.communicate()
+        assert time.monotonic() < deadline
+    time.sleep(3)
+    assert workers_of(marks[0]) == []
+    assert process.poll() is None
+    assert not any(line.startswith("ray::") for line in marked(marks[1]).values())  # it waits before it starts Ray
+    with orphan:
+        orphan.kill()
+    stdout, stderr = process.communicate(timeout=400)
+    assert process.returncode == 0, stderr
+    assert "going on after epoch" in stdout
+    after = records(output)["grouped-42"]
+    assert after["status"] == "finished"
+    assert after["mlflow_run_id"] == kept["mlflow_run_id"]
+    assert same(last_state(output / "grouped" / "seed42"), last_state(whole))
+    assert without_times(after["epochs"]) == last_state(whole)["history"]
+    assert not list(output.rglob(".ray*"))

@@ -26,6 +26,7 @@ examples:
   python -m mlpreduce.recipe digits
   python -m mlpreduce.recipe paper_vitb16 --dry-run
   python -m mlpreduce.recipe paper_vitb16 data.root=/data/imagenet launch.workers=8 --output runs/mine
+  python -m mlpreduce.recipe paper_vitb16 data.root=/nfs/imagenet --output /nfs/runs/mine --address 10.0.0.1:6379
 """
 
 
@@ -46,17 +47,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             _parser().print_usage(sys.stderr)
             return 2
         recipe = load(arguments.name, arguments.overrides)
+        if "://" in (arguments.output or ""):
+            raise ReductionError(
+                f"--output {arguments.output}: object stores are not supported, only directories; give one on storage that all "
+                f"machines see at the same path (NFS, Lustre, or a bucket that is mounted), and copy it to the store later"
+            )
+        if arguments.address and not recipe.launch.workers:
+            raise ReductionError(
+                f"--address {arguments.address}: launch.workers=0 trains in this process; use launch.workers=1 or more"
+            )
         if arguments.dry_run:
             from mlpreduce.recipe.describe import describe
 
             print(describe(recipe))
             return 0
+        if arguments.address:
+            os.environ["RAY_ADDRESS"] = arguments.address
         return train(recipe, output, resume=arguments.resume)
     except ReductionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = [arguments.name or "", *arguments.overrides, "--resume", "--output", str(output)]
+        where = ["--address", arguments.address] if arguments.address else []
+        again = [arguments.name or "", *arguments.overrides, "--resume", "--output", str(output), *where]
         print(
             f"\ninterrupted; all workers have ended. To go on: python -m mlpreduce.recipe {shlex.join(again)}",
             file=sys.stderr,
@@ -119,7 +132,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, console: Consol
 
 
 def _check_output(output: Path, document: dict[str, object], resume: bool) -> None:
-    begun = [*output.glob("*/seed*/record.json"), *output.glob("*/seed*/checkpoint.pt")]
+    begun = [*output.glob("*/seed*/record.json"), *output.glob("*/seed*/checkpoints")]
     if not begun:
         return
     if not resume:
@@ -149,7 +162,7 @@ def _finish(output: Path, recorder: Recorder, console: Console, *, every_finishe
             raise
         console.print("no run finished; there is nothing to report", style="red")
         return 1
-    recorder.log_files([output / "results.json", output / "report.md", output / "curves.png"])
+    recorder.log_files([output / name for name in ("results.json", "report.md", "report.html", "curves.png")])
     console.print(report.console_table(results))
     for note in report.NOTES:
         console.print(note, style="dim", highlight=False)
@@ -157,9 +170,10 @@ def _finish(output: Path, recorder: Recorder, console: Console, *, every_finishe
     show = f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri.startswith("sqlite:") else f"MLflow: {uri}"
     lines = [
         f"results  {output / 'results.json'}",
-        f"report   {output / 'report.md'}",
+        f"report   {output / 'report.html'}",
+        f"         {output / 'report.md'}",
         f"figure   {output / 'curves.png'}",
-        f"runs     {output}/<variant>/seed<seed>/: record.json, checkpoint.pt, model/",
+        f"runs     {output}/<variant>/seed<seed>/: record.json, checkpoints/, model/",
         show,
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
@@ -179,4 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="show plans, counts, schedule and cost; needs no data")
     parser.add_argument("--resume", action="store_true", help="go on with the runs in the output directory")
     parser.add_argument("--output", metavar="DIR", help="where everything is written; default: runs/NAME")
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="train on that Ray cluster; otherwise RAY_ADDRESS, or here"
+    )
     return parser

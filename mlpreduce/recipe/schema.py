@@ -19,10 +19,13 @@ from mlpreduce.values import flatten, parse_value
 
 __all__ = ["Recipe", "differences", "find", "header", "list_recipes", "load", "runs"]
 
-# What may differ when a run is resumed: none of it changes what is computed.
+# What may differ when a run is resumed: none of it changes what is computed, but for rounding and random numbers where the
+# number of workers is another; the run says so.
 _FREE = {
     "data.root",
     "data.pin_memory",
+    "launch.workers",
+    "launch.min_workers",
     "launch.threads",
     "launch.cpus_per_worker",
     "launch.max_failures",

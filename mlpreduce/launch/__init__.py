@@ -1,0 +1,20 @@
+"""Runs training in this process or in a Ray Train worker group. The only part that imports ray.
+
+One worker group trains all runs of a recipe, one after the other: starting Ray and importing torch and timm in each worker
+takes longer than a short run. Events travel from worker 0 to the driver through a queue; the driver alone keeps records.
+
+    settings     the `[launch]` section
+    execution    what callers use: train all runs, here or on Ray
+    cluster      the connection to Ray, and what it has
+    group        the worker group: its trainer, its workers, its events
+    sharing      how many workers of a group can share a batch
+    locks        one process at a time writes into a run's directory
+    interrupts   Ctrl-C, but never inside a record that is being written
+"""
+
+from __future__ import annotations
+
+from mlpreduce.launch.execution import execute, train_all
+from mlpreduce.launch.settings import LaunchSettings
+
+__all__ = ["LaunchSettings", "execute", "train_all"]

@@ -1,0 +1,157 @@
+"""A cluster of two simulated nodes with one CPU each, on this machine, with a token."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_launch import (
+    ROOT,
+    command,
+    environment,
+    last_state,
+    records,
+    same,
+    undisturbed,
+    wait_for_epochs,
+    without_times,
+    workers_of,
+)
+
+pytestmark = pytest.mark.ray
+
+GROUPED = ["seeds=[42]", "train.epochs=8", "variants={grouped=[{transform='grouped', group=2}]}"]
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}
+
+# In a process of its own: it installs signal handlers, and Ray remembers the first token it saw.
+SCRIPT = """
+import sys
+from ray.cluster_utils import Cluster
+
+node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=node)
+others = [cluster.add_node(**node)]
+cluster.wait_for_nodes()
+print(cluster.address, flush=True)
+for line in sys.stdin:
+    if line == "remove\\n":
+        cluster.remove_node(others.pop(), allow_graceful=False)
+    else:
+        others.append(cluster.add_node(**node))
+    print("done", flush=True)
+cluster.shutdown()
+"""
+
+
+class Nodes:
+    """The cluster's address and mark; nodes are added to it and removed."""
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT],
+            env={**environment(self.mark), **TOKEN},
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.address = self._answer()
+
+    def order(self, what: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{what}\n")
+        self._process.stdin.flush()
+        assert self._answer() == "done"
+
+    def end(self) -> None:
+        self._process.communicate(timeout=60)
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        while line := self._process.stdout.readline():
+            if line == "done\n" or line[:1].isdigit():
+                return line.strip()
+        raise AssertionError("the cluster did not start")
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    started = Nodes()
+    yield started
+    started.end()
+
+
+def start(nodes: Nodes, *arguments: str, token: str = TOKEN["RAY_AUTH_TOKEN"]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("digits_tiny", "--address", nodes.address, *arguments),
+        cwd=ROOT,
+        env={**environment(uuid.uuid4().hex), **TOKEN, "RAY_AUTH_TOKEN": token},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_two_nodes_give_the_bits_of_one(nodes: Nodes, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    whole = undisturbed(tmp_path / "whole", *GROUPED)
+    process = start(nodes, *GROUPED, "--output", str(output))
+    wait_for_epochs(process, output, "grouped-42", 1)
+    workers = workers_of(nodes.mark)
+    assert len({parent(worker) for worker in workers}) == len(workers) == 2  # each node has a raylet of its own
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert "Traceback" not in stdout + stderr
+    assert same(last_state(output / "grouped" / "seed42"), last_state(whole))
+    assert without_times(records(output)["grouped-42"]["epochs"]) == last_state(whole)["history"]
+
+
+def test_another_token_is_told(nodes: Nodes, tmp_path: Path) -> None:
+    process = start(nodes, *GROUPED, "--output", str(tmp_path / "out"), token="1" * 32)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2, stderr
+    assert "does not let this process in" in stderr
+    assert "RAY_AUTH_TOKEN" in stderr
+
+
+def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(nodes: Nodes, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    nodes.order("add")
+    elastic = ["launch.workers=4", "launch.min_workers=1", "train.epochs=12"]
+    process = start(nodes, *GROUPED, *elastic, "--output", str(output))
+    wait_for_epochs(process, output, "grouped-42", 2)
+    nodes.order("remove")
+    nodes.order("remove")
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    epochs = records(output)["grouped-42"]["epochs"]
+    assert [entry["epoch"] for entry in epochs] == list(range(1, 13))
+    assert [entry["workers"] for entry in epochs] == sorted((entry["workers"] for entry in epochs), reverse=True)
+    assert {entry["workers"] for entry in epochs} <= {1, 2}
+    assert epochs[-1]["workers"] == 1
+    assert "3 workers were started and 2 of them train: 3 cannot share a batch evenly" in stdout
+    assert "was written by 2 worker(s), and 1 go on" in stdout
+    assert epochs[-1]["top1"] > 30
+
+
+def test_the_cluster_file_in_the_docs_is_one() -> None:
+    import yaml
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    block = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    document = yaml.safe_load(block[1])
+    validate_config(prepare_config(document))
+    assert document["max_workers"] == len(document["provider"]["worker_ips"])
