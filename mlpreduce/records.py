@@ -106,6 +106,7 @@ class Recorder:
         self._runs = {(run.variant, run.seed): run for run in runs}
         self._order = {key: number for number, key in enumerate(self._runs)}
         self._records = {(record["variant"], record["seed"]): record for record in read(directory)}
+        self._started: set[tuple[str, int]] = set()
         self._uri = tracking_uri(directory)
         self._client = _client(self._uri)
         self._experiment = _experiment(self._client, recipe["name"], directory, self._uri)
@@ -128,12 +129,13 @@ class Recorder:
 
     def interrupt(self) -> None:
         """Mark the run that was being trained, if any: it can be resumed."""
-        for key, record in self._records.items():
-            if record["status"] == "running":
+        for key in self._started:  # another process may train others
+            if self._records[key]["status"] == "running":
                 self._end(key, "interrupted", "")
 
     def _start(self, key: tuple[str, int], event: dict[str, Any]) -> None:
         run = self._runs[key]
+        self._started.add(key)
         record = self._records.get(key, {})
         facts = event["facts"]
         mlflow_run = self._mlflow_run(run, facts, record)

@@ -28,11 +28,12 @@ ORDER = [
     ["checkpoint", "profiling", "registration", "verification"],
     ["timm_models"],
     ["__init__"],
-    ["testing", "data", "coverage", "bench"],
+    ["testing", "data", "coverage"],
     ["train"],
     ["launch", "records"],
     ["report"],
     ["recipe"],
+    ["bench"],
     ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -16,7 +16,7 @@ from mlpreduce.errors import ReductionError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Loaders", "load"]
+__all__ = ["Loaders", "load", "posterize"]
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ def _images(
     )
 
 
-def _posterize(image: Any, bits: int, **_: Any) -> Any:
+def posterize(image: Any, bits: int, **_: Any) -> Any:
+    """An image with so many bits a channel left; with 0, as timm's policies may ask for, a black one (Pillow 13 raises)."""
     from PIL import ImageOps
 
     if bits == 0:
@@ -208,7 +209,7 @@ def _mend_posterize(transform: Any) -> None:
         policies = getattr(step, "policy", [getattr(step, "ops", [])])
         for operation in (operation for policy in policies for operation in policy):
             if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
-                operation.aug_fn = _posterize
+                operation.aug_fn = posterize
 
 
 def _mix_arguments(augment: AugmentSettings, num_classes: int) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _train_epoch(parts: Setup, epoch: int) -> dict[str, Any]:
     # The last update of an epoch may have fewer micro-batches; its gradient is the mean of those it has.
     steps = run.accumulation(runtime.world)
     last_group = batches % steps or steps
-    total = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # sum of losses, images
+    total, seen = torch.zeros((), dtype=torch.float64, device=runtime.device), 0  # sum of losses, images
     started = told = time.perf_counter()
     # Only the last micro-batch of an update exchanges gradients.
     quiet = parts.replica.no_sync if isinstance(parts.replica, DistributedDataParallel) else nullcontext
@@ -134,12 +134,13 @@ def _train_epoch(parts: Setup, epoch: int) -> dict[str, Any]:
             with parts.autocast():
                 loss = parts.loss(parts.model(images), targets)
             parts.scaler.scale(loss / group).backward()
-        total += torch.stack([loss.detach().double() * len(images), loss.new_tensor(len(images)).double()])
+        total.add_(loss.detach(), alpha=len(images))
+        seen += len(images)
         if not update:
             continue
         _update(parts)
         if parts.updates % _CHECK_EVERY == 0:
-            _mean_loss(parts, total, epoch)
+            _mean_loss(parts, total, seen, epoch)
         if runtime.rank == 0 and time.perf_counter() - told > _REPORT_EVERY:
             told = time.perf_counter()
             rate = (number + 1) * run.micro_batch * runtime.world / (told - started)
@@ -152,7 +153,7 @@ def _train_epoch(parts: Setup, epoch: int) -> dict[str, Any]:
                 loss=loss.detach().item(),
                 images_per_s=rate,
             )
-    mean = _mean_loss(parts, total, epoch)
+    mean = _mean_loss(parts, total, seen, epoch)
     seconds = time.perf_counter() - started
     return {
         "train_loss": mean,
@@ -189,9 +190,9 @@ def _update(parts: Setup) -> None:
         parts.scheduler.step_update(parts.updates)
 
 
-def _mean_loss(parts: Setup, total: torch.Tensor, epoch: int) -> float:
+def _mean_loss(parts: Setup, total: torch.Tensor, seen: int, epoch: int) -> float:
     """The mean training loss over all workers so far; all of them stop together when it is not finite."""
-    everywhere = total.clone()
+    everywhere = torch.stack([total, total.new_tensor(seen)])
     if parts.runtime.world > 1:
         dist.all_reduce(everywhere)
     mean = float(everywhere[0] / everywhere[1])

@@ -49,9 +49,10 @@ class Runtime:
 def precision(train: TrainSettings) -> Iterator[None]:
     """The precision and the algorithms that a run asks for, for as long as it trains."""
     before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    convolutions = torch.backends.cudnn.allow_tf32
+    cudnn = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     torch.set_float32_matmul_precision("high" if train.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = train.tf32
+    torch.backends.cudnn.benchmark = not train.deterministic
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -59,7 +60,7 @@ def precision(train: TrainSettings) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = cudnn
         torch.use_deterministic_algorithms(before[1])
 
 
