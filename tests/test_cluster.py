@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,21 +132,25 @@ def test_another_token_is_told(nodes: Nodes, tmp_path: Path) -> None:
 def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(nodes: Nodes, tmp_path: Path) -> None:
     output = tmp_path / "out"
     nodes.order("add")
-    elastic = ["launch.workers=4", "launch.min_workers=1", "train.epochs=12"]
+    elastic = ["launch.workers=4", "launch.min_workers=1", "train.epochs=500"]  # more than there is time for
     process = start(nodes, *GROUPED, *elastic, "--output", str(output))
     wait_for_epochs(process, output, "grouped-42", 2)
     nodes.order("remove")
     nodes.order("remove")
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
+    deadline = time.monotonic() + 300
+    while records(output)["grouped-42"]["epochs"][-1]["workers"] != 1:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
     epochs = records(output)["grouped-42"]["epochs"]
-    assert [entry["epoch"] for entry in epochs] == list(range(1, 13))
+    assert [entry["epoch"] for entry in epochs] == list(range(1, len(epochs) + 1))
     assert [entry["workers"] for entry in epochs] == sorted((entry["workers"] for entry in epochs), reverse=True)
-    assert {entry["workers"] for entry in epochs} <= {1, 2}
-    assert epochs[-1]["workers"] == 1
+    assert {entry["workers"] for entry in epochs} == {1, 2}
     assert "3 workers were started and 2 of them train: 3 cannot share a batch evenly" in stdout
     assert "was written by 2 worker(s), and 1 go on" in stdout
-    assert epochs[-1]["top1"] > 30
 
 
 def test_the_cluster_file_in_the_docs_is_one() -> None:
