@@ -363,14 +363,14 @@ def test_reentrant_checkpointing_of_transformers_is_reported() -> None:
 @QUIET
 @pytest.mark.usefixtures("reentrant")
 def test_our_training_refuses_reentrant_checkpointing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlpreduce.train import Run, Runtime, fit, loop
+    from mlpreduce.train import Run, Runtime, setup
 
     def build(run: Run) -> nn.Module:
         model = reduced("tied", img_size=8, in_chans=1, num_classes=10)
         model.set_grad_checkpointing()
         return model
 
-    monkeypatch.setattr(loop, "build_model", build)
+    monkeypatch.setattr(setup, "build_model", build)
     run = Run(
         recipe="test",
         variant="grouped",
@@ -382,7 +382,7 @@ def test_our_training_refuses_reentrant_checkpointing(tmp_path: Path, monkeypatc
     with pytest.raises(
         ReductionError, match=r"fit\(test, variant grouped.*checkpoints reentrantly.*set_reentrant_ckpt"
     ):
-        fit(run, Runtime(world=2))
+        setup.prepare(run, Runtime(world=2), None)
 
 
 # --- timm's own calls ---------------------------------------------------------------------------------------------------
