@@ -177,6 +177,7 @@ def test_errors_end_with_one_message_and_code_2(capsys: pytest.CaptureFixture[st
 def test_resume_may_differ_only_in_what_changes_nothing() -> None:
     before = recipes.load("digits").model_dump(mode="json")
     free = ["launch.threads=2", "launch.workers=4", "launch.min_workers=1"]
+    free += ["data.on_bad_image=skip", "train.accum_steps=4", "train.grad_checkpointing=true"]  # what errors recommend
     assert recipes.differences(before, recipes.load("digits", free).model_dump(mode="json")) == []
     now = recipes.load("digits", ["train.lr=0.1", "launch.workers=4", "launch.device=cpu"]).model_dump(mode="json")
     assert recipes.differences(before, now) == [

@@ -596,13 +596,19 @@ def test_a_device_out_of_memory_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     forward = Block.forward
 
     def full(self: nn.Module, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if self.training:
+        if self.training and len(x) > 32:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return forward(self, x, **kwargs)
 
+    run = digits_run(tmp_path)
+    interrupt_after(run, 1)
     monkeypatch.setattr(Block, "forward", full)
     with pytest.raises(ReductionError, match=r"64 images do not fit .*2.00 GiB.*train.accum_steps=2 takes half"):
-        fit(digits_run(tmp_path))
+        fit(run)
+    advised = {"accum_steps": 2, "grad_checkpointing": True}
+    events: list[dict[str, Any]] = []
+    assert len(fit(digits_run(tmp_path, **advised), Runtime(report=events.append))) == 3
+    assert "it began with 64 images at a time, and goes on with 32" in events[0]["notes"][0]
 
 
 # --- options and fidelity ---------------------------------------------------------------------------------------------------

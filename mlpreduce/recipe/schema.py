@@ -14,16 +14,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mlpreduce.data import DataSettings
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.launch import LaunchSettings
-from mlpreduce.train.settings import ModelSettings, Run, Step, TrainSettings
+from mlpreduce.train.settings import FREE, ModelSettings, Run, Step, TrainSettings
 from mlpreduce.values import flatten, parse_value
 
 __all__ = ["Recipe", "differences", "find", "header", "list_recipes", "load", "runs"]
 
 # What may differ when a run is resumed: none of it changes what is computed, but for rounding and random numbers where the
-# number of workers is another; the run says so.
+# batch is shared otherwise; the run says so.
 _FREE = {
-    "data.root",
-    "data.pin_memory",
+    *FREE,
     "launch.workers",
     "launch.min_workers",
     "launch.threads",

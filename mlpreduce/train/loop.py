@@ -75,6 +75,11 @@ def _fit(run: Run, runtime: Runtime, saved: Saved | None, notes: list[str]) -> l
             f"epoch {saved.epoch} was written by {saved.world} worker(s), and {runtime.world} go on: the batch is the same, "
             f"the random numbers are not, so the run is no longer exact"
         )
+    elif parts.facts.get("micro_batch", run.micro_batch) != run.micro_batch:
+        notes.append(
+            f"it began with {parts.facts['micro_batch']} images at a time, and goes on with {run.micro_batch}: the batch is "
+            f"the same, how it is mixed is not, so the run is no longer exact"
+        )
     _report(run, runtime, "start", history=list(parts.history), facts=parts.facts, notes=notes)
     order = run.seed if run.train.fidelity == "corrected" else 0  # as published, the epoch alone decides
     for epoch in range(len(parts.history), run.train.epochs):
@@ -104,8 +109,8 @@ def _memory(run: Run, images: int) -> Iterator[None]:
         steps = 2 * run.train.accum_steps
         raise ReductionError(
             f"train({run.label}): {images} images do not fit into the memory of a worker: {str(error).splitlines()[0]} "
-            f"train.accum_steps={steps} takes half as many at a time for the same batch of {run.train.batch_size}; "
-            f"train.grad_checkpointing=true and train.amp='bfloat16' take less too. --resume goes on after the last epoch"
+            f"train.accum_steps={steps} takes half as many at a time for the same batch of {run.train.batch_size}, and "
+            f"train.grad_checkpointing=true takes less too; with either, --resume goes on after the last epoch"
         ) from error
 
 

@@ -17,7 +17,14 @@ __all__ = ["FREE", "ModelSettings", "Run", "Step", "TrainSettings"]
 Count = Annotated[int, Field(ge=1)]
 
 # keys that may change when a run goes on: none of them changes what is computed
-FREE = ("data.root", "data.pin_memory", "data.on_bad_image", "train.accum_steps", "train.keep_checkpoints")
+FREE = (
+    "data.root",
+    "data.pin_memory",
+    "data.on_bad_image",
+    "train.accum_steps",
+    "train.grad_checkpointing",
+    "train.keep_checkpoints",
+)
 Step = dict[str, Any]  # {"transform": name, **config}
 
 
