@@ -91,10 +91,18 @@ def forge(path: Path, change: Callable[[Any], None]) -> None:
     content = torch.load(path, weights_only=True)
     change(content)
     torch.save(content, path)
-    manifest = json.loads((path.parent / "manifest.json").read_text())
     data = path.read_bytes()
-    manifest["files"][path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    fingerprint = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    forge_manifest(path.parent, lambda manifest: manifest["files"].update({path.name: fingerprint}))
+
+
+def forge_manifest(folder: Path, change: Callable[[Any], None]) -> None:
+    """The same for its manifest, which is sealed."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    change(manifest)
+    seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": seal}))
 
 
 @pytest.fixture(autouse=True)
@@ -277,8 +285,10 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
         ReductionError, match=r"3 worker\(s\) cannot share the 1 micro-batches of 64 images .*; 1 could"
     ):
         fit(run, Runtime(world=3))
-    manifest = last(tmp_path) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("blocks.0.mlp.fc1", "blocks.0.mlp.fc9"))
+    forge_manifest(
+        last(tmp_path),
+        lambda manifest: manifest.update(plans=[p.replace("mlp.fc1", "mlp.fc9") for p in manifest["plans"]]),
+    )
     with pytest.raises(ReductionError, match=r"the plans in .* are not those of the model"):
         fit(run)
 
@@ -524,7 +534,7 @@ def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("name", ["state.pt", "rng0.pt", "manifest.json"])
-@pytest.mark.parametrize("harm", ["cut", "flip", "gone"])
+@pytest.mark.parametrize("harm", ["cut", "flip", "gone", "folder"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     two_epochs: tuple[Path, Path], tmp_path: Path, name: str, harm: str
 ) -> None:
@@ -534,10 +544,12 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     path = last(tmp_path / "parted") / name
     data = path.read_bytes()
     position = torch.randint(1, len(data) - 1, (), generator=torch.Generator().manual_seed(len(name))).item()
-    if harm == "gone":
+    if harm in ("gone", "folder"):
         path.unlink()
+        if harm == "folder":
+            path.mkdir()
     else:
-        rest = b"" if harm == "cut" else bytes([data[position] ^ 255]) + data[position + 1 :]
+        rest = b"" if harm == "cut" else bytes([data[position] ^ 1]) + data[position + 1 :]
         path.write_bytes(data[:position] + rest)
     events: list[dict[str, Any]] = []
     fit(parted, Runtime(report=events.append))

@@ -3,7 +3,7 @@
     <run>/checkpoints/<epoch>/
       state.pt        weights, moving average, optimizer, schedule, scaler, all past epochs
       rng<rank>.pt    random states of one worker
-      manifest.json   what it belongs to, and size and SHA-256 of each file
+      manifest.json   what it belongs to, size and SHA-256 of each file, and its own SHA-256
 
 A checkpoint is written beside its place and renamed into it, so a run that is killed meanwhile goes on from the one
 before; so does one whose last files are damaged, and says so.
@@ -98,8 +98,7 @@ def save_checkpoint(
         _write(state, draft / "state.pt")
         files = {path.name: _fingerprint(path) for path in sorted(draft.iterdir())}
         identity = {"config_hash": run.config_hash, "world": runtime.world, "epoch": epoch, "plans": plans}
-        manifest = json.dumps({"format": FORMAT, **identity, "files": files}, indent=1)
-        (draft / "manifest.json").write_text(manifest, encoding="utf-8")
+        _write_manifest(draft, {"format": FORMAT, **identity, "files": files})
         shutil.rmtree(folder, ignore_errors=True)  # of a worker group that was lost after it
         os.replace(draft, folder)
         kept = {*list(checkpoints(run.directory))[: run.train.keep_checkpoints], best}
@@ -138,7 +137,7 @@ def read_checkpoint(run: Run, runtime: Runtime) -> Saved | None:
         raise ReductionError(
             f"{folder}: worker 0 sees it, this one does not; --output must lie on storage that all share"
         )
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = _read_manifest(folder)
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     return Saved(epoch, manifest["world"], manifest["plans"], state, tuple(notes), folder)
 
@@ -178,22 +177,42 @@ def _choose(run: Run) -> tuple[int | None, list[str]]:
 def _problem(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint, if anything."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name, known in manifest["files"].items():
+        for name, known in _read_manifest(folder)["files"].items():
             found = _fingerprint(folder / name)
             if found["bytes"] != known["bytes"]:
                 return f"{name} has {found['bytes']:,} of {known['bytes']:,} bytes"
             if found != known:
                 return f"{name} is damaged: its SHA-256 is not that of the manifest"
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        return f"manifest.json is damaged ({type(error).__name__})"
+    except OSError as error:
+        return f"{Path(str(error.filename)).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or another document
+        return f"manifest.json is damaged ({type(error).__name__}: {error})"
     return None
 
 
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    text = json.dumps({**manifest, "sha256": _seal(manifest)}, indent=1)
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if manifest.pop("sha256") != _seal(manifest):
+        raise ValueError("its SHA-256 is another")
+    return manifest
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _check_identity(folder: Path, run: Run) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = _read_manifest(folder)
     if manifest["format"] != FORMAT:
         raise ReductionError(
             f"{folder}: checkpoint format {manifest['format']}, this version reads {FORMAT}; start in another --output"
