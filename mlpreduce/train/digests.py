@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import random
+import json
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from mlpreduce.train.runtime import Runtime
+from mlpreduce.train.state import rng_state
 
 __all__ = ["of_randomness", "of_tensors", "together"]
 
@@ -29,11 +29,10 @@ def of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def of_randomness(runtime: Runtime) -> str:
     """The fingerprint of the random states of all workers: equal where as many numbers were drawn from equal seeds."""
-    digest = hashlib.sha256(torch.get_rng_state().numpy().data)
-    if runtime.device.type == "cuda":
-        digest.update(torch.cuda.get_rng_state(runtime.device).numpy().data)
-    digest.update(repr((np.random.get_state(legacy=True)[1:3], random.getstate())).encode())  # type: ignore[index]
-    return together(digest.hexdigest(), runtime)
+    state = rng_state(runtime.device)
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    others = json.dumps({name: value for name, value in state.items() if name not in tensors}, sort_keys=True)
+    return together(of_tensors(tensors) + hashlib.sha256(others.encode()).hexdigest(), runtime)
 
 
 def together(digest: str, runtime: Runtime) -> str:

@@ -243,8 +243,7 @@ def _save(parts: Setup, epoch: int) -> None:
             "facts": parts.facts,
         }
     best = max(parts.history, key=lambda entry: entry["top1"])["epoch"]
-    plans = [plan.to_json() for plan in mlpreduce.history(parts.core)]
-    save_checkpoint(parts.run, parts.runtime, state, epoch=epoch, best=best, plans=plans)
+    save_checkpoint(parts.run, parts.runtime, state, epoch=epoch, best=best, plans=parts.plans)
 
 
 def _save_model(parts: Setup) -> None:

@@ -41,6 +41,7 @@ class Setup:
     scaler: torch.amp.GradScaler
     loss: nn.Module
     facts: dict[str, Any]
+    plans: list[str]  # the reductions of the model, as JSON
     history: list[dict[str, Any]] = field(default_factory=list)
     updates: int = 0
 
@@ -51,8 +52,12 @@ class Setup:
 
 
 def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
+    """Make what a run trains with, and set it as a checkpoint left it.
+
+    Raises:
+        ReductionError: a setting that cannot be carried out, or a checkpoint of another model.
+    """
     train, device = run.train, runtime.device
-    plans: list[str] = []
     loaders = load(run.data, train, micro_batch=run.micro_batch, rank=runtime.rank, world=runtime.world, device=device)
     updates_per_epoch = run.updates_per_epoch(loaders.train_samples, runtime.world)
     core = build_model(run).to(device)
@@ -75,7 +80,7 @@ def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
             )
         facts = saved.state["facts"]
     else:
-        facts = _facts(run, runtime, core, loaders, updates_per_epoch) if runtime.rank == 0 else {}
+        facts = _facts(run, runtime, core, plans, loaders, updates_per_epoch) if runtime.rank == 0 else {}
     per_alias = train.fidelity == "published"
     ema = create_ema(core, train.ema_decay, per_alias=per_alias) if train.ema_decay else None
     optimizer = create_optimizer(core, train)
@@ -95,6 +100,7 @@ def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
         scaler=torch.amp.GradScaler(device.type, enabled=train.amp == "float16"),
         loss=create_loss(train),
         facts=facts,
+        plans=plans,
     )
     if saved is None:
         seed_everything(run.seed + runtime.rank)  # differs by worker: drop path and augmentation, never the weights
@@ -124,10 +130,12 @@ def _restore(parts: Setup, saved: Saved) -> None:
     restore_rng(saved, parts.run, parts.runtime)
 
 
-def _facts(run: Run, runtime: Runtime, core: nn.Module, loaders: Loaders, updates_per_epoch: int) -> dict[str, Any]:
+def _facts(
+    run: Run, runtime: Runtime, core: nn.Module, plans: list[str], loaders: Loaders, updates_per_epoch: int
+) -> dict[str, Any]:
     """What a record keeps besides the epochs: plans, counts and speed of the model, versions, hardware."""
     return {
-        "plans": [plan.to_json() for plan in mlpreduce.history(core)],
+        "plans": plans,
         "profile": asdict(mlpreduce.profile(core, measure_speed=True, batch_size=32)),
         "train_samples": loaders.train_samples,
         "val_samples": loaders.val_samples,

@@ -30,7 +30,16 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.train.runtime import Runtime
 from mlpreduce.train.settings import Run
 
-__all__ = ["Saved", "all_do", "checkpoints", "read_checkpoint", "restore_rng", "save_checkpoint", "seed_everything"]
+__all__ = [
+    "Saved",
+    "all_do",
+    "checkpoints",
+    "read_checkpoint",
+    "restore_rng",
+    "rng_state",
+    "save_checkpoint",
+    "seed_everything",
+]
 
 FORMAT = 2
 
@@ -109,7 +118,7 @@ def save_checkpoint(
     first = runtime.rank == 0
     doing = f"write the checkpoint after epoch {epoch}"
     all_do(run, runtime, doing, prepare if first else None)
-    all_do(run, runtime, doing, lambda: _write(_rng_state(runtime.device), draft / f"rng{runtime.rank}.pt"))
+    all_do(run, runtime, doing, lambda: _write(rng_state(runtime.device), draft / f"rng{runtime.rank}.pt"))
     all_do(run, runtime, doing, finish if first else None)
 
 
@@ -262,7 +271,8 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _rng_state(device: torch.device) -> dict[str, Any]:
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The random states of this process: torch's, on the CPU and on its GPU, numpy's and Python's; tensors and plain values."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     version, internal, gauss = random.getstate()
     return {
