@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -56,18 +57,21 @@ def slice_all(model: nn.Module, slices: Sequence[Slice], undo: ExitStack) -> Non
 
 def _slice(leaf: nn.Module, name: str, axes: list[Axis], edit: Slice, undo: ExitStack) -> None:
     """Put what is left of one tensor of a leaf in its place."""
-    old = _Old(getattr(leaf, name))
-    part = _cut(old, axes, edit)
+    whole: torch.Tensor | None = getattr(leaf, name)
+    part, apart = _cut(cast(torch.Tensor, whole), axes, edit)
     tensors: dict[str, Any] = leaf._parameters if isinstance(part, nn.Parameter) else leaf._buffers
     sizes = dict(vars(leaf))
 
     def put_back() -> None:
-        tensors[name] = old.again()
+        tensors[name] = apart.together() if whole is None and apart is not None else whole
         vars(leaf).update(sizes)
 
     undo.callback(put_back)
     tensors[name] = part
-    old.let_go()
+    if apart is not None:
+        alive = weakref.ref(cast(torch.Tensor, whole))
+        whole = None
+        whole = alive()  # None: nobody else held it, and its memory is free
     _set_sizes(leaf)
 
 
@@ -79,22 +83,42 @@ def _like(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _cut(old: _Old, axes: list[Axis], edit: Slice) -> torch.Tensor:
-    """What is left of a tensor, in memory of its own."""
-    tensor = old.again()
+@dataclass(frozen=True)
+class _Apart:
+    """What a tensor that is freed can be made of again."""
+
+    like: torch.Tensor  # empty, of its type and with its marks
+    shape: torch.Size
+    grad: torch.Tensor | None
+    dim: int
+    parts: Sequence[tuple[Units, torch.Tensor]]
+
+    def together(self) -> torch.Tensor:
+        values = self.like.new_empty(self.shape).detach()
+        for positions, part in self.parts:
+            values.index_copy_(self.dim, _index(positions, part), part.detach())
+        tensor = _like(values, self.like)
+        tensor.grad = self.grad
+        return tensor
+
+
+def _cut(tensor: torch.Tensor, axes: list[Axis], edit: Slice) -> tuple[torch.Tensor, _Apart | None]:
+    """What is left of a tensor, in memory of its own; and what to make the tensor of again, where that can be told."""
     values = tensor.detach()
     if len(axes) > 1:  # a grouped convolution: the input axis first, which tells the groups
         for axis in sorted(axes, key=lambda axis: -axis.groups):
             kept = axis.positions(edit.hidden, edit.units)
             values = _of_groups(values, axis, edit) if axis.groups > 1 else _picked(values, axis.dim, kept)
-        return _like(values, tensor)
+        return _like(values, tensor), None
     (axis,) = axes
     kept = axis.positions(edit.hidden, edit.units)
-    part = _picked(values, axis.dim, kept)
+    part, apart = _picked(values, axis.dim, kept), None
     if _is_plain(tensor):
         gone = _others(kept, axis.size)
-        old.parts = (axis.dim, ((kept, part), (gone, _picked(values, axis.dim, gone))))
-    return _like(part, tensor)
+        like = _like(tensor.new_empty(0).detach(), tensor)
+        parts = ((kept, part), (gone, _picked(values, axis.dim, gone)))
+        apart = _Apart(like, tensor.shape, tensor.grad, axis.dim, parts)
+    return _like(part, tensor), apart
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -108,38 +132,6 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
         and tensor.untyped_storage().nbytes() == tensor.nbytes
     )
-
-
-class _Old:
-    """A tensor that is sliced: itself, or while nobody else holds it the parts it can be made of again."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor: torch.Tensor | None = tensor
-        self.parts: tuple[int, Sequence[tuple[Units, torch.Tensor]]] | None = None
-
-    def let_go(self) -> None:
-        """Free the tensor, if it can be made again and nobody else holds it."""
-        tensor = self.tensor
-        if self.parts is None or tensor is None:
-            return
-        alive = weakref.ref(tensor)
-        self.shape, self.grad, self.like = tensor.shape, tensor.grad, _like(tensor.new_empty(0).detach(), tensor)
-        self.tensor = tensor = None
-        self.tensor = alive()
-        if self.tensor is not None:
-            self.parts = None
-
-    def again(self) -> torch.Tensor:
-        """The tensor, or one that is equal to it."""
-        if self.tensor is not None or self.parts is None:
-            return cast(torch.Tensor, self.tensor)
-        dim, parts = self.parts
-        values = self.like.new_empty(self.shape).detach()
-        for positions, part in parts:
-            values.index_copy_(dim, _index(positions, part), part.detach())
-        tensor = _like(values, self.like)
-        tensor.grad = self.grad
-        return tensor
 
 
 def _index(positions: Sequence[int], tensor: torch.Tensor) -> torch.Tensor:
