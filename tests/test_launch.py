@@ -196,19 +196,19 @@ def test_workers_beyond_those_that_share_a_batch_leave_the_group(tmp_path: Path)
 
 
 HOLD = """
-import sys, time
+import sys
 from mlpreduce.launch.locks import drive, work
 directory, rank, text = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 with drive([directory]) if rank < 0 else work(directory, rank, text):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
 def holder(directory: Path, rank: int, text: str = "") -> subprocess.Popen[str]:
     """Another process that holds a run: as its driver (rank -1) or as a worker."""
     arguments = [sys.executable, "-c", HOLD, str(directory), str(rank), text]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
@@ -290,8 +290,7 @@ def test_interrupt_waits_for_the_record_that_is_being_written(tmp_path: Path) ->
 
     def consume(event: dict[str, Any]) -> None:
         if event["event"] == "epoch":
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.05)
+            signal.raise_signal(signal.SIGINT)
             written.append(event["epoch"])
 
     before = signal.getsignal(signal.SIGINT)
@@ -409,7 +408,7 @@ def test_the_driver_is_killed_and_a_worker_outlives_it(tmp_path: Path, whole: Pa
     while "1 variants x 1 seeds" not in (line := process.stdout.readline()):
         assert line, process.communicate()
         assert time.monotonic() < deadline
-    time.sleep(3)
+    time.sleep(3)  # in which it must not start Ray
     assert workers_of(marks[0]) == []
     assert process.poll() is None
     assert not any(line.startswith("ray::") for line in marked(marks[1]).values())  # it waits before it starts Ray
