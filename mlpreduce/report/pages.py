@@ -21,6 +21,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3em .8em; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
+td:last-child { white-space: normal; }
 tbody th { font-weight: 600; }
 tr.paper td, tr.paper th { color: GrayText; }
 img { max-width: 100%; height: auto; background: white; }

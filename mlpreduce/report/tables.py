@@ -18,7 +18,7 @@ ABSENT = "not in the paper"
 FEW = "(n is too small to conclude)"
 NOTES = (
     "Tied parameters are counted once. MACs: multiply-accumulates of one image in Linear, Conv and LayerNorm layers, "
-    "attention products left out (the paper's convention; `macs` in results.json).",
+    "attention products left out (the paper's convention; macs in results.json).",
     "Top-1 and top-5 are those of the best epoch, chosen on the validation set; mean ± standard deviation over seeds "
     "(ddof=1). Peak-to-final: top-1 of the best epoch minus that of the last, in points.",
     "images/s and peak memory: inference on one worker, medians over the runs; the report names batch, dtype and hardware. A "

@@ -66,7 +66,10 @@ def precision(train: TrainSettings) -> Iterator[None]:
 
 def environment(runtime: Runtime) -> dict[str, Any]:
     """Versions and hardware, for the record of a run."""
-    cuda = runtime.device.type == "cuda"
+    if runtime.device.type == "cuda":
+        device = torch.cuda.get_device_name(runtime.device)
+    else:
+        device = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
     installed = {found.metadata["Name"]: found.version for found in metadata.distributions()}
     return {
         "versions": {
@@ -75,7 +78,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
             **{name: installed[name] for name in _PACKAGES if name in installed},
         },
         "hardware": {
-            "device": torch.cuda.get_device_name(runtime.device) if cuda else torch.backends.cpu.get_cpu_capability(),
+            "device": device,
             "device_type": runtime.device.type,
             "machine": platform.machine(),
             "workers": runtime.world,
