@@ -1,4 +1,4 @@
-"""A cluster of two simulated nodes with one CPU each, on this machine, with a token."""
+"""Clusters of simulated nodes with one CPU each, on this machine, with a token."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,26 +39,23 @@ from ray.cluster_utils import Cluster
 
 node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args=node)
-others = [cluster.add_node(**node)]
+others = [cluster.add_node(**node) for _ in range(int(sys.argv[1]) - 1)]
 cluster.wait_for_nodes()
 print(cluster.address, flush=True)
-for line in sys.stdin:
-    if line == "remove\\n":
-        cluster.remove_node(others.pop(), allow_graceful=False)
-    else:
-        others.append(cluster.add_node(**node))
+for _ in sys.stdin:
+    cluster.remove_node(others.pop(), allow_graceful=False)
     print("done", flush=True)
 cluster.shutdown()
 """
 
 
 class Nodes:
-    """The cluster's address and mark; nodes are added to it and removed."""
+    """The address and mark of a cluster, whose nodes can be lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
         self.mark = uuid.uuid4().hex
         self._process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT],
+            [sys.executable, "-c", SCRIPT, str(number)],
             env={**environment(self.mark), **TOKEN},
             cwd=ROOT,
             stdin=subprocess.PIPE,
@@ -67,9 +65,9 @@ class Nodes:
         )
         self.address = self._answer()
 
-    def order(self, what: str) -> None:
+    def lose_one(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{what}\n")
+        self._process.stdin.write("lose\n")
         self._process.stdin.flush()
         assert self._answer() == "done"
 
@@ -84,11 +82,26 @@ class Nodes:
         raise AssertionError("the cluster did not start")
 
 
+@contextmanager
+def cluster_of(number: int) -> Iterator[Nodes]:
+    started = Nodes(number)
+    try:
+        yield started
+    finally:
+        started.end()
+
+
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    started = Nodes()
-    yield started
-    started.end()
+def two_nodes() -> Iterator[Nodes]:
+    with cluster_of(2) as started:
+        yield started
+
+
+@pytest.fixture
+def three_nodes() -> Iterator[Nodes]:
+    """Its own cluster: Ray counts the nodes for an elastic group every 20 s only, and when it is first asked."""
+    with cluster_of(3) as started:
+        yield started
 
 
 def start(nodes: Nodes, *arguments: str, token: str = TOKEN["RAY_AUTH_TOKEN"]) -> subprocess.Popen[str]:
@@ -107,12 +120,12 @@ def parent(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def test_two_nodes_give_the_bits_of_one(nodes: Nodes, tmp_path: Path) -> None:
+def test_two_nodes_give_the_bits_of_one(two_nodes: Nodes, tmp_path: Path) -> None:
     output = tmp_path / "out"
     whole = undisturbed(tmp_path / "whole", *GROUPED)
-    process = start(nodes, *GROUPED, "--output", str(output))
+    process = start(two_nodes, *GROUPED, "--output", str(output))
     wait_for_epochs(process, output, "grouped-42", 1)
-    workers = workers_of(nodes.mark)
+    workers = workers_of(two_nodes.mark)
     assert len({parent(worker) for worker in workers}) == len(workers) == 2  # each node has a raylet of its own
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
@@ -121,22 +134,21 @@ def test_two_nodes_give_the_bits_of_one(nodes: Nodes, tmp_path: Path) -> None:
     assert without_times(records(output)["grouped-42"]["epochs"]) == last_state(whole)["history"]
 
 
-def test_another_token_is_told(nodes: Nodes, tmp_path: Path) -> None:
-    process = start(nodes, *GROUPED, "--output", str(tmp_path / "out"), token="1" * 32)
+def test_another_token_is_told(two_nodes: Nodes, tmp_path: Path) -> None:
+    process = start(two_nodes, *GROUPED, "--output", str(tmp_path / "out"), token="1" * 32)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2, stderr
     assert "does not let this process in" in stderr
     assert "RAY_AUTH_TOKEN" in stderr
 
 
-def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(nodes: Nodes, tmp_path: Path) -> None:
+def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(three_nodes: Nodes, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    nodes.order("add")
     elastic = ["launch.workers=4", "launch.min_workers=1", "train.epochs=500"]  # more than there is time for
-    process = start(nodes, *GROUPED, *elastic, "--output", str(output))
+    process = start(three_nodes, *GROUPED, *elastic, "--output", str(output))
     wait_for_epochs(process, output, "grouped-42", 2)
-    nodes.order("remove")
-    nodes.order("remove")
+    three_nodes.lose_one()
+    three_nodes.lose_one()
     deadline = time.monotonic() + 300
     while records(output)["grouped-42"]["epochs"][-1]["workers"] != 1:
         assert process.poll() is None, process.communicate()
