@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.func import functional_call
 
 from mlpreduce.criteria import get_criterion, needs_weights, unit_weights
 from mlpreduce.edits import Slice, as_units
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import MLP, Leaf, chains, module_at
+from mlpreduce.graph import MLP, Leaf, chains, module_at, structural_copy
 
 __all__ = ["Parts"]
 
@@ -52,6 +53,35 @@ class Parts(Sequence[MLP]):
                 f"needs the values of {path}, but the model is on the meta device; give it weights first"
             )
         return value
+
+    def output(self, mlp: MLP, inputs: torch.Tensor, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What an MLP makes of inputs `(batch, features)`, computed in their dtype, with other values of some tensors.
+
+        Raises:
+            ReductionError: it is no module of the MLP alone that takes one tensor, or the model is a graph, or on meta.
+        """
+        if isinstance(self._model, fx.GraphModule):
+            raise ReductionError(
+                f"{mlp.name} is part of a torch.fx graph and cannot be measured by itself; give the model"
+            )
+        module = module_at(self._model, mlp.name)
+        leaves = tuple(f"{leaf.path}." for leaf in mlp.leaves)
+        named = [] if module is None else [*module.named_parameters(), *module.named_buffers()]
+        if module is None or not all(f"{mlp.name}.{name}".startswith(leaves) for name, _ in named):
+            raise ReductionError(f"{mlp.name} is no module of the MLP alone, so it cannot be measured by itself")
+        held = {}
+        for name, _ in named:
+            value = values.get(path := f"{mlp.name}.{name}")
+            value = self.tensor(path) if value is None else value
+            held[name] = value.detach().to(inputs) if value.is_floating_point() else value
+        try:
+            with torch.no_grad():
+                output: torch.Tensor = functional_call(structural_copy(module).eval(), held, (inputs,))
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise ReductionError(
+                f"{mlp.name} ({type(module).__name__}) cannot be measured on inputs of shape {tuple(inputs.shape)}: {error}"
+            ) from error
+        return output
 
     def tensors_of(self, leaf: Leaf) -> list[str]:
         """Paths of the floating-point parameters and buffers of a leaf."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 
 import mlpreduce
 from mlpreduce import ReductionError
 from mlpreduce.criteria import register_criterion
-from mlpreduce.edits import Share, Slice
+from mlpreduce.edits import Scale, Share, Slice
 from mlpreduce.testing import check_transform, tiny_vit
 from mlpreduce.transforms import is_construction, register
 
@@ -122,6 +123,60 @@ def test_align_mean_undoes_a_permutation(images: torch.Tensor) -> None:
     before = model(images)
     mlpreduce.apply(model, "grouped", pattern=[[0, 1]], keep="align_mean", scale="none")
     torch.testing.assert_close(model(images), before, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("keep", ["first", "last", "mean", "align_mean"])
+def test_match_forward_keeps_the_energy_of_the_branch(keep: str) -> None:
+    model = tiny_vit(proj_drop_rate=0.5)  # in training mode, as it is built
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight.mul_(3)  # unlike the others
+        for block in model.blocks:
+            block.mlp.fc1.bias.normal_(std=0.1)
+    inputs = torch.randn(8192, 32, generator=torch.Generator().manual_seed(5))
+
+    def energy(mlp: torch.nn.Module) -> float:
+        hidden = torch.nn.functional.gelu(inputs @ mlp.fc1.weight.T + mlp.fc1.bias)
+        return (hidden @ mlp.fc2.weight.T + mlp.fc2.bias).square().mean().item()
+
+    with torch.no_grad():
+        before = [(energy(model.blocks[i].mlp) + energy(model.blocks[i + 1].mlp)) / 2 for i in (0, 2)]
+        state = torch.get_rng_state()
+        mlpreduce.apply(model, "grouped", group=2, scale="match_forward", keep=keep)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert model.training
+        after = [energy(model.blocks[i].mlp) for i in (0, 2)]
+    assert after == pytest.approx(before, rel=0.1)  # on other noise
+
+
+def test_match_forward_is_one_for_equal_and_root_two_for_the_mean_of_independent_mlps() -> None:
+    model = tiny_vit()
+    model.blocks[1].mlp.load_state_dict(model.blocks[0].mlp.state_dict())
+    (equal,) = {
+        e.factor
+        for e in mlpreduce.plan(model, "grouped", pattern=[[0, 1]], scale="match_forward").edits
+        if isinstance(e, Scale)
+    }
+    assert equal == pytest.approx(1, abs=1e-5)
+    wide = tiny_vit(embed_dim=128)
+    made = mlpreduce.plan(wide, "grouped", group=2, scale="match_forward", keep="mean")
+    factors = [edit.factor for edit in made.edits if isinstance(edit, Scale)]
+    assert len(factors) == 6
+    assert factors == pytest.approx([math.sqrt(2)] * 6, rel=0.03)
+
+
+def test_match_forward_refuses_what_it_cannot_measure() -> None:
+    model = timm.create_model("pvt_v2_b0")
+    with pytest.raises(ReductionError, match=r"stages\.0\.blocks\.0\.mlp \(MlpWithDepthwiseConv\) cannot be measured"):
+        mlpreduce.apply(model, "grouped", group=2, scale="match_forward")
+    with torch.device("meta"), pytest.raises(ReductionError, match="meta device"):
+        mlpreduce.plan(tiny_vit(), "grouped", scale="match_forward")
+    traced = torch.fx.symbolic_trace(tiny_vit())
+    with pytest.raises(ReductionError, match=r"blocks\.0\.mlp is part of a torch\.fx graph"):
+        mlpreduce.apply(traced, "grouped", scale="match_forward")
+    dead = tiny_vit()
+    torch.nn.init.zeros_(dead.blocks[0].mlp.fc2.weight)
+    with pytest.raises(ReductionError, match=r"no factor from 0\.00098 to 1e\+03 gives blocks.0.mlp the energy"):
+        mlpreduce.plan(dead, "grouped", scale="match_forward")
 
 
 @pytest.mark.parametrize("criterion", ["first", "last", "random", "l2"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -44,8 +45,9 @@ def grouped(
         pattern: `sequence` (neighbours), `cycle` (every n-th block, n the number of MLPs left), `cycle_reverse` (the
             same, the last cycle backwards), or lists of the row numbers that a printed plan shows.
         scale: factor of the shared fc1.weight, fc1.bias and fc2.weight: `inv_sqrt` (1/sqrt of the uses), `paper`
-            (0.707), `none`, a number, or a number for each of these tensors. For training from scratch; keep trained
-            weights with `none`.
+            (0.707), `none`, a number, a number for each of these tensors, or `match_forward`: measured, so that the shared
+            MLP gives noise as much energy as the MLPs it stands for did on average. For training from scratch; keep
+            trained weights with `none`.
         keep: whose weights stay: `first`, `last`, their `mean`, or `align_mean`, the mean after the hidden units of
             each are matched with those of the first.
         remainder: of `sequence`, when blocks are left over: `error`, `own` (a smaller group), `merge` (into the last).
@@ -71,7 +73,12 @@ def grouped(
     for members in groups:
         factors = _factors(scale, len(members))
         if len(members) > 1:
-            yield from _tie(parts, members, factors, keep)
+            means = dict(_means(parts, members, align=keep == "align_mean")) if keep in ("mean", "align_mean") else {}
+            keeper = members[-1] if keep == "last" else members[0]
+            if scale == "match_forward":
+                factors = dict.fromkeys(SCALED, _matching_factor(parts, members, keeper, means))
+            yield from (Assign(path, value) for path, value in means.items())
+            yield from _tie(parts, members, keeper, factors)
 
 
 def _split(parts: Parts, chain: list[MLP], group: int, pattern: str, remainder: str) -> list[list[MLP]]:
@@ -134,7 +141,7 @@ def _shape(mlp: MLP) -> str:
 
 def _factors(scale: str | float | Mapping[str, float], uses: int) -> dict[str, float]:
     """Factor of each scaled tensor."""
-    rules = {"inv_sqrt": 1 / math.sqrt(uses), "paper": 0.707, "none": 1.0}
+    rules = {"inv_sqrt": 1 / math.sqrt(uses), "paper": 0.707, "none": 1.0, "match_forward": 1.0}  # the last is measured
     if isinstance(scale, str):
         if scale not in rules:
             raise ReductionError(
@@ -150,11 +157,8 @@ def _factors(scale: str | float | Mapping[str, float], uses: int) -> dict[str, f
     return factors
 
 
-def _tie(parts: Parts, members: list[MLP], factors: Mapping[str, float], keep: str) -> Iterator[Edit]:
+def _tie(parts: Parts, members: list[MLP], keeper: MLP, factors: Mapping[str, float]) -> Iterator[Edit]:
     """The edits that leave one MLP for all members."""
-    keeper = members[-1] if keep == "last" else members[0]
-    if keep in ("mean", "align_mean"):
-        yield from _mean(parts, members, align=keep == "align_mean")
     for leaf in keeper.leaves:
         for name in ("weight", "bias"):
             factor = factors.get(f"{leaf.role}.{name}", 1.0)
@@ -167,7 +171,36 @@ def _tie(parts: Parts, members: list[MLP], factors: Mapping[str, float], keep: s
                     yield Share(source.path, target.path)
 
 
-def _mean(parts: Parts, members: list[MLP], *, align: bool) -> Iterator[Assign]:
+def _matching_factor(parts: Parts, members: list[MLP], keeper: MLP, means: Mapping[str, torch.Tensor]) -> float:
+    """The factor with which the shared MLP has the mean output energy of the members on standard normal inputs."""
+    optimize = _scipy_optimize("scale='match_forward'")
+    noise = torch.randn(256, keeper.in_features, generator=torch.Generator().manual_seed(0))
+    paths = [
+        path
+        for leaf in keeper.leaves
+        for path in parts.tensors_of(leaf)
+        if f"{leaf.role}{path[len(leaf.path) :]}" in SCALED
+    ]
+    values = {path: means[path] if path in means else parts.tensor(path) for path in paths}
+
+    def energy(mlp: MLP, values: Mapping[str, torch.Tensor]) -> float:
+        return parts.output(mlp, noise, values).double().square().mean().item()
+
+    def excess(exponent: float) -> float:
+        shared = energy(keeper, {**means, **{path: value * 2**exponent for path, value in values.items()}})
+        return math.log2(shared / wanted) if shared and wanted else shared - wanted
+
+    wanted = sum(energy(member, {}) for member in members) / len(members)
+    low, high = -10.0, 10.0
+    if not excess(low) < 0 < excess(high):
+        raise ReductionError(
+            f"scale='match_forward': no factor from {2**low:.2g} to {2**high:.2g} gives {keeper.name} the energy {wanted:.3g} "
+            f"that {', '.join(member.name for member in members)} have on average; use another scale"
+        )
+    return float(2 ** optimize.brentq(excess, low, high, xtol=1e-6))
+
+
+def _means(parts: Parts, members: list[MLP], *, align: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Mean of the members' tensors, after their hidden units are put in the order of the first's, if asked.
 
     An MLP computes the same for any order of its hidden units, so trained ones differ in it by chance.
@@ -191,16 +224,21 @@ def _mean(parts: Parts, members: list[MLP], *, align: bool) -> Iterator[Assign]:
                     index = torch.cat([order + offset for offset in axes[path].offsets])
                     value = value.index_select(axes[path].dim, index.to(value.device))
                 values.append(value)
-            yield Assign(path, torch.stack(values).mean(0))
+            yield path, torch.stack(values).mean(0)
 
 
 def _matching(parts: Parts, first: MLP, member: MLP) -> torch.Tensor:
     """Units of `member` in the order in which each comes closest to its unit of `first`, as a linear assignment."""
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ModuleNotFoundError as error:
-        raise ReductionError("keep='align_mean' needs scipy, which is not installed: pip install scipy") from error
+    optimize = _scipy_optimize("keep='align_mean'")
     gain = unit_weights(first, parts.tensor) @ unit_weights(member, parts.tensor).T
     if not gain.isfinite().all():
         raise ReductionError(f"keep='align_mean': the weights of {first.name} or {member.name} are not finite")
-    return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])
+    return torch.from_numpy(optimize.linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])
+
+
+def _scipy_optimize(what: str) -> Any:
+    try:
+        from scipy import optimize
+    except ModuleNotFoundError as error:
+        raise ReductionError(f"{what} needs scipy, which is not installed: pip install scipy") from error
+    return optimize
