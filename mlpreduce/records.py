@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 __all__ = [
+    "SCHEMA",
     "Recorder",
     "baseline_of",
     "conditions",
@@ -99,17 +100,19 @@ class Recorder:
         directory: output directory of the recipe.
         recipe: the resolved recipe, as JSON-like data; its "name" names the MLflow experiment.
         runs: all runs of the recipe, in order.
+        home: directory of MLflow's store, unless MLFLOW_TRACKING_URI names another; by default that of the recipe.
     """
 
-    def __init__(self, directory: Path, recipe: dict[str, Any], runs: list[Run]) -> None:
+    def __init__(self, directory: Path, recipe: dict[str, Any], runs: list[Run], *, home: Path | None = None) -> None:
         self._recipe = recipe
         self._runs = {(run.variant, run.seed): run for run in runs}
         self._order = {key: number for number, key in enumerate(self._runs)}
         self._records = {(record["variant"], record["seed"]): record for record in read(directory)}
         self._started: set[tuple[str, int]] = set()
-        self._uri = tracking_uri(directory)
+        home = home or directory
+        self._uri = tracking_uri(home)
         self._client = _client(self._uri)
-        self._experiment = _experiment(self._client, recipe["name"], directory, self._uri)
+        self._experiment = _experiment(self._client, recipe["name"], home, self._uri)
 
     def finished(self, run: Run) -> bool:
         """Whether a run has been trained to its end."""

@@ -42,7 +42,7 @@ def test_every_recipe_loads_and_tells_source_command_cost_and_numbers(name: str)
     assert any(line.startswith("Expected:") for line in lines)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "paper_vitb16"])
+@pytest.mark.parametrize("name", ["digits", *(name for name in NAMES if name.endswith("_tiny"))])
 def test_every_small_recipe_can_be_planned(name: str) -> None:
     text = describe(recipes.load(name))
     assert "effective batch" in text
@@ -53,6 +53,8 @@ def test_every_small_recipe_can_be_planned(name: str) -> None:
 def test_a_tiny_twin_has_the_same_keys(name: str) -> None:
     large, tiny = recipes.load(name), recipes.load(f"{name}_tiny")
     assert set(tiny.variants) <= set(large.variants)
+    assert set(tiny.sweep) <= set(large.sweep)
+    assert bool(tiny.sweep) == bool(large.sweep)
     assert set(tiny.train.model_fields_set) == set(large.train.model_fields_set)
 
 

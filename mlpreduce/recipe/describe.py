@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlpreduce
 from mlpreduce.errors import ReductionError
-from mlpreduce.recipe.schema import Recipe, runs
+from mlpreduce.recipe.schema import Recipe, points, runs
 from mlpreduce.train.parts import build_model, learning_rates
 from mlpreduce.train.settings import Run
 
@@ -12,11 +12,21 @@ __all__ = ["describe"]
 
 
 def describe(recipe: Recipe) -> str:
-    """The text of `--dry-run`.
+    """The text of `--dry-run`, one part for each point of a sweep.
 
     Raises:
         ReductionError: the recipe cannot be carried out, or `data.train_samples` is not given.
     """
+    parts = [_describe(point) for point in points(recipe).values()]
+    text = "\n\n".join(text for text, _, _ in parts)
+    if not recipe.sweep:
+        return text
+    count, macs = sum(runs for _, runs, _ in parts), sum(macs for _, _, macs in parts)
+    return f"{text}\n\nall {len(parts)} points: {count} runs, {macs:.3e} MACs"
+
+
+def _describe(recipe: Recipe) -> tuple[str, int, int]:
+    """The text of one point, its runs, and their training MACs."""
     if not recipe.data.train_samples:
         raise ReductionError(f"{recipe.name}.data.train_samples=0: --dry-run counts with it; give the number of images")
     every = runs(recipe, ".")
@@ -25,7 +35,7 @@ def describe(recipe: Recipe) -> str:
     train, launch = recipe.train, recipe.launch
     images = updates * train.batch_size * train.epochs
     costs = {}
-    lines = []
+    lines = [f"{recipe.name}\n"] if "/" in recipe.name else []
     for variant in recipe.variants:
         text, costs[variant] = _variant(next(run for run in every if run.variant == variant))
         lines += [text, ""]
@@ -46,12 +56,15 @@ def describe(recipe: Recipe) -> str:
         lines.append(f"  {name:<{width}}  {one:.3e} a run, {one * len(recipe.seeds):.3e} in all")
     total = sum(3 * macs * images * len(recipe.seeds) for macs in costs.values())
     lines.append(f"  {len(every)} runs: {total:.3e} MACs, {images * len(every):,} images")
-    return "\n".join(lines)
+    return "\n".join(lines), len(every), total
 
 
 def _variant(run: Run) -> tuple[str, int]:
     """Plans and counts of one variant, from a model without memory."""
-    model = build_model(run, device="meta")
+    try:
+        model = build_model(run, device="meta")
+    except ReductionError:  # what depends on weights cannot be planned without them: with any, the counts are the same
+        model = build_model(run)
     profile = mlpreduce.profile(model)
     plans = [str(plan) for plan in mlpreduce.history(model) if plan.rows]
     steps = ", ".join(str(step["transform"]) for step in run.steps) or "as it is"

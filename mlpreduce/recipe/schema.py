@@ -17,7 +17,10 @@ from mlpreduce.launch import LaunchSettings
 from mlpreduce.train.settings import FREE, ModelSettings, Run, Step, TrainSettings
 from mlpreduce.values import flatten, parse_value
 
-__all__ = ["Recipe", "differences", "find", "header", "list_recipes", "load", "runs"]
+__all__ = ["Recipe", "differences", "find", "header", "list_recipes", "load", "points", "runs"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of variants and points, whose folders have their names
+_SWEPT = ("model", "data", "train", "variants")
 
 # What may differ when a run is resumed: none of it changes what is computed, but for rounding and random numbers where the
 # batch is shared otherwise; the run says so.
@@ -34,7 +37,7 @@ _FREE = {
 
 
 class Recipe(BaseModel):
-    """One experiment: all variants, each trained with all seeds."""
+    """One experiment: all variants, each trained with all seeds; with `sweep`, at several points."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -45,6 +48,7 @@ class Recipe(BaseModel):
     launch: LaunchSettings = LaunchSettings()
     seeds: tuple[int, ...] = (42, 123)
     variants: dict[str, tuple[Step, ...]] = {"baseline": ()}  # name -> steps {transform=..., **config}, in order
+    sweep: dict[str, dict[str, Any]] = {}  # name of a point -> tables that are laid over those above; see `points`
 
 
 def list_recipes() -> dict[str, Path]:
@@ -99,19 +103,43 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise ReductionError(f"recipe {path}: no valid TOML: {error}") from error
     for override in overrides:
         _override(document, override)
-    document["name"] = path.stem
-    try:
-        recipe = Recipe.model_validate(document)
-    except ValidationError as error:
-        raise ReductionError("\n".join(_complaint(path.stem, item) for item in error.errors())) from error
-    problems = list(_problems(recipe))
+    recipe = _validated({**document, "name": path.stem})
+    problems = [f"{point.name}.{problem}" for point in points(recipe).values() for problem in _problems(point)]
     if problems:
-        raise ReductionError("\n".join(f"{recipe.name}.{problem}" for problem in problems))
+        raise ReductionError("\n".join(dict.fromkeys(problems)))
     return recipe
 
 
+def points(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipes that a recipe with a sweep stands for, by the name of the point, which is its folder's too.
+
+    Each is the recipe with the point's tables laid over its own, key by key. A recipe without a sweep is its only point, "".
+
+    Raises:
+        ReductionError: a point has what cannot be swept, or is no recipe.
+
+    Example:
+        >>> {name: point.model.name for name, point in points(load("scaling")).items()}["s"]
+        'vit_small_patch16_224'
+    """
+    if not recipe.sweep:
+        return {"": recipe}
+    found = {}
+    for name, tables in recipe.sweep.items():
+        place = f"{recipe.name}.sweep.{name}"
+        if not _NAME.fullmatch(name):
+            raise ReductionError(f"{place}: its name is a folder's too; use letters, digits, '_', '-' and '.'")
+        for table, value in tables.items():
+            if table not in _SWEPT or not isinstance(value, dict):
+                known = did_you_mean(table, _SWEPT)
+                raise ReductionError(f"{place}.{table}: a point of a sweep has tables of {', '.join(_SWEPT)}{known}")
+        document = _laid_over(recipe.model_dump(mode="json", exclude={"sweep"}, exclude_unset=True), tables)
+        found[name] = _validated({**document, "name": f"{recipe.name}/{name}"})
+    return found
+
+
 def runs(recipe: Recipe, output: str | Path) -> list[Run]:
-    """All runs of a recipe, in order; each has its directory `output/<variant>/seed<seed>`."""
+    """All runs of a recipe without a sweep, in order; each has its directory `output/<variant>/seed<seed>`."""
     root = Path(output).resolve()
     return [
         Run(
@@ -157,6 +185,18 @@ def _override(document: dict[str, Any], text: str) -> None:
     target[last] = parse_value(value)
 
 
+def _validated(document: dict[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise ReductionError("\n".join(_complaint(document["name"], item) for item in error.errors())) from error
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = [key for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)]
+    return {**below, **above, **{key: _laid_over(below[key], above[key]) for key in both}}
+
+
 def _complaint(name: str, item: Any) -> str:
     """One of pydantic's findings, in our words."""
     *tables, key = (str(part) for part in item["loc"])
@@ -185,7 +225,7 @@ def _problems(recipe: Recipe) -> Iterable[str]:
         yield "variants: none; give at least `baseline = []`"
     for variant, steps in recipe.variants.items():
         place = f"variants.{variant}"
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", variant):
+        if not _NAME.fullmatch(variant):
             yield f"{place}: a variant's name is a folder's too; use letters, digits, '_', '-' and '.'"
         for number, step in enumerate(steps):
             config = {key: value for key, value in step.items() if key != "transform"}

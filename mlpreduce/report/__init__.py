@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.records import store, summarize
+from mlpreduce.records import SCHEMA, store, summarize
 from mlpreduce.report.figure import draw
-from mlpreduce.report.gather import gather
+from mlpreduce.report.gather import gather, gather_points
 from mlpreduce.report.pages import as_html, as_markdown
 from mlpreduce.report.tables import NOTES, compose, overview
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-__all__ = ["NOTES", "build", "console_table", "main"]
+__all__ = ["FILES", "NOTES", "build", "console_table", "main"]
+
+FILES = ("results.json", "report.md", "report.html", "curves.png")  # what `build` writes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +57,8 @@ def build(*runs: str | Path, output: str | Path | None = None) -> dict[str, Any]
     """Write `results.json`, `report.md`, `report.html` and `curves.png`, from the records of finished runs alone.
 
     Args:
-        runs: output directories of recipes; the records of several are put together.
+        runs: output directories of recipes; the records of several are put together. That of a recipe with a sweep stands
+            alone: its report has the points side by side.
         output: where the files are written; by default into the directory of the runs, if it is one.
 
     Returns:
@@ -65,7 +68,8 @@ def build(*runs: str | Path, output: str | Path | None = None) -> dict[str, Any]
         ReductionError: a directory has no finished run; two have one of the same variant and seed, or a variant that is
             not the same in both; there are several and `output` is missing, or is one of them.
     """
-    records = gather(*runs)
+    points = gather_points(runs[0]) if len(runs) == 1 else {}
+    records = [] if points else gather(*runs)
     sources = {Path(run).resolve() for run in runs}
     if output is None and len(sources) > 1:
         raise ReductionError(
@@ -76,10 +80,27 @@ def build(*runs: str | Path, output: str | Path | None = None) -> dict[str, Any]
         raise ReductionError(
             f"report: --output {place} holds records and has a report of its own; name another directory"
         )
+    if points:
+        return _write_sweep(points, place)
     document = summarize(records)
-    content = compose(document, records)
+    return _write(place, document, [(document, records)])
+
+
+def _write_sweep(points: dict[str, list[dict[str, Any]]], place: Path) -> dict[str, Any]:
+    """The report of a recipe with a sweep, from the finished records of each point."""
+    parts = {point: summarize(records) for point, records in points.items()}
+    recipe = next(iter(points.values()))[0]["recipe"]["name"].rpartition("/")[0]
+    tables = {point: {"variants": part["variants"]} for point, part in parts.items()}
+    document = {"schema": SCHEMA, "recipe": recipe, "points": tables}
+    return _write(place, document, [(part, points[point]) for point, part in parts.items()])
+
+
+def _write(
+    place: Path, document: dict[str, Any], parts: list[tuple[dict[str, Any], list[dict[str, Any]]]]
+) -> dict[str, Any]:
+    content = compose(document["recipe"], parts)
     figure = BytesIO()
-    draw(records).savefig(figure, format="png", dpi=120)
+    draw([records for _, records in parts]).savefig(figure, format="png", dpi=120)
     store(place, "results.json", document)
     (place / "curves.png").write_bytes(figure.getvalue())
     (place / "report.md").write_text(as_markdown(content), encoding="utf-8")

@@ -9,28 +9,42 @@ from typing import TYPE_CHECKING, Any
 from mlpreduce.report import published
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 __all__ = ["CAPTION", "draw"]
 
 CAPTION = "Validation top-1 and loss over the epochs: lines are means over seeds, bands their ranges"
 
 
-def draw(records: Sequence[dict[str, Any]]) -> Figure:
+def draw(parts: Sequence[Sequence[dict[str, Any]]]) -> Figure:
     """Draw validation top-1 and loss over the epochs, each variant's mean as a line and range over seeds as a band.
 
     Of a recipe that reproduces the paper's runs, what figure 1 shows: from epoch 150 on, if training went on to epoch 300.
+    Of a sweep, a row for each point, and in a last one top-1 against parameters.
+
+    Args:
+        parts: records; of a sweep, those of each point.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    rows = len(parts) + (len(parts) > 1)
+    figure = Figure(figsize=(11, 4.5 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    pieces = figure.subfigures(rows, squeeze=False)[:, 0]
+    for piece, records in zip(pieces, parts, strict=False):
+        _draw_curves(piece, records)
+    if len(parts) > 1:
+        _draw_cost(pieces[-1], parts)
+    return figure
+
+
+def _draw_curves(figure: SubFigure, records: Sequence[dict[str, Any]]) -> None:
     names = dict.fromkeys(record["recipe"]["name"] for record in records)
     whole = all(published.reproduces(name) for name in names) and all(
         len(record["epochs"]) >= published.EPOCHS for record in records
     )
     first = published.FIGURE_FROM if whole else 1
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
     for axis, key, label in zip(axes, ("top1", "val_loss"), ("validation top-1 (%)", "validation loss"), strict=True):
         for number, variant in enumerate(dict.fromkeys(record["variant"] for record in records)):
@@ -49,7 +63,27 @@ def draw(records: Sequence[dict[str, Any]]) -> Figure:
         axis.grid(alpha=0.3)
     axes[0].legend(loc="lower right")
     figure.suptitle(_plain(f"{' + '.join(names)}: mean and range over seeds"))
-    return figure
+
+
+def _draw_cost(figure: SubFigure, parts: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Top-1 of the best epoch against parameters: a line for each variant through the points of a sweep."""
+    axis = figure.subplots()
+    variants = dict.fromkeys(record["variant"] for records in parts for record in records)
+    for number, variant in enumerate(variants):
+        found = [[record for record in records if record["variant"] == variant] for records in parts]
+        found = sorted(filter(None, found), key=lambda records: records[0]["profile"]["params"])
+        tops = [[max(epoch["top1"] for epoch in record["epochs"]) for record in records] for records in found]
+        means = [fmean(values) for values in tops]
+        below = [mean - min(values) for mean, values in zip(means, tops, strict=True)]
+        above = [max(values) - mean for mean, values in zip(means, tops, strict=True)]
+        params = [records[0]["profile"]["params"] / 1e6 for records in found]
+        axis.errorbar(params, means, (below, above), fmt="o-", color=f"C{number}", capsize=3, label=_plain(variant))
+    axis.set_xscale("log")
+    axis.set_xlabel("parameters (M)")
+    axis.set_ylabel("validation top-1 (%), best epoch")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(loc="lower right")
+    figure.suptitle("top-1 and parameters: mean and range over seeds")
 
 
 def _plain(text: str) -> str:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.records import finished
+from mlpreduce.records import finished, read
 from mlpreduce.train.settings import FREE
 from mlpreduce.values import flatten
 
-__all__ = ["differing", "gather"]
+__all__ = ["differing", "gather", "gather_points"]
 
 
 def gather(*directories: str | Path) -> list[dict[str, Any]]:
@@ -41,6 +41,19 @@ def gather(*directories: str | Path) -> list[dict[str, Any]]:
                     _check_pair(other, record, paths)
         records += here
     return records
+
+
+def gather_points(directory: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of the finished runs at each point of a sweep, in the order of their beginning; none of another directory.
+
+    Each has the key "output", the name of its point.
+    """
+    places = {path.parents[2] for path in Path(directory).glob("*/*/seed*/record.json")}
+    points = {place.name: [r for r in read(place) if r["status"] == "finished"] for place in places}
+    begun = {name: min(record["started"] for record in found) for name, found in points.items() if found}
+    return {
+        name: [{**record, "output": name} for record in points[name]] for name in sorted(begun, key=lambda n: begun[n])
+    }
 
 
 def _check_pair(one: dict[str, Any], two: dict[str, Any], paths: dict[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, median, stdev
@@ -54,6 +54,7 @@ class _Variant:
     records: list[dict[str, Any]]
     published: dict[str, str] | None  # cells; None where the paper has no part
     width: int | None  # features that go into an MLP, if the plans show it
+    baseline: str | None  # the variant that it is compared with
 
     @property
     def source(self) -> str:
@@ -67,14 +68,11 @@ class _Variant:
 _Column = tuple[str, Callable[[_Variant], str], str]
 
 
-def compose(document: dict[str, Any], records: list[dict[str, Any]]) -> Content:
-    """The report of finished records and what `results.json` says of them."""
+def compose(title: str, parts: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> Content:
+    """The report of finished records and what `results.json` says of them: one part, or one for each point of a sweep."""
+    records = [record for _, found in parts for record in found]
     paper = all(published.reproduces(record["recipe"]["name"]) for record in records)
-    variants = []
-    for name, found in document["variants"].items():
-        mine = [record for record in records if record["variant"] == name]
-        cells = published.cells_of(mine[0]["steps"]) if paper else None
-        variants.append(_Variant(name, found, mine, cells, _width(records)))
+    variants = [variant for document, found in parts for variant in _variants(document, found, paper)]
     size: list[_Column] = [
         ("parameters (M)", lambda v: millions(v.results["params"]), "params"),
         ("MLP parameters (M)", lambda v: millions(v.results["mlp_params"]), "mlp_params"),
@@ -96,13 +94,13 @@ def compose(document: dict[str, Any], records: list[dict[str, Any]]) -> Content:
         ("top-1 % per G MACs", partial(_per, "macs", 1e9), "top1_per_macs"),
     ]
     return Content(
-        title=document["recipe"],
+        title=title,
         remarks=list(_remarks(records, paper)),
         tables=[
             _table("Table 1: size and compute", size, variants),
             _table("Table 2: validation", validation, variants),
             _table("Accuracy for its cost", cost, variants),
-            _against(variants, baseline_of(records)),
+            _against(variants),
             _speed(variants, records),
             _runs(variants),
             _where(records),
@@ -111,10 +109,21 @@ def compose(document: dict[str, Any], records: list[dict[str, Any]]) -> Content:
     )
 
 
+def _variants(document: dict[str, Any], records: list[dict[str, Any]], paper: bool) -> Iterator[_Variant]:
+    width, baseline = _width(records), baseline_of(records)
+    for name, found in document["variants"].items():
+        mine = [record for record in records if record["variant"] == name]
+        cells = published.cells_of(mine[0]["steps"]) if paper else None
+        yield _Variant(name, found, mine, cells, width, baseline)
+
+
 def overview(document: dict[str, Any]) -> list[Table]:
     """Two small tables for a terminal, from `results.json` alone."""
     counts, accuracy = [], []
-    for name, v in document["variants"].items():
+    points = document.get("points", {"": document})
+    for name, v in (
+        (f"{point} {name}".strip(), v) for point, part in points.items() for name, v in part["variants"].items()
+    ):
         speed = "" if v["throughput"] is None else f"{v['throughput']:,.0f}"
         row = [f"{v['params']:,}", f"{v['mlp_params']:,}", str(v["unique_mlps"]), _macs(v["macs"]), speed]
         counts.append([name, *row])
@@ -180,10 +189,10 @@ def _table(title: str, columns: Sequence[_Column], variants: Iterable[_Variant])
     return Table(title, ("variant", "source", *(header for header, _, _ in columns)), rows)
 
 
-def _against(variants: Iterable[_Variant], baseline: str | None) -> Table:
+def _against(variants: Iterable[_Variant]) -> Table:
     rows = []
     for v in variants:
-        if v.name == baseline:
+        if v.name == v.baseline:
             continue
         against = v.results["vs_baseline"]
         cells = comparison(against) if against else ["no run of the baseline has its seeds", "", "", "0", ""]
@@ -201,12 +210,11 @@ def _against(variants: Iterable[_Variant], baseline: str | None) -> Table:
 def _speed(variants: Iterable[_Variant], records: list[dict[str, Any]]) -> Table:
     """Medians over the runs of one directory and hardware, and their ratios to the baseline's that lie there too."""
     rows = []
-    baseline = baseline_of(records)
     for v in variants:
         places = dict.fromkeys((record["output"], conditions(record)) for record in v.records)
         for place in places:
             mine = [r for r in v.records if (r["output"], conditions(r)) == place]
-            base = [r for r in records if (r["output"], conditions(r)) == place and r["variant"] == baseline]
+            base = [r for r in records if (r["output"], conditions(r)) == place and r["variant"] == v.baseline]
             profile = mine[0]["profile"]
             cells = [
                 *_measured(mine, base, "throughput", ",.0f"),

@@ -1,0 +1,151 @@
+"""Trains a recipe: all its runs on Ray or in this process, recorded, shown and reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlpreduce.errors import ReductionError
+from mlpreduce.recipe.schema import Recipe, differences, points, runs
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["train"]
+
+
+def train(recipe: Recipe, output: Path, *, resume: bool = False, console: Console | None = None) -> int:
+    """Train all variants and seeds of a recipe, at all points of its sweep, and report.
+
+    Args:
+        recipe: what to train.
+        output: directory of records, checkpoints and report; each point of a sweep has a folder of its own in it.
+        resume: go on with what lies in `output`; where nothing does, start.
+        console: where progress and results are shown.
+
+    Returns:
+        0, or 1 when the loss of a run diverged.
+
+    Raises:
+        ReductionError: it cannot be carried out, or `output` holds runs and `resume` is not given, or differs.
+        KeyboardInterrupt: interrupted; the records are marked, the workers have ended.
+    """
+    from rich.console import Console
+
+    from mlpreduce import report
+    from mlpreduce.data import check
+    from mlpreduce.launch import connection
+    from mlpreduce.records import store
+
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    output = output.resolve()
+    document = recipe.model_dump(mode="json")
+    every = {output / name: point for name, point in points(recipe).items()}
+    _check_output(output, list(every), document, resume)
+    if not os.environ.get("RAY_ADDRESS"):  # a cluster may see data that this machine does not
+        for point in every.values():
+            check(point.data)
+    store(output, "recipe.json", document)
+    with (
+        connection(recipe.launch) if recipe.sweep and recipe.launch.workers else nullcontext()
+    ):  # one Ray for all points
+        outcomes = [_train(point, place, output, console) for place, point in every.items()]
+    documents = [document for document, _ in outcomes if document is not None]
+    if not documents:
+        console.print("no run finished; there is nothing to report", style="red")
+        return 1
+    _show(report.build(output) if recipe.sweep else documents[0], output, console)
+    return 0 if all(whole for _, whole in outcomes) else 1
+
+
+def _check_output(output: Path, places: list[Path], document: dict[str, Any], resume: bool) -> None:
+    begun = {
+        path.parent
+        for place in places
+        for pattern in ("*/seed*/record.json", "*/seed*/checkpoints")
+        for path in place.glob(pattern)
+    }
+    if not begun:
+        return
+    if not resume:
+        raise ReductionError(
+            f"output {output} holds {len(begun)} finished or interrupted run(s); go on with --resume, or start in another "
+            "--output DIR"
+        )
+    known = output / "recipe.json"
+    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+    changed = differences(before, document)
+    if changed:
+        raise ReductionError(
+            "--resume: the recipe differs from that of the output; repeat its settings, or start in another --output "
+            "DIR:\n  " + "\n  ".join(changed)
+        )
+
+
+def _train(recipe: Recipe, place: Path, home: Path, console: Console) -> tuple[dict[str, Any] | None, bool]:
+    """Train the runs of one point into `place`, and report; `home` has MLflow's store.
+
+    Returns:
+        What `results.json` holds, or None where no run has finished; and whether all have.
+    """
+    from mlpreduce import report
+    from mlpreduce.launch import execute
+    from mlpreduce.recipe.progress import Display
+    from mlpreduce.records import Recorder
+
+    every = runs(recipe, place)
+    recorder = Recorder(place, recipe.model_dump(mode="json"), every, home=home)
+    todo = [run for run in every if not recorder.finished(run)]
+    where = f"{recipe.launch.workers} workers" if recipe.launch.workers else "this process"
+    console.print(
+        f"{recipe.name}: {len(every)} runs ({len(recipe.variants)} variants x {len(recipe.seeds)} seeds) of "
+        f"{recipe.train.epochs} epochs on {where}; {len(every) - len(todo)} finished before. Output: {place}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    try:
+        with Display(console, todo, len(every)) as display:
+
+            def consume(event: dict[str, object]) -> None:
+                if event["event"] != "progress":
+                    recorder.handle(event)
+                display.handle(event)
+
+            execute(todo, recipe.launch, consume)
+    finally:
+        recorder.interrupt()  # marks what is still running: nothing, unless something was raised
+    whole = all(recorder.finished(run) for run in every)
+    try:
+        document = report.build(place)
+    except ReductionError:
+        if whole:
+            raise
+        return None, False
+    recorder.log_files([place / name for name in report.FILES])
+    return document, whole
+
+
+def _show(document: dict[str, Any], output: Path, console: Console) -> None:
+    from mlpreduce import report
+    from mlpreduce.records import tracking_uri
+
+    console.print(report.console_table(document))
+    for note in report.NOTES:
+        console.print(note, style="dim", highlight=False)
+    uri = tracking_uri(output)
+    show = f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri.startswith("sqlite:") else f"MLflow: {uri}"
+    point = "<point>/" if "points" in document else ""
+    lines = [
+        f"results  {output / 'results.json'}",
+        f"report   {output / 'report.html'}",
+        f"         {output / 'report.md'}",
+        f"figure   {output / 'curves.png'}",
+        f"runs     {output}/{point}<variant>/seed<seed>/: record.json, checkpoints/, model/",
+        show,
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,125 @@
+"""Recipes with a sweep: several points, each with its own runs and report, and one report of all."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mlpreduce import ReductionError
+from mlpreduce import recipe as recipes
+from mlpreduce.__main__ import main as command
+from mlpreduce.recipe.schema import points
+
+# SQLAlchemy about mlflow's own tables
+pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")
+
+SMALL = ["launch.workers=0", "train.epochs=2", "train.batch_size=64", "model.kwargs.depth=2", "seeds=[1, 2]"]
+SWEEP = "sweep={thick={model={kwargs={embed_dim=16}}}, slim={model={kwargs={embed_dim=8}}, train={lr=1e-2}}}"
+
+
+def test_a_point_is_the_recipe_with_its_tables_laid_over_it() -> None:
+    recipe = recipes.load("digits_tiny", [SWEEP, "sweep.slim.variants.third=[{transform='shallow'}]"])
+    found = points(recipe)
+    assert list(found) == ["thick", "slim"]  # in the order of the file
+    assert [point.name for point in found.values()] == ["digits_tiny/thick", "digits_tiny/slim"]
+    thick, slim = found.values()
+    assert thick.model.kwargs == {**recipe.model.kwargs, "embed_dim": 16}
+    assert (thick.train, slim.train.lr, slim.train.epochs) == (recipe.train, 1e-2, recipe.train.epochs)
+    assert list(slim.variants) == ["baseline", "grouped", "third"]
+    assert list(thick.variants) == ["baseline", "grouped"]
+    assert thick.sweep == slim.sweep == {}
+    assert points(thick) == {"": thick}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("sweep.a.model.kwarg=1", "digits_tiny/a.model: unknown key 'kwarg'; did you mean 'kwargs'?"),
+        ("sweep.a.train.lr=-1", "digits_tiny/a.train.lr=-1: input should be greater than or equal to 0"),
+        (
+            "sweep.a.seeds=[1]",
+            "digits_tiny.sweep.a.seeds: a point of a sweep has tables of model, data, train, variants",
+        ),
+        ("sweep.a.launch.workers=1", "digits_tiny.sweep.a.launch: a point of a sweep has tables of"),
+        ("sweep.a.train=3", "digits_tiny.sweep.a.train: a point of a sweep has tables of"),
+        (
+            "sweep.a.variants.x=[{transform='groupd'}]",
+            "digits_tiny/a.variants.x: unknown transform 'groupd'; did you mean 'grouped'",
+        ),
+        ("sweep.a.train.epochs=1", "digits_tiny/a.train.warmup_epochs=1: the warm-up is part of train.epochs=1"),
+        ("sweep.a=1", "digits_tiny.sweep.a=1: input should be a valid dictionary"),
+        ("sweep={'../a'={}}", "digits_tiny.sweep.../a: its name is a folder's too"),
+    ],
+)
+def test_what_is_wrong_at_a_point_is_told_before_anything_runs(change: str, words: str) -> None:
+    with pytest.raises(ReductionError) as told:
+        recipes.load("digits_tiny", [change])
+    assert words in str(told.value)
+
+
+def test_dry_run_has_each_point_and_the_sum(capsys: pytest.CaptureFixture[str]) -> None:
+    assert recipes.main(["digits_tiny", SWEEP, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert text.index("digits_tiny/thick") < text.index("digits_tiny/slim") < text.index("all 2 points: 8 runs,")
+    parts = [float(line.split()[2]) for line in text.splitlines() if line.startswith("  4 runs:")]
+    assert len(parts) == 2
+    assert float(text.split()[-2]) == pytest.approx(sum(parts), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_sweep_from_start_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    arguments = ["digits_tiny", *SMALL, SWEEP, "--output", str(output)]
+    assert recipes.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "digits_tiny/slim: 4 runs (2 variants x 2 seeds) of 2 epochs" in told
+    assert "thick grouped" in told  # the table of all
+    document = json.loads((output / "results.json").read_text())
+    assert document["recipe"] == "digits_tiny"
+    assert list(document["points"]) == ["thick", "slim"]
+    for point, width in (("thick", 16), ("slim", 8)):
+        own = json.loads((output / point / "results.json").read_text())
+        assert own["recipe"] == f"digits_tiny/{point}"
+        assert own["variants"] == document["points"][point]["variants"]
+        assert own["variants"]["baseline"]["mlp_params"] == 2 * (2 * width * 4 * width + 5 * width)
+        assert own["variants"]["grouped"]["vs_baseline"]["n"] == 2
+    page = (output / "report.md").read_text()
+    first = [line.split("|")[1:3] for line in page.split("## Table 2")[0].splitlines() if line.startswith("| ")]
+    assert [[cell.strip() for cell in row] for row in first[1:]] == [
+        [variant, point] for point in ("thick", "slim") for variant in ("baseline", "grouped")
+    ]
+    with Image.open(output / "curves.png") as figure, Image.open(output / "slim" / "curves.png") as one:
+        assert figure.height == pytest.approx(
+            3 * one.height, abs=3
+        )  # a row for each point, and top-1 against parameters
+    with sqlite3.connect(output / "mlflow.db") as database:  # one store for all points
+        names = {name for (name,) in database.execute("select name from experiments")}
+    assert {"digits_tiny/thick", "digits_tiny/slim"} <= names
+    assert not list(output.glob("*/mlflow.db"))
+
+    assert recipes.main(arguments) == 2
+    assert "holds 8 finished or interrupted run(s); go on with --resume" in capsys.readouterr().err
+    assert recipes.main([*arguments, "sweep.slim.train.lr=0.1", "--resume"]) == 2
+    assert "sweep.slim.train.lr: was 0.01, is 0.1" in capsys.readouterr().err
+    (output / "slim" / "grouped" / "seed2" / "record.json").unlink()  # as if it had not been reached
+    assert recipes.main([*arguments, "--resume"]) == 0
+    told = capsys.readouterr().out
+    assert "digits_tiny/thick: 4 runs (2 variants x 2 seeds) of 2 epochs on this process; 4 finished before" in told
+    again = json.loads((output / "results.json").read_text())
+    tops = [
+        [run["top1"] for run in v["runs"]]
+        for d in (document, again)
+        for p in d["points"].values()
+        for v in p["variants"].values()
+    ]
+    assert tops[:4] == tops[4:]
+
+    elsewhere = tmp_path / "elsewhere"
+    assert command(["report", str(output), "--output", str(elsewhere)]) == 0
+    assert json.loads((elsewhere / "results.json").read_text()) == again
+    assert command(["report", str(output), "--output", str(output / "slim")]) == 2
+    assert "holds records and has a report of its own" in capsys.readouterr().err
