@@ -120,28 +120,7 @@ def parent(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def test_two_nodes_give_the_bits_of_one(two_nodes: Nodes, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    whole = undisturbed(tmp_path / "whole", *GROUPED)
-    process = start(two_nodes, *GROUPED, "--output", str(output))
-    wait_for_epochs(process, output, "grouped-42", 1)
-    workers = workers_of(two_nodes.mark)
-    assert len({parent(worker) for worker in workers}) == len(workers) == 2  # each node has a raylet of its own
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    assert "Traceback" not in stdout + stderr
-    assert same(last_state(output / "grouped" / "seed42"), last_state(whole))
-    assert without_times(records(output)["grouped-42"]["epochs"]) == last_state(whole)["history"]
-
-
-def test_another_token_is_told(two_nodes: Nodes, tmp_path: Path) -> None:
-    process = start(two_nodes, *GROUPED, "--output", str(tmp_path / "out"), token="1" * 32)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 2, stderr
-    assert "does not let this process in" in stderr
-    assert "RAY_AUTH_TOKEN" in stderr
-
-
+# The first, so that its cluster has gone before the next one comes.
 def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(three_nodes: Nodes, tmp_path: Path) -> None:
     output = tmp_path / "out"
     elastic = ["launch.workers=4", "launch.min_workers=1", "train.epochs=500"]  # more than there is time for
@@ -163,6 +142,28 @@ def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(three_nodes: No
     assert {entry["workers"] for entry in epochs} == {1, 2}
     assert "3 workers were started and 2 of them train: 3 cannot share a batch evenly" in stdout
     assert "was written by 2 worker(s), and 1 go on" in stdout
+
+
+def test_two_nodes_give_the_bits_of_one(two_nodes: Nodes, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    whole = undisturbed(tmp_path / "whole", *GROUPED)
+    process = start(two_nodes, *GROUPED, "--output", str(output))
+    wait_for_epochs(process, output, "grouped-42", 1)
+    workers = workers_of(two_nodes.mark)
+    assert len({parent(worker) for worker in workers}) == len(workers) == 2  # each node has a raylet of its own
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert "Traceback" not in stdout + stderr
+    assert same(last_state(output / "grouped" / "seed42"), last_state(whole))
+    assert without_times(records(output)["grouped-42"]["epochs"]) == last_state(whole)["history"]
+
+
+def test_another_token_is_told(two_nodes: Nodes, tmp_path: Path) -> None:
+    process = start(two_nodes, *GROUPED, "--output", str(tmp_path / "out"), token="1" * 32)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2, stderr
+    assert "does not let this process in" in stderr
+    assert "RAY_AUTH_TOKEN" in stderr
 
 
 def test_the_cluster_file_in_the_docs_is_one() -> None:
