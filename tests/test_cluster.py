@@ -123,7 +123,8 @@ def parent(process: int) -> int:
 # The first, so that its cluster has gone before the next one comes.
 def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(three_nodes: Nodes, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    elastic = ["launch.workers=4", "launch.min_workers=1", "train.epochs=500"]  # more than there is time for
+    elastic = ["launch.workers=4", "launch.min_workers=1", "launch.max_failures=9"]
+    elastic += ["train.epochs=500"]  # more than there is time for
     process = start(three_nodes, *GROUPED, *elastic, "--output", str(output))
     wait_for_epochs(process, output, "grouped-42", 2)
     three_nodes.lose_one()
