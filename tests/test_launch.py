@@ -369,7 +369,7 @@ def test_interrupt_resume_and_a_lost_worker(tmp_path: Path, whole: Path) -> None
     os.kill(workers[1], signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=400)
     assert process.returncode == 0, stderr
-    assert "a worker was lost; going on after epoch" in stdout
+    assert "the workers were started again; going on after epoch" in stdout
     after = records(output)
     assert after["baseline-42"] == before["baseline-42"]
     assert after["grouped-42"]["status"] == "finished"

@@ -81,7 +81,7 @@ class Display:
         if not self._started:
             self._started = time.monotonic()
         if key in self._done:
-            self._console.print(f"{name}: a worker was lost; going on after epoch {done}", highlight=False)
+            self._console.print(f"{name}: the workers were started again; going on after epoch {done}", highlight=False)
         elif done:
             self._console.print(f"{name}: going on after epoch {done}", highlight=False)
             self._skipped += done
