@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -175,7 +176,8 @@ class Recorder:
 
         record["epochs"].append(entry)
         now = int(time.time() * 1000)
-        metrics = [Metric(name, float(entry[name]), now, entry["epoch"]) for name in _METRICS]
+        values = {name: entry[name] for name in _METRICS} | _probed(entry.get("probes", {}))
+        metrics = [Metric(name, float(value), now, entry["epoch"]) for name, value in values.items()]
         self._client.log_batch(record["mlflow_run_id"], metrics=metrics)
 
     def _end(self, key: tuple[str, int], status: str, message: str) -> None:
@@ -216,6 +218,15 @@ class Recorder:
         for record in self._records.values():
             for path in paths:
                 self._client.log_artifact(record["mlflow_run_id"], str(path))
+
+
+def _probed(probes: dict[str, Any]) -> dict[str, float]:
+    """The probes of an epoch that are numbers, under names that MLflow takes."""
+    values = {f"probe/{key}": value for key, value in probes.get("sharpness", {}).items()}
+    for name, value in probes.get("gradients", {}).items():
+        plain = re.sub(r"[^\w.-]", "_", name)  # MLflow refuses the @ of a use that has no path of its own
+        values[f"probe/gradient_norm/{plain}"[:250]] = value  # its longest name
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from mlpreduce.records import baseline_of, conditions
-from mlpreduce.report import published
+from mlpreduce.report import probes, published
 from mlpreduce.report.gather import differing
 
 __all__ = ["NOTES", "Content", "Table", "compose", "overview"]
@@ -102,10 +102,11 @@ def compose(title: str, parts: Sequence[tuple[dict[str, Any], list[dict[str, Any
             _table("Accuracy for its cost", cost, variants),
             _against(variants),
             _speed(variants, records),
+            *_probes(variants, records),
             _runs(variants),
             _where(records),
         ],
-        notes=(*NOTES, *([published.NOTE] if paper else [])),
+        notes=(*NOTES, *([probes.NOTE] if probes.any_in(records) else []), *([published.NOTE] if paper else [])),
     )
 
 
@@ -236,6 +237,11 @@ def _measured(mine: list[dict[str, Any]], base: list[dict[str, Any]], key: str, 
         return "not measured", ""
     ratio = f"{median(ours) / median(theirs):.3f}" if theirs else "no baseline there"
     return f"{median(ours):{form}}", ratio
+
+
+def _probes(variants: Iterable[_Variant], records: list[dict[str, Any]]) -> Iterable[Table]:
+    if probes.any_in(records):
+        yield Table(probes.TITLE, probes.HEADERS, [[v.name, v.source, *probes.cells(v.records)] for v in variants])
 
 
 def _runs(variants: Iterable[_Variant]) -> Table:

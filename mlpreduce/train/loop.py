@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mlpreduce
 from mlpreduce.errors import ReductionError
-from mlpreduce.train import digests
+from mlpreduce.train import digests, probes
+from mlpreduce.train.curvature import CHUNK
 from mlpreduce.train.runtime import Runtime, precision
 from mlpreduce.train.settings import Run
 from mlpreduce.train.setup import Setup, prepare
@@ -47,7 +48,8 @@ def fit(run: Run, runtime: Runtime | None = None) -> list[dict[str, Any]]:
 
     Returns:
         One dictionary per epoch, epochs counted from 1: losses, `top1` and `top5` in percent (of the average where there is
-        one), `raw_top1` and `raw_top5` (of the trained weights), `lr` of its first update, `images_per_s` in training.
+        one), `raw_top1` and `raw_top5` (of the trained weights), `lr` of its first update, `images_per_s` in training; on
+        worker 0, in epochs that are probed, `probes`.
 
     Raises:
         ReductionError: a setting that cannot be carried out, or a checkpoint of other settings.
@@ -88,6 +90,9 @@ def _fit(run: Run, runtime: Runtime, saved: Saved | None, notes: list[str]) -> l
         if run.data.on_bad_image == "skip":
             entry.update(_skipped(parts))
         entry.update(_validate(parts, epoch), workers=runtime.world, random_digest=digests.of_randomness(runtime))
+        due = (epoch + 1) % run.train.probe_every == 0 or epoch + 1 == run.train.epochs
+        if run.train.probes and due and runtime.rank == 0:  # the others wait where they next meet
+            entry["probes"] = _probe(parts)
         if parts.scheduler is not None:
             parts.scheduler.step(epoch + 1)
         best = max((past["top1"] for past in parts.history), default=-1.0)
@@ -215,9 +220,9 @@ def _check_finite(parts: Setup, loss: float, name: str, epoch: int) -> None:
 
 
 def _validate(parts: Setup, epoch: int) -> dict[str, float]:
-    arguments = (parts.loaders.val, parts.runtime, parts.autocast, parts.run.train.channels_last)
-    raw = evaluate(parts.core, *arguments)
-    reported = raw if parts.ema is None else evaluate(parts.ema.module, *arguments)
+    arguments = (parts.runtime, parts.autocast, parts.run.train.channels_last)
+    raw = evaluate(parts.core, _keeping(parts), *arguments)
+    reported = raw if parts.ema is None else evaluate(parts.ema.module, parts.loaders.val, *arguments)
     _check_finite(parts, raw["loss"] + reported["loss"], "validation", epoch)
     return {
         "val_loss": reported["loss"],
@@ -227,6 +232,44 @@ def _validate(parts: Setup, epoch: int) -> dict[str, float]:
         "raw_top1": raw["top1"],
         "raw_top5": raw["top5"],
     }
+
+
+def _keeping(parts: Setup) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """The validation batches; the first time, those of worker 0 leave the images of the probes behind.
+
+    So nothing is read for the probes, and no loader or random state knows of them.
+    """
+    train = parts.run.train
+    if not train.probes or parts.probed or parts.runtime.rank != 0:
+        return parts.loaders.val
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        missing = train.probe_images
+        for images, labels in parts.loaders.val:
+            if missing > 0:
+                parts.probed.append((images[:missing].to("cpu", copy=True), labels[:missing].to("cpu", copy=True)))
+                missing -= len(images)
+            yield images, labels
+
+    return batches()
+
+
+def _probe(parts: Setup) -> dict[str, Any]:
+    """The probes of the trained weights, on the same images each time."""
+    train, device = parts.run.train, parts.runtime.device
+    images, labels = (torch.cat(tensors).to(device) for tensors in zip(*parts.probed, strict=True))
+    if train.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    try:
+        return probes.measure(parts.core, images, labels, train.probes)
+    except torch.OutOfMemoryError as error:
+        fewer = min(CHUNK, len(images)) // 2
+        remedy = f"train.probe_images={fewer} takes less, and so does" if fewer else "What helps is"
+        raise ReductionError(
+            f"train({parts.run.label}): the probes {', '.join(train.probes)} of {len(images)} images do not fit into the "
+            f"memory of worker 0, {CHUNK} at a time: {str(error).splitlines()[0]} {remedy} a shorter train.probes; with "
+            f"either, --resume goes on after the last epoch"
+        ) from error
 
 
 def _save(parts: Setup, epoch: int) -> None:

@@ -16,7 +16,7 @@ __all__ = ["FREE", "ModelSettings", "Run", "Step", "TrainSettings"]
 
 Count = Annotated[int, Field(ge=1)]
 
-# keys that may change when a run goes on: none of them changes what is computed
+# keys that may change when a run goes on: none of them changes what is trained
 FREE = (
     "data.root",
     "data.pin_memory",
@@ -24,6 +24,9 @@ FREE = (
     "train.accum_steps",
     "train.grad_checkpointing",
     "train.keep_checkpoints",
+    "train.probes",
+    "train.probe_every",
+    "train.probe_images",
 )
 Step = dict[str, Any]  # {"transform": name, **config}
 
@@ -63,6 +66,9 @@ class TrainSettings(AugmentSettings):
     grad_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time (timm's)
     deterministic: bool = False  # only algorithms that give the same bits each time; an error where there is none
     keep_checkpoints: Count = 2  # the last ones that are kept, beside the best
+    probes: tuple[Literal["gradients", "similarity", "sharpness"], ...] = ()  # measured while training: docs/probes.md
+    probe_every: Count = 10  # epochs between two probes; the last epoch is always probed
+    probe_images: Count = 64  # images of the validation set they use
 
 
 class Run(BaseModel):

@@ -44,6 +44,7 @@ class Setup:
     plans: list[str]  # the reductions of the model, as JSON
     history: list[dict[str, Any]] = field(default_factory=list)
     updates: int = 0
+    probed: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # images and labels, on the CPU
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.run.train.amp == "none":
