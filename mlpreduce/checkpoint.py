@@ -25,7 +25,7 @@ from mlpreduce.reduction import broken_ties, history, remember
 from mlpreduce.surgery import carry_out
 from mlpreduce.ties import full_state
 
-__all__ = ["load", "save"]
+__all__ = ["DESCRIPTION", "WEIGHTS", "load", "read_saved", "read_tensors", "save"]
 
 VERSION = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "mlpreduce.json"
@@ -88,10 +88,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     directory = Path(directory)
     call = f"load({str(directory)!r})"
-    description = _read_description(directory, call)
-    if _digest(directory / WEIGHTS) != description["sha256"]:
-        raise ReductionError(f"{call}: {WEIGHTS} is damaged or from another save: its SHA-256 is not the recorded one")
-    plans = [Plan.from_json(json.dumps(entry)) for entry in description["plans"]]
+    description, plans = read_saved(directory, call)
     if model is None:
         model = _build(description["build"], call)
     elif history(model):
@@ -118,6 +115,26 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     if description["build"] is not None:
         model.mlpreduce_build = description["build"]
     return model
+
+
+def read_saved(directory: Path, call: str) -> tuple[dict[str, Any], list[Plan]]:
+    """The description of a saved model and its plans, after a check of its weights."""
+    description = _read_description(directory, call)
+    if _digest(directory / WEIGHTS) != description["sha256"]:
+        raise ReductionError(f"{call}: {WEIGHTS} is damaged or from another save: its SHA-256 is not the recorded one")
+    return description, [Plan.from_json(json.dumps(entry)) for entry in description["plans"]]
+
+
+def read_tensors(path: Path, call: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; one that `save` wrote as tied stands under each of its names."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ReductionError(f"{call}: {path.name} cannot be read as safetensors: {error}") from error
+    aliases = json.loads(metadata["aliases"]) if "mlpreduce" in metadata else {}
+    return tensors | {alias: tensors[name] for alias, name in aliases.items()}
 
 
 def _unique_tensors(model: nn.Module, call: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

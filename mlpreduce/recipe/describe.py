@@ -33,6 +33,7 @@ def _describe(recipe: Recipe) -> tuple[str, int, int]:
     first = every[0]
     updates = first.updates_per_epoch(recipe.data.train_samples)
     train, launch = recipe.train, recipe.launch
+    teacher = 0 if train.distillation == "none" else _teacher_macs(first)
     images = updates * train.batch_size * train.epochs
     costs = {}
     lines = [f"{recipe.name}\n"] if "/" in recipe.name else []
@@ -42,29 +43,33 @@ def _describe(recipe: Recipe) -> tuple[str, int, int]:
     lines += [
         "training of one run",
         f"  data             {recipe.data.name}: {recipe.data.train_samples:,} training images",
+        f"  initial weights  {_weights(recipe)}",
+        f"  distillation     {_distillation(recipe, teacher)}",
         f"  effective batch  {train.batch_size:,} = {launch.world} worker(s) x {first.micro_batch} images x "
         f"{train.accum_steps} accumulation step(s)",
         f"  updates          {updates:,} an epoch x {train.epochs} epochs = {updates * train.epochs:,}",
         f"  learning rate    {_rates(recipe, updates)}",
         f"  images seen      {images:,} (an incomplete last batch is dropped)",
         "",
-        f"cost: training MACs, about 3 x those of the forward pass x images seen; {len(recipe.seeds)} seed(s)",
+        f"cost: training MACs, about 3 x those of the forward pass{' and once the teacher' if teacher else ''} x images seen; "
+        f"{len(recipe.seeds)} seed(s)",
     ]
     width = max(len(name) for name in recipe.variants)
     for name, macs in costs.items():
-        one = 3 * macs * images
+        one = (3 * macs + teacher) * images
         lines.append(f"  {name:<{width}}  {one:.3e} a run, {one * len(recipe.seeds):.3e} in all")
-    total = sum(3 * macs * images * len(recipe.seeds) for macs in costs.values())
+    total = sum((3 * macs + teacher) * images * len(recipe.seeds) for macs in costs.values())
     lines.append(f"  {len(every)} runs: {total:.3e} MACs, {images * len(every):,} images")
     return "\n".join(lines), len(every), total
 
 
 def _variant(run: Run) -> tuple[str, int]:
-    """Plans and counts of one variant, from a model without memory."""
+    """Plans and counts of one variant, from a model without memory, or of random weights where some must be compared."""
     try:
         model = build_model(run, device="meta")
-    except ReductionError:  # what depends on weights cannot be planned without them: with any, the counts are the same
-        model = build_model(run)
+    except ReductionError:  # align_mean, l2: which units they choose changes no count
+        random = run.model.model_copy(update={"weights": ""})
+        model = build_model(run.model_copy(update={"model": random}))
     profile = mlpreduce.profile(model)
     plans = [str(plan) for plan in mlpreduce.history(model) if plan.rows]
     steps = ", ".join(str(step["transform"]) for step in run.steps) or "as it is"
@@ -76,6 +81,31 @@ def _variant(run: Run) -> tuple[str, int]:
         f"LayerNorm (macs_linear); {profile.macs_with_attention:,} with attention products (macs_with_attention)",
     ]
     return "\n".join(lines), profile.macs
+
+
+def _teacher_macs(run: Run) -> int:
+    """MACs of the teacher's forward pass of one image."""
+    return mlpreduce.profile(build_model(run.model_copy(update={"steps": ()}), device="meta")).macs
+
+
+def _weights(recipe: Recipe) -> str:
+    model = recipe.model
+    if model.weights == "pretrained" or (model.kwargs.get("pretrained") and not model.weights):
+        return f"timm's pretrained ones of {model.name}"
+    if not (given := model.weights or model.kwargs.get("checkpoint_path")):
+        return "random, from the seed"
+    return f"{given} (not read here)"
+
+
+def _distillation(recipe: Recipe, macs: int) -> str:
+    train = recipe.train
+    if train.distillation == "none":
+        return "none"
+    tau = f", temperature {train.distill_tau:g}" if train.distillation == "soft" else ""
+    return (
+        f"{train.distillation}, alpha {train.distill_alpha:g}{tau}; teacher: the unreduced model with the initial weights, "
+        f"{macs:,} MACs an image more"
+    )
 
 
 def _rates(recipe: Recipe, updates: int) -> str:

@@ -41,15 +41,18 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, console: Consol
     from mlpreduce.data import check
     from mlpreduce.launch import connection
     from mlpreduce.records import store
+    from mlpreduce.train.weights import locate
 
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     output = output.resolve()
     document = recipe.model_dump(mode="json")
     every = {output / name: point for name, point in points(recipe).items()}
     _check_output(output, list(every), document, resume)
-    if not os.environ.get("RAY_ADDRESS"):  # a cluster may see data that this machine does not
+    if not os.environ.get("RAY_ADDRESS"):  # a cluster may see what this machine does not
         for point in every.values():
             check(point.data)
+            if (weights := point.model.weights_path) is not None:
+                locate(weights)
     store(output, "recipe.json", document)
     with (
         connection(recipe.launch) if recipe.sweep and recipe.launch.workers else nullcontext()

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mlpreduce.data import DataSettings
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.launch import LaunchSettings
-from mlpreduce.train.settings import FREE, ModelSettings, Run, Step, TrainSettings
+from mlpreduce.train.settings import FREE, LATER, ModelSettings, Run, Step, TrainSettings
 from mlpreduce.values import flatten, parse_value
 
 __all__ = ["Recipe", "differences", "find", "header", "list_recipes", "load", "points", "runs"]
@@ -139,15 +139,17 @@ def points(recipe: Recipe) -> dict[str, Recipe]:
 
 
 def runs(recipe: Recipe, output: str | Path) -> list[Run]:
-    """All runs of a recipe without a sweep, in order; each has its directory `output/<variant>/seed<seed>`."""
+    """All runs of a recipe without a sweep, in order, each in `output/<variant>/seed<seed>`. Paths are absolute."""
     root = Path(output).resolve()
+    weights = recipe.model.weights_path  # a worker may run in another directory
+    model = recipe.model if weights is None else recipe.model.model_copy(update={"weights": str(weights.resolve())})
     return [
         Run(
             recipe=recipe.name,
             variant=variant,
             steps=steps,
             seed=seed,
-            model=recipe.model,
+            model=model,
             data=recipe.data,
             train=recipe.train,
             workers=recipe.launch.world,
@@ -159,8 +161,10 @@ def runs(recipe: Recipe, output: str | Path) -> list[Run]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Dotted keys by which two resolved recipes would compute something else."""
+    """Dotted keys by which two resolved recipes would compute something else; one of `LATER` may be missing before."""
     old, new = flatten(before), flatten(now)
+    defaults = flatten(Recipe(name="").model_dump(mode="json"))
+    old = {**{key: defaults[key] for key in LATER if key in new}, **old}
     keys = sorted({*old, *new} - _FREE)
     return [f"{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
 
@@ -215,6 +219,7 @@ def _keys(tables: Iterable[str]) -> list[str]:
 
 def _problems(recipe: Recipe) -> Iterable[str]:
     """What no single key shows."""
+    from mlpreduce.train.weights import is_pickle, no_construction, no_pickle
     from mlpreduce.transforms import check_config, is_construction
 
     if not recipe.seeds or len(set(recipe.seeds)) < len(recipe.seeds):
@@ -238,8 +243,20 @@ def _problems(recipe: Recipe) -> Iterable[str]:
             except ReductionError as error:
                 yield f"{place}: {error}"
                 continue
+            if recipe.model.weights and is_construction(step["transform"]):
+                yield f"{place}: model.weights={recipe.model.weights!r}: {no_construction(step['transform'])}"
             if late:
                 yield f"{place}: {step['transform']} acts when the model is built; it must be the first step"
+    weights, theirs = recipe.model.weights_path, Path(str(recipe.model.kwargs.get("checkpoint_path") or ""))
+    if weights is not None and is_pickle(weights):
+        yield f"model.weights={str(weights)!r}: {no_pickle(weights)}"
+    if theirs.name and theirs.suffix not in (".safetensors", ".npz", ".npy"):  # all else timm gives to torch.load
+        yield f"model.kwargs.checkpoint_path={str(theirs)!r}: {no_pickle(theirs)}"
+    if recipe.train.distillation != "none" and not recipe.model.weights:
+        yield (
+            f"train.distillation={recipe.train.distillation!r}: there is no trained teacher, as model.weights is empty; it is "
+            f'the unreduced model with those weights: give model.weights (a path, or "pretrained")'
+        )
     if recipe.train.warmup_epochs >= recipe.train.epochs:
         yield (
             f"train.warmup_epochs={recipe.train.warmup_epochs}: the warm-up is part of train.epochs="

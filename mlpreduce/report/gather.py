@@ -8,7 +8,7 @@ from typing import Any
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.records import finished, read
-from mlpreduce.train.settings import FREE
+from mlpreduce.train.settings import FREE, ModelSettings
 from mlpreduce.values import flatten
 
 __all__ = ["differing", "gather", "gather_points"]
@@ -95,4 +95,6 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
     recipe = record["recipe"]
     flat = flatten({section: recipe[section] for section in ("data", "train") if section in recipe})
     known = {key: value for key, value in flat.items() if key not in FREE}
-    return {"steps": record["steps"], "model": recipe.get("model"), **known}
+    # records of earlier versions have no key for weights: they began at random
+    model = {**ModelSettings().model_dump(mode="json"), **recipe["model"]} if "model" in recipe else None
+    return {"steps": record["steps"], "model": model, **known}

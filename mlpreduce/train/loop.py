@@ -142,7 +142,7 @@ def _train_epoch(parts: Setup, epoch: int) -> dict[str, Any]:
         group = last_group if number >= batches - last_group else steps
         with nullcontext() if update else quiet(), _memory(run, len(images)):
             with parts.autocast():
-                loss = parts.loss(parts.model(images), targets)
+                loss = parts.training_loss(images, targets)
             parts.scaler.scale(loss / group).backward()
         total.add_(loss.detach(), alpha=len(images))
         seen += len(images)

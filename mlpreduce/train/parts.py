@@ -14,9 +14,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import mlpreduce
-from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.errors import ReductionError, call_text, did_you_mean
 from mlpreduce.ties import full_state
 from mlpreduce.train.settings import Run, TrainSettings
+from mlpreduce.train.weights import load_weights, no_construction
 from mlpreduce.transforms import is_construction
 
 __all__ = [
@@ -31,27 +32,44 @@ __all__ = [
 
 
 def build_model(run: Run, device: torch.device | str | None = None) -> nn.Module:
-    """The reduced model of a run, initialised from its seed: the same weights on every worker.
+    """The reduced model of a run: the same weights on every worker.
+
+    It is initialised from the seed of the run, then filled from `model.weights` if they are given, then reduced.
 
     Args:
-        run: names the model and the steps of its reduction.
-        device: where it is built; "meta" gives shapes without memory.
+        run: names the model, its weights and the steps of its reduction.
+        device: where it is built; "meta" gives shapes without memory, and reads no weights.
 
     Raises:
-        ReductionError: the model or the reduction cannot be made.
+        ReductionError: the model or the reduction cannot be made, or the weights do not fit.
     """
     steps = [dict(step) for step in run.steps]
     first: dict[str, Any] = steps.pop(0) if steps and is_construction(steps[0]["transform"]) else {}
     name = first.pop("transform", None)
+    if name is not None and run.model.weights:
+        raise ReductionError(f"train({run.label}): model.weights={run.model.weights!r}: {no_construction(name)}")
+    pretrained = run.model.weights == "pretrained" and device is None
 
     def create(transform: str | None, **config: Any) -> nn.Module:
         torch.manual_seed(run.seed)
-        with nullcontext() if device is None else torch.device(device):
-            return mlpreduce.create_model(run.model.name, transform, **{**run.model.kwargs, **config})
+        given = {**run.model.kwargs, **config, **({"pretrained": True} if pretrained else {})}
+        try:
+            with nullcontext() if device is None else torch.device(device):
+                return mlpreduce.create_model(run.model.name, transform, **given)
+        except (RuntimeError, OSError) as error:
+            if not pretrained:
+                raise
+            raise ReductionError(
+                f"model.weights='pretrained': timm cannot load any into {call_text(run.model.name, run.model.kwargs)}: "
+                f"{str(error).strip().splitlines()[0]}; choose a model.name of timm.list_models(pretrained=True), with kwargs "
+                f"that keep its shapes, or give a path"
+            ) from error
 
     model = create(name, **first)
     if name is not None and run.train.fidelity == "corrected" and device is None:
         _start_alike(model, create(None))
+    if run.model.weights_path is not None and device is None:
+        load_weights(model, run.model)
     for step in steps:
         model = mlpreduce.apply(model, step.pop("transform"), **step)
     return model

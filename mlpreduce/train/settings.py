@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlpreduce.data.settings import AugmentSettings, DataSettings, NonNegative
 from mlpreduce.errors import ReductionError
 
-__all__ = ["FREE", "ModelSettings", "Run", "Step", "TrainSettings"]
+__all__ = ["FREE", "LATER", "ModelSettings", "Run", "Step", "TrainSettings"]
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -28,6 +29,8 @@ FREE = (
     "train.probe_every",
     "train.probe_images",
 )
+# keys that outputs of earlier versions do not have: as long as they are at their defaults, those can be gone on with
+LATER = ("model.weights", "train.distillation", "train.distill_alpha", "train.distill_tau")
 Step = dict[str, Any]  # {"transform": name, **config}
 
 
@@ -38,6 +41,12 @@ class ModelSettings(BaseModel):
 
     name: str = "vit_base_patch16_224"  # timm's name
     kwargs: dict[str, Any] = {}  # arguments of timm.create_model
+    weights: str = ""  # before the reduction: "" = random; "pretrained" = timm's; else a path, see docs/finetune.md
+
+    @property
+    def weights_path(self) -> Path | None:
+        """Where the initial weights lie, if they are in files of the user."""
+        return None if self.weights in ("", "pretrained") else Path(self.weights)
 
 
 class TrainSettings(AugmentSettings):
@@ -56,6 +65,9 @@ class TrainSettings(AugmentSettings):
     min_lr: NonNegative = 0.0  # learning rate the schedule ends at
     schedule_per_update: bool = False  # true: the learning rate moves each update; false: each epoch (as published)
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998  # per update, of the averaged weights; 0 = no averaging
+    distillation: Literal["none", "soft", "hard"] = "none"  # learn from the unreduced model too: docs/finetune.md
+    distill_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5  # weight of the teacher's part of the loss
+    distill_tau: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # temperature of soft distillation
     fidelity: Literal["corrected", "published"] = (
         "corrected"  # published: with what is wrong there, see docs/fidelity.md
     )
@@ -150,8 +162,16 @@ class Run(BaseModel):
 
     @property
     def config_hash(self) -> str:
-        """Identifies what is computed. Where the data and the output lie is no part of it, nor how the batch is shared."""
+        """Identifies what is computed. Where the data and the output lie is no part of it, nor how the batch is shared.
+
+        Neither is the path of the initial weights: what they are is told by their digest in the checkpoint.
+        """
         document = self.model_dump(mode="json", exclude={"recipe", "variant", "directory", "workers"})
+        if self.model.weights_path is not None:
+            document["model"]["weights"] = "path"
+        for section, key in (name.split(".") for name in LATER):
+            if document[section][key] == type(getattr(self, section)).model_fields[key].default:
+                del document[section][key]
         for section, key in (name.split(".") for name in FREE):
             del document[section][key]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]

@@ -15,11 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 import mlpreduce
 from mlpreduce.data import Loaders, load
 from mlpreduce.errors import ReductionError
-from mlpreduce.train import digests
+from mlpreduce.train import digests, distillation
 from mlpreduce.train.parts import build_model, create_ema, create_loss, create_optimizer, create_scheduler, outside_mlps
 from mlpreduce.train.runtime import Runtime, environment
 from mlpreduce.train.settings import Run
 from mlpreduce.train.state import Saved, restore_rng, seed_everything
+from mlpreduce.train.weights import start_digest
 from mlpreduce.verification import reentrant_problem
 
 __all__ = ["Setup", "prepare"]
@@ -39,7 +40,8 @@ class Setup:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler
-    loss: nn.Module
+    loss: nn.Module  # of the task, from logits and targets
+    teacher: nn.Module | None  # the unreduced model, for distillation
     facts: dict[str, Any]
     plans: list[str]  # the reductions of the model, as JSON
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -51,16 +53,33 @@ class Setup:
             return nullcontext()
         return torch.autocast(self.runtime.device.type, dtype=getattr(torch, self.run.train.amp))
 
+    def training_loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """What is minimised, of one micro-batch: the loss of the task, with distillation blended with the teacher's.
+
+        Args:
+            images: (batch, channels, height, width), mixed already.
+            targets: labels (batch,), or class probabilities (batch, classes).
+
+        Returns:
+            A scalar: the mean over the batch.
+        """
+        with torch.no_grad():  # before the student, whose activations are kept for the backward pass
+            aims = None if self.teacher is None else self.teacher(images)
+        logits = self.model(images)
+        task: torch.Tensor = self.loss(logits, targets)
+        return task if aims is None else distillation.blend(task, logits, aims, self.run.train)
+
 
 def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
     """Make what a run trains with, and set it as a checkpoint left it.
 
     Raises:
-        ReductionError: a setting that cannot be carried out, or a checkpoint of another model.
+        ReductionError: a setting that cannot be carried out, a checkpoint of another model, or other initial weights.
     """
     train, device = run.train, runtime.device
     loaders = load(run.data, train, micro_batch=run.micro_batch, rank=runtime.rank, world=runtime.world, device=device)
     updates_per_epoch = run.updates_per_epoch(loaders.train_samples, runtime.world)
+    digest, teacher = _start(run, runtime, saved) if run.model.weights else (None, None)
     core = build_model(run).to(device)
     if train.grad_checkpointing:
         _checkpoint_blocks(core, run)
@@ -82,6 +101,8 @@ def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
         facts = saved.state["facts"]
     else:
         facts = _facts(run, runtime, core, plans, loaders, updates_per_epoch) if runtime.rank == 0 else {}
+        if digest is not None:
+            facts["start_digest"] = digest
     per_alias = train.fidelity == "published"
     ema = create_ema(core, train.ema_decay, per_alias=per_alias) if train.ema_decay else None
     optimizer = create_optimizer(core, train)
@@ -100,6 +121,7 @@ def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
         scheduler=create_scheduler(optimizer, train, updates_per_epoch),
         scaler=torch.amp.GradScaler(device.type, enabled=train.amp == "float16"),
         loss=create_loss(train),
+        teacher=torch.compile(teacher) if train.compile and teacher is not None else teacher,  # type: ignore[arg-type]
         facts=facts,
         plans=plans,
     )
@@ -108,6 +130,25 @@ def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
     else:
         _restore(parts, saved)
     return parts
+
+
+def _start(run: Run, runtime: Runtime, saved: Saved | None) -> tuple[str, nn.Module | None]:
+    """The digest of the given weights before the reduction, and the teacher that they make, if there is to be one.
+
+    Raises:
+        ReductionError: they are not those of the checkpoint, or not the same on all workers.
+    """
+    unreduced = build_model(run.model_copy(update={"steps": ()}))
+    digest = start_digest(unreduced, run, runtime)
+    before = digest if saved is None else saved.state["facts"].get("start_digest")
+    if digest != before:
+        raise ReductionError(
+            f"resume({run.label}): model.weights={run.model.weights!r} are no longer the weights that the run began with "
+            f"(digest {before}, now {digest}); put those back, or start in another --output"
+        )
+    if run.train.distillation == "none":
+        return digest, None
+    return digest, distillation.as_teacher(unreduced, run).to(runtime.device)
 
 
 def _checkpoint_blocks(core: nn.Module, run: Run) -> None:
