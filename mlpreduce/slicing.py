@@ -72,6 +72,7 @@ def _slice(leaf: nn.Module, name: str, axes: list[Axis], edit: Slice, undo: Exit
         alive = weakref.ref(cast(torch.Tensor, whole))
         whole = None
         whole = alive()  # None: nobody else held it, and its memory is free
+        apart = None if whole is not None else apart
     _set_sizes(leaf)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
 import signal
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -393,3 +395,15 @@ def test_a_default_device_of_meta_changes_nothing(images: torch.Tensor) -> None:
         mlpreduce.apply(a, "shallow", criterion="random")
     mlpreduce.apply(b, "shallow", criterion="random")
     assert torch.equal(a(images), b(images))
+
+
+def test_what_a_user_holds_is_not_kept_twice() -> None:
+    model = tiny_vit()
+    held = model.blocks[0].mlp.fc1.weight  # (128, 32): stays whole, so its parts are not needed
+    made = mlpreduce.plan(model, "shallow", width=37, include=["blocks.0.mlp"])
+    with ExitStack() as undo:
+        slicing.slice_all(model, [edit for edit in made.edits if isinstance(edit, Slice)], undo)
+        shapes = [tuple(found.shape) for found in gc.get_objects() if type(found) is torch.Tensor]
+        assert (128 - 37, 32) not in shapes
+        assert (32, 128 - 37) in shapes  # of fc2, which nobody holds
+    assert model.blocks[0].mlp.fc1.weight is held
