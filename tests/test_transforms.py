@@ -164,6 +164,15 @@ def test_match_forward_is_one_for_equal_and_root_two_for_the_mean_of_independent
     assert factors == pytest.approx([math.sqrt(2)] * 6, rel=0.03)
 
 
+def test_match_forward_does_not_ask_for_the_default_device() -> None:
+    plans = []
+    for place in ("cpu", "meta"):
+        model = tiny_vit()
+        with torch.device(place):
+            plans.append(mlpreduce.plan(model, "grouped", scale="match_forward", keep="mean"))
+    assert plans[0].to_json() == plans[1].to_json()
+
+
 def test_match_forward_refuses_what_it_cannot_measure() -> None:
     model = timm.create_model("pvt_v2_b0")
     with pytest.raises(ReductionError, match=r"stages\.0\.blocks\.0\.mlp \(MlpWithDepthwiseConv\) cannot be measured"):

@@ -136,7 +136,7 @@ def sharpness(
         )
     parameters = _trainable("sharpness", model)
     generator = torch.Generator().manual_seed(0)  # on the CPU: the same start on every device
-    start = [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in parameters]
+    start = [torch.randn(p.shape, generator=generator, dtype=p.dtype, device="cpu").to(p.device) for p in parameters]
     # the fused kernels of attention have no second derivative
     with undisturbed(model, images.device), sdpa_kernel(SDPBackend.MATH):
         hessian = partial(hessian_product, model, parameters, images, targets)

@@ -174,7 +174,7 @@ def _tie(parts: Parts, members: list[MLP], keeper: MLP, factors: Mapping[str, fl
 def _matching_factor(parts: Parts, members: list[MLP], keeper: MLP, means: Mapping[str, torch.Tensor]) -> float:
     """The factor with which the shared MLP has the mean output energy of the members on standard normal inputs."""
     optimize = _scipy_optimize("scale='match_forward'")
-    noise = torch.randn(256, keeper.in_features, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(256, keeper.in_features, device="cpu", generator=torch.Generator().manual_seed(0))
     paths = [
         path
         for leaf in keeper.leaves
