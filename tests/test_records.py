@@ -244,6 +244,26 @@ def test_failed_run_keeps_its_epochs_and_leaves_the_results(tmp_path: Path) -> N
     assert [run["seed"] for run in results(tmp_path)["variants"]["baseline"]["runs"]] == [2]
 
 
+def test_variants_that_start_from_different_weights_are_refused(tmp_path: Path) -> None:
+    curves: dict[str, dict[int, list[float]]] = {"baseline": {1: [], 2: []}, "grouped": {1: [], 2: []}}
+    runs = make_runs(tmp_path, curves)
+    recorder = Recorder(tmp_path, {"name": "toy"}, runs)
+    for run, digest in zip(runs, ("a", "b", "a", "c"), strict=True):  # a head may be drawn from the seed
+        start = event(run, "start", history=[], facts={**FACTS, "start_digest": digest})
+        if digest != "c":
+            recorder.handle(start)
+            continue
+        with pytest.raises(
+            ReductionError, match=r"no longer those that variant baseline began with \(digest b, now c\)"
+        ):
+            recorder.handle(start)
+    assert [(record["variant"], record["seed"]) for record in read(tmp_path)] == [
+        ("baseline", 1),
+        ("baseline", 2),
+        ("grouped", 1),
+    ]
+
+
 def test_no_records_no_results(tmp_path: Path) -> None:
     with pytest.raises(ReductionError, match="no finished run"):
         results(tmp_path)

@@ -1,8 +1,4 @@
-"""One JSON record per run, mirrored to MLflow. The only module that imports mlflow.
-
-The records are the truth: `results.json` and the report are built from them alone. Only the driver writes, through one
-`Recorder`.
-"""
+"""Keeps the records of a recipe's runs, and their mirror in MLflow."""
 
 from __future__ import annotations
 
@@ -11,82 +7,21 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.records.files import SCHEMA, read, store
+from mlpreduce.records.summaries import COUNTS, summary
 from mlpreduce.train.settings import Run
 from mlpreduce.values import flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = [
-    "SCHEMA",
-    "Recorder",
-    "baseline_of",
-    "conditions",
-    "finished",
-    "read",
-    "results",
-    "store",
-    "summarize",
-    "summary",
-    "tracking_uri",
-]
+__all__ = ["Recorder", "tracking_uri"]
 
-SCHEMA = 1
-_COUNTS = ("params", "mlp_params", "unique_mlps", "macs_linear", "macs", "macs_with_attention")
-_MEASURED = ("throughput", "peak_memory_mib")
 _METRICS = ("train_loss", "val_loss", "top1", "top5", "raw_val_loss", "raw_top1", "raw_top5", "lr", "images_per_s")
-
-
-def store(directory: Path, name: str, document: Any) -> None:
-    """Write a JSON document into `directory`: whole, or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
-    draft = directory / f"{name}.tmp"
-    draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, directory / name)
-
-
-def read(directory: str | Path) -> list[dict[str, Any]]:
-    """All records under an output directory, in the order in which the recipe names variants and seeds.
-
-    Raises:
-        ReductionError: a file is no record, or one of another schema.
-    """
-    found = []
-    for path in Path(directory).glob("*/seed*/record.json"):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ReductionError(
-                f"{path}: no JSON: {error}; put it back from a copy, or move its folder away"
-            ) from error
-        if record["schema"] != SCHEMA:
-            raise ReductionError(f"{directory}: a record has schema {record['schema']}, this version reads {SCHEMA}")
-        found.append(record)
-    return sorted(found, key=lambda record: record["order"])
-
-
-def finished(directory: str | Path) -> list[dict[str, Any]]:
-    """The records of the finished runs under an output directory.
-
-    Raises:
-        ReductionError: there is none.
-    """
-    found = [record for record in read(directory) if record["status"] == "finished"]
-    if not found:
-        raise ReductionError(f"{str(directory)!r}: no finished run lies there; `--resume` goes on with a run")
-    return found
-
-
-def conditions(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What speed and memory of a run were measured on: equal for those that may be compared or averaged."""
-    hardware = [record["hardware"].get(key) for key in ("device", "machine", "cpu_cores", "workers")]
-    return (*hardware, record["profile"].get("device"), record["profile"].get("batch_size"))
 
 
 def tracking_uri(directory: Path) -> str:
@@ -142,6 +77,7 @@ class Recorder:
         self._started.add(key)
         record = self._records.get(key, {})
         facts = event["facts"]
+        self._check_start(run, facts)
         mlflow_run = self._mlflow_run(run, facts, record)
         # The checkpoint decides what has been trained: it may be an epoch ahead of the record, if the driver was killed.
         # A new MLflow run gets all epochs again.
@@ -170,6 +106,20 @@ class Recorder:
         for entry in event["history"][len(known) :]:
             self._add(record, entry)
         self._store(key)
+
+    def _check_start(self, run: Run, facts: dict[str, Any]) -> None:
+        """Whether all variants of a seed start from the same given weights.
+
+        Raises:
+            ReductionError: the weights have changed since another variant began.
+        """
+        for (variant, seed), other in self._records.items():
+            before, now = other.get("start_digest"), facts.get("start_digest")
+            if seed == run.seed and before != now and None not in (before, now):
+                raise ReductionError(
+                    f"train({run.label}): model.weights={run.model.weights!r} are no longer those that variant {variant} began "
+                    f"with (digest {before}, now {now}); put those back, or start in another --output"
+                )
 
     def _add(self, record: dict[str, Any], entry: dict[str, Any]) -> None:
         from mlflow.entities import Metric
@@ -207,7 +157,7 @@ class Recorder:
         settings = run.model_dump(mode="json", include={"model", "data", "train", "workers", "seed", "variant"})
         for name, value in {**flatten(settings), "steps": json.dumps(run.steps)}.items():
             self._client.log_param(run_id, name, str(value)[:6000])
-        for name in _COUNTS:
+        for name in COUNTS:
             self._client.log_metric(run_id, f"model/{name}", float(facts["profile"][name]))
         for number, plan in enumerate(facts["plans"]):
             self._client.log_text(run_id, plan, f"plan{number}.json")
@@ -227,101 +177,6 @@ def _probed(probes: dict[str, Any]) -> dict[str, float]:
         plain = re.sub(r"[^\w.-]", "_", name)  # MLflow refuses the @ of a use that has no path of its own
         values[f"probe/gradient_norm/{plain}"[:250]] = value  # its longest name
     return {name: value for name, value in values.items() if value is not None}
-
-
-def summary(record: dict[str, Any]) -> dict[str, Any]:
-    """The results of one finished run. Accuracies in percent; the best epoch is chosen on the validation set."""
-    best = max(record["epochs"], key=lambda entry: entry["top1"])
-    final = record["epochs"][-1]
-    return {
-        "seed": record["seed"],
-        "top1": best["top1"],
-        "top5": best["top5"],
-        "peak_epoch": best["epoch"],
-        "final_top1": final["top1"],
-        "peak_to_final": best["top1"] - final["top1"],
-        "epochs": len(record["epochs"]),
-    }
-
-
-def results(directory: str | Path) -> dict[str, Any]:
-    """What a recipe gave, from the records of its finished runs alone; see `summarize`.
-
-    Raises:
-        ReductionError: there is no finished run.
-    """
-    return summarize(finished(directory))
-
-
-def baseline_of(records: Iterable[dict[str, Any]]) -> str | None:
-    """The variant that the others are compared with: the first without steps, if there is one."""
-    return next((record["variant"] for record in records if not record["steps"]), None)
-
-
-def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `results.json` holds, from finished records.
-
-    Counts and speed are those of one variant; `throughput` and `peak_memory_mib` are medians over its runs, null where
-    those were not measured on equal hardware. Standard deviations have ddof=1 and are null for one run. `vs_baseline`
-    compares runs of equal seed with the first variant that has no steps.
-    """
-    variants: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        variants.setdefault(record["variant"], []).append(record)
-    baseline = baseline_of(records)
-    reference = {r["seed"]: summary(r)["top1"] for r in variants[baseline]} if baseline is not None else {}
-    table: dict[str, Any] = {}
-    for name, found in variants.items():
-        runs = [{**summary(record), "mlflow_run_id": record["mlflow_run_id"]} for record in found]
-        top1 = [run["top1"] for run in runs]
-        table[name] = {
-            **{count: found[0]["profile"][count] for count in _COUNTS},
-            **{measure: _median(found, measure) for measure in _MEASURED},
-            "runs": runs,
-            "top1_mean": fmean(top1),
-            "top1_std": stdev(top1) if len(top1) > 1 else None,
-            "top5_mean": fmean([run["top5"] for run in runs]),
-            "peak_to_final_mean": fmean([run["peak_to_final"] for run in runs]),
-            "vs_baseline": None if baseline is None or name == baseline else _compare(runs, reference),
-        }
-    names = dict.fromkeys(record["recipe"]["name"] for record in records)
-    return {"schema": SCHEMA, "recipe": " + ".join(names), "variants": table}
-
-
-def _compare(runs: list[dict[str, Any]], reference: dict[int, float]) -> dict[str, Any] | None:
-    """Paired two-sided t-test on top-1 over the seeds that both have, and the 95 % confidence interval of the mean difference.
-
-    What is not defined is null: all of it for one pair; p and the interval for equal differences.
-    """
-    pairs = [(run["top1"], reference[run["seed"]]) for run in runs if run["seed"] in reference]
-    if not pairs:
-        return None
-    differences = [ours - theirs for ours, theirs in pairs]
-    p_value = low = high = None
-    # equal differences have no variance to test against
-    if len(pairs) > 1 and max(differences) - min(differences) > 1e-9:
-        from scipy.stats import ttest_rel
-
-        test = ttest_rel(*zip(*pairs, strict=True))
-        low, high = (float(bound) for bound in test.confidence_interval(0.95))
-        p_value = float(test.pvalue)
-    return {
-        "delta": fmean(differences),
-        "p_value": p_value,
-        "n": len(pairs),
-        "test": "paired t",
-        "df": len(pairs) - 1 if len(pairs) > 1 else None,
-        "ci_low": low,
-        "ci_high": high,
-    }
-
-
-def _median(found: list[dict[str, Any]], measure: str) -> float | None:
-    """Over the runs of a variant; None where nothing was measured, or not on equal hardware."""
-    if len({conditions(record) for record in found}) > 1:
-        return None
-    known = [record["profile"][measure] for record in found if record["profile"][measure] is not None]
-    return median(known) if known else None
 
 
 def _client(uri: str) -> MlflowClient:

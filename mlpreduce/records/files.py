@@ -1,0 +1,54 @@
+"""Records on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mlpreduce.errors import ReductionError
+
+__all__ = ["SCHEMA", "finished", "read", "store"]
+
+SCHEMA = 1
+
+
+def store(directory: Path, name: str, document: Any) -> None:
+    """Write a JSON document into `directory`: whole, or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    draft = directory / f"{name}.tmp"
+    draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(draft, directory / name)
+
+
+def read(directory: str | Path) -> list[dict[str, Any]]:
+    """All records under an output directory, in the order in which the recipe names variants and seeds.
+
+    Raises:
+        ReductionError: a file is no record, or one of another schema.
+    """
+    found = []
+    for path in Path(directory).glob("*/seed*/record.json"):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ReductionError(
+                f"{path}: no JSON: {error}; put it back from a copy, or move its folder away"
+            ) from error
+        if record["schema"] != SCHEMA:
+            raise ReductionError(f"{directory}: a record has schema {record['schema']}, this version reads {SCHEMA}")
+        found.append(record)
+    return sorted(found, key=lambda record: record["order"])
+
+
+def finished(directory: str | Path) -> list[dict[str, Any]]:
+    """The records of the finished runs under an output directory.
+
+    Raises:
+        ReductionError: there is none.
+    """
+    found = [record for record in read(directory) if record["status"] == "finished"]
+    if not found:
+        raise ReductionError(f"{str(directory)!r}: no finished run lies there; `--resume` goes on with a run")
+    return found

@@ -1,0 +1,116 @@
+"""What records come to: results of runs and variants, and comparisons with the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from mlpreduce.records.files import SCHEMA, finished
+
+__all__ = ["COUNTS", "baseline_of", "conditions", "results", "summarize", "summary"]
+
+COUNTS = ("params", "mlp_params", "unique_mlps", "macs_linear", "macs", "macs_with_attention")
+_MEASURED = ("throughput", "peak_memory_mib")
+
+
+def conditions(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What speed and memory of a run were measured on: equal for those that may be compared or averaged."""
+    hardware = [record["hardware"].get(key) for key in ("device", "machine", "cpu_cores", "workers")]
+    return (*hardware, record["profile"].get("device"), record["profile"].get("batch_size"))
+
+
+def summary(record: dict[str, Any]) -> dict[str, Any]:
+    """The results of one finished run. Accuracies in percent; the best epoch is chosen on the validation set."""
+    best = max(record["epochs"], key=lambda entry: entry["top1"])
+    final = record["epochs"][-1]
+    return {
+        "seed": record["seed"],
+        "top1": best["top1"],
+        "top5": best["top5"],
+        "peak_epoch": best["epoch"],
+        "final_top1": final["top1"],
+        "peak_to_final": best["top1"] - final["top1"],
+        "epochs": len(record["epochs"]),
+    }
+
+
+def results(directory: str | Path) -> dict[str, Any]:
+    """What a recipe gave, from the records of its finished runs alone; see `summarize`.
+
+    Raises:
+        ReductionError: there is no finished run.
+    """
+    return summarize(finished(directory))
+
+
+def baseline_of(records: Iterable[dict[str, Any]]) -> str | None:
+    """The variant that the others are compared with: the first without steps, if there is one."""
+    return next((record["variant"] for record in records if not record["steps"]), None)
+
+
+def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `results.json` holds, from finished records.
+
+    Counts and speed are those of one variant; `throughput` and `peak_memory_mib` are medians over its runs, null where
+    those were not measured on equal hardware. Standard deviations have ddof=1 and are null for one run. `vs_baseline`
+    compares runs of equal seed with the first variant that has no steps.
+    """
+    variants: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        variants.setdefault(record["variant"], []).append(record)
+    baseline = baseline_of(records)
+    reference = {r["seed"]: summary(r)["top1"] for r in variants[baseline]} if baseline is not None else {}
+    table: dict[str, Any] = {}
+    for name, found in variants.items():
+        runs = [{**summary(record), "mlflow_run_id": record["mlflow_run_id"]} for record in found]
+        top1 = [run["top1"] for run in runs]
+        table[name] = {
+            **{count: found[0]["profile"][count] for count in COUNTS},
+            **{measure: _median(found, measure) for measure in _MEASURED},
+            "runs": runs,
+            "top1_mean": fmean(top1),
+            "top1_std": stdev(top1) if len(top1) > 1 else None,
+            "top5_mean": fmean([run["top5"] for run in runs]),
+            "peak_to_final_mean": fmean([run["peak_to_final"] for run in runs]),
+            "vs_baseline": None if baseline is None or name == baseline else _compare(runs, reference),
+        }
+    names = dict.fromkeys(record["recipe"]["name"] for record in records)
+    return {"schema": SCHEMA, "recipe": " + ".join(names), "variants": table}
+
+
+def _compare(runs: list[dict[str, Any]], reference: dict[int, float]) -> dict[str, Any] | None:
+    """Paired two-sided t-test on top-1 over the seeds that both have, and the 95 % confidence interval of the mean difference.
+
+    What is not defined is null: all of it for one pair; p and the interval for equal differences.
+    """
+    pairs = [(run["top1"], reference[run["seed"]]) for run in runs if run["seed"] in reference]
+    if not pairs:
+        return None
+    differences = [ours - theirs for ours, theirs in pairs]
+    p_value = low = high = None
+    # equal differences have no variance to test against
+    if len(pairs) > 1 and max(differences) - min(differences) > 1e-9:
+        from scipy.stats import ttest_rel
+
+        test = ttest_rel(*zip(*pairs, strict=True))
+        low, high = (float(bound) for bound in test.confidence_interval(0.95))
+        p_value = float(test.pvalue)
+    return {
+        "delta": fmean(differences),
+        "p_value": p_value,
+        "n": len(pairs),
+        "test": "paired t",
+        "df": len(pairs) - 1 if len(pairs) > 1 else None,
+        "ci_low": low,
+        "ci_high": high,
+    }
+
+
+def _median(found: list[dict[str, Any]], measure: str) -> float | None:
+    """Over the runs of a variant; None where nothing was measured, or not on equal hardware."""
+    if len({conditions(record) for record in found}) > 1:
+        return None
+    known = [record["profile"][measure] for record in found if record["profile"][measure] is not None]
+    return median(known) if known else None
