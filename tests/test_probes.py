@@ -25,9 +25,10 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.recipe.schema import differences
 from mlpreduce.records import Recorder, read
 from mlpreduce.testing import tiny_vit
-from mlpreduce.train import Runtime, fit
+from mlpreduce.train import Runtime, fit, loop
 from mlpreduce.train import probes as module
 from mlpreduce.train.probes import NAMES, gradient_norms, layer_similarity, linear_cka, measure, sharpness
+from mlpreduce.train.setup import prepare
 
 # SQLAlchemy about mlflow's own tables
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")
@@ -480,6 +481,19 @@ def test_a_probe_out_of_memory_is_told(tmp_path: Path, monkeypatch: pytest.Monke
         ReductionError, match=r"probes sharpness of 64 images .*2.00 GiB.*train.probe_images=8 takes less"
     ):
         fit(digits_run(tmp_path, epochs=1, warmup_epochs=0, probes=["sharpness"]))
+
+
+def test_worker_0_without_a_validation_image_is_told(tmp_path: Path) -> None:
+    parts = prepare(digits_run(tmp_path, probes=["gradients"]), Runtime(), None)
+    with pytest.raises(ReductionError, match=r"worker 0 has no validation image for train\.probes; leave it out"):
+        loop._probe(parts)
+
+
+def test_probes_do_not_ask_for_the_default_device() -> None:
+    model, (images, labels) = tiny(), batch()
+    with torch.device("meta"):
+        found = sharpness(model, images, labels, iterations=2)
+    assert found == sharpness(model, images, labels, iterations=2)
 
 
 def test_the_keys_may_differ_when_a_run_goes_on() -> None:

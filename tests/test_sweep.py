@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 import sqlite3
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_report import make_record
 
-from mlpreduce import ReductionError
+from mlpreduce import ReductionError, report
 from mlpreduce import recipe as recipes
 from mlpreduce.__main__ import main as command
 from mlpreduce.recipe.schema import points
+from mlpreduce.records import store
 
 # SQLAlchemy about mlflow's own tables
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")
@@ -52,6 +56,8 @@ def test_a_point_is_the_recipe_with_its_tables_laid_over_it() -> None:
         ),
         ("sweep.a.train.epochs=1", "digits_tiny/a.train.warmup_epochs=1: the warm-up is part of train.epochs=1"),
         ("sweep.a=1", "digits_tiny.sweep.a=1: input should be a valid dictionary"),
+        ("sweep={'mlflow.db'={}}", "digits_tiny.sweep.mlflow.db: its name is a folder's too"),
+        ("variants={'curves.png'=[]}", "digits_tiny.variants.curves.png: a variant's name is a folder's too"),
         ("sweep={'../a'={}}", "digits_tiny.sweep.../a: its name is a folder's too"),
     ],
 )
@@ -105,10 +111,13 @@ def test_a_sweep_from_start_to_report(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "holds 8 finished or interrupted run(s); go on with --resume" in capsys.readouterr().err
     assert recipes.main([*arguments, "sweep.slim.train.lr=0.1", "--resume"]) == 2
     assert "sweep.slim.train.lr: was 0.01, is 0.1" in capsys.readouterr().err
-    (output / "slim" / "grouped" / "seed2" / "record.json").unlink()  # as if it had not been reached
+    shutil.rmtree(output / "slim" / "grouped" / "seed2")  # as if it had not been reached
+    assert command(["report", str(output)]) == 0
+    capsys.readouterr()
     assert recipes.main([*arguments, "--resume"]) == 0
     told = capsys.readouterr().out
     assert "digits_tiny/thick: 4 runs (2 variants x 2 seeds) of 2 epochs on this process; 4 finished before" in told
+    assert "digits_tiny/slim: 4 runs (2 variants x 2 seeds) of 2 epochs on this process; 3 finished before" in told
     again = json.loads((output / "results.json").read_text())
     tops = [
         [run["top1"] for run in v["runs"]]
@@ -118,8 +127,54 @@ def test_a_sweep_from_start_to_report(tmp_path: Path, capsys: pytest.CaptureFixt
     ]
     assert tops[:4] == tops[4:]
 
+    # what the directory holds is seen, whichever points are named now
+    for other in ("sweep={third={}}", "sweep={}"):
+        assert recipes.main([*arguments[:-2], other, "--output", str(output)]) == 2
+        assert "holds 8 finished or interrupted run(s)" in capsys.readouterr().err
     elsewhere = tmp_path / "elsewhere"
     assert command(["report", str(output), "--output", str(elsewhere)]) == 0
     assert json.loads((elsewhere / "results.json").read_text()) == again
-    assert command(["report", str(output), "--output", str(output / "slim")]) == 2
-    assert "holds records and has a report of its own" in capsys.readouterr().err
+    assert command(["report", str(output), str(output), "--output", str(elsewhere)]) == 0
+    for run, place in ((output, output / "slim"), (output / "slim", output)):
+        assert command(["report", str(run), "--output", str(place)]) == 2
+        assert "holds records and has a report of its own" in capsys.readouterr().err
+    assert command(["report", str(output), str(output / "slim"), "--output", str(elsewhere)]) == 2
+    assert (
+        f"holds a sweep, which is reported alone; name it alone, or its points: {output}/thick"
+        in capsys.readouterr().err
+    )
+    assert command(["report", str(tmp_path)]) == 2  # what lies above is no sweep
+    assert "no finished run lies there" in capsys.readouterr().err
+
+
+def test_a_sweep_of_seeds_that_are_equal_and_a_point_without_a_finished_run(tmp_path: Path) -> None:
+    for point, status in (("a", "finished"), ("b", "finished"), ("c", "interrupted")):
+        for order, (variant, seed) in enumerate(itertools.product(("baseline", "grouped"), (1, 2, 3))):
+            record = make_record(variant, seed, [100 * 5 / 360], order, recipe=f"toy/{point}", status=status)
+            record["started"] = f"2026-01-01T00:00:0{order}"
+            store(tmp_path / point / variant / f"seed{seed}", "record.json", record)
+    document = report.build(tmp_path)
+    assert (document["recipe"], list(document["points"])) == ("toy", ["a", "b"])
+    assert "No run has finished at c." in (tmp_path / "report.md").read_text()
+    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(tmp_path / "b")
+    with pytest.raises(ReductionError, match="no run has finished at c"):
+        report.build(tmp_path)
+
+
+def test_what_is_free_on_resume_is_free_at_a_point() -> None:
+    before = recipes.load("digits_tiny", [SWEEP]).model_dump(mode="json")
+    free = [
+        "sweep.thick.train.accum_steps=2",
+        "sweep.slim.data.root=/elsewhere",
+        "sweep.slim.train.probes=['gradients']",
+    ]
+    assert recipes.differences(before, recipes.load("digits_tiny", [SWEEP, *free]).model_dump(mode="json")) == []
+    now = recipes.load("digits_tiny", [SWEEP, "sweep.thick.train.lr=1.0"]).model_dump(mode="json")
+    assert recipes.differences(before, now) == ["sweep.thick.train.lr: was None, is 1.0"]
+
+
+def test_advice_names_the_key_of_the_point(tmp_path: Path) -> None:
+    (thick, _) = points(recipes.load("digits_tiny", [SWEEP])).values()
+    assert recipes.runs(thick, tmp_path)[0].key("train.accum_steps") == "sweep.thick.train.accum_steps"
+    assert recipes.runs(recipes.load("digits_tiny"), tmp_path)[0].key("train.accum_steps") == "train.accum_steps"

@@ -14,8 +14,7 @@ takes longer than a short run. Events travel from worker 0 to the driver through
 
 from __future__ import annotations
 
-from mlpreduce.launch.cluster import connection
 from mlpreduce.launch.execution import execute, train_all
 from mlpreduce.launch.settings import LaunchSettings
 
-__all__ = ["LaunchSettings", "connection", "execute", "train_all"]
+__all__ = ["LaunchSettings", "execute", "train_all"]

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,6 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, console: Consol
 
     from mlpreduce import report
     from mlpreduce.data import check
-    from mlpreduce.launch import connection
     from mlpreduce.records import store
     from mlpreduce.train.weights import locate
 
@@ -47,17 +45,14 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, console: Consol
     output = output.resolve()
     document = recipe.model_dump(mode="json")
     every = {output / name: point for name, point in points(recipe).items()}
-    _check_output(output, list(every), document, resume)
+    _check_output(output, document, resume)
     if not os.environ.get("RAY_ADDRESS"):  # a cluster may see what this machine does not
         for point in every.values():
             check(point.data)
             if (weights := point.model.weights_path) is not None:
                 locate(weights)
     store(output, "recipe.json", document)
-    with (
-        connection(recipe.launch) if recipe.sweep and recipe.launch.workers else nullcontext()
-    ):  # one Ray for all points
-        outcomes = [_train(point, place, output, console) for place, point in every.items()]
+    outcomes = [_train(point, place, output, console) for place, point in every.items()]
     documents = [document for document, _ in outcomes if document is not None]
     if not documents:
         console.print("no run finished; there is nothing to report", style="red")
@@ -66,13 +61,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, console: Consol
     return 0 if all(whole for _, whole in outcomes) else 1
 
 
-def _check_output(output: Path, places: list[Path], document: dict[str, Any], resume: bool) -> None:
-    begun = {
-        path.parent
-        for place in places
-        for pattern in ("*/seed*/record.json", "*/seed*/checkpoints")
-        for path in place.glob(pattern)
-    }
+def _check_output(output: Path, document: dict[str, Any], resume: bool) -> None:
+    patterns = [f"{place}/seed*/{what}" for place in ("*", "*/*") for what in ("record.json", "checkpoints")]
+    begun = {path.parent for pattern in patterns for path in output.glob(pattern)}
     if not begun:
         return
     if not resume:

@@ -21,6 +21,7 @@ __all__ = ["Recipe", "differences", "find", "header", "list_recipes", "load", "p
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of variants and points, whose folders have their names
 _SWEPT = ("model", "data", "train", "variants")
+_TAKEN = {"recipe.json", "results.json", "report.md", "report.html", "curves.png", "mlflow.db", "mlartifacts"}
 
 # What may differ when a run is resumed: none of it changes what is computed, but for rounding and random numbers where the
 # batch is shared otherwise; the run says so.
@@ -127,7 +128,7 @@ def points(recipe: Recipe) -> dict[str, Recipe]:
     found = {}
     for name, tables in recipe.sweep.items():
         place = f"{recipe.name}.sweep.{name}"
-        if not _NAME.fullmatch(name):
+        if not _is_folder(name):
             raise ReductionError(f"{place}: its name is a folder's too; use letters, digits, '_', '-' and '.'")
         for table, value in tables.items():
             if table not in _SWEPT or not isinstance(value, dict):
@@ -165,7 +166,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = flatten(before), flatten(now)
     defaults = flatten(Recipe(name="").model_dump(mode="json"))
     old = {**{key: defaults[key] for key in LATER if key in new}, **old}
-    keys = sorted({*old, *new} - _FREE)
+    swept = [f"sweep.{point}." for point in {**before.get("sweep", {}), **now.get("sweep", {})}]
+    free = {f"{place}{key}" for place in ("", *swept) for key in _FREE}
+    keys = sorted({*old, *new} - free)
     return [f"{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
 
 
@@ -194,6 +197,11 @@ def _validated(document: dict[str, Any]) -> Recipe:
         return Recipe.model_validate(document)
     except ValidationError as error:
         raise ReductionError("\n".join(_complaint(document["name"], item) for item in error.errors())) from error
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a folder of an output directory can be called so: no file there is."""
+    return _NAME.fullmatch(name) is not None and name not in _TAKEN
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +238,7 @@ def _problems(recipe: Recipe) -> Iterable[str]:
         yield "variants: none; give at least `baseline = []`"
     for variant, steps in recipe.variants.items():
         place = f"variants.{variant}"
-        if not _NAME.fullmatch(variant):
+        if not _is_folder(variant):
             yield f"{place}: a variant's name is a folder's too; use letters, digits, '_', '-' and '.'"
         for number, step in enumerate(steps):
             config = {key: value for key, value in step.items() if key != "transform"}

@@ -17,7 +17,7 @@ from mlpreduce.records import SCHEMA, store, summarize
 from mlpreduce.report.figure import draw
 from mlpreduce.report.gather import gather, gather_points
 from mlpreduce.report.pages import as_html, as_markdown
-from mlpreduce.report.tables import NOTES, compose, overview
+from mlpreduce.report.tables import NOTES, Part, compose, overview
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -68,15 +68,15 @@ def build(*runs: str | Path, output: str | Path | None = None) -> dict[str, Any]
         ReductionError: a directory has no finished run; two have one of the same variant and seed, or a variant that is
             not the same in both; there are several and `output` is missing, or is one of them.
     """
-    points = gather_points(runs[0]) if len(runs) == 1 else {}
-    records = [] if points else gather(*runs)
     sources = {Path(run).resolve() for run in runs}
+    points = gather_points(runs[0]) if len(sources) == 1 else {}
+    records = [] if points else gather(*runs)
     if output is None and len(sources) > 1:
         raise ReductionError(
             f"report: {len(sources)} runs make a report that belongs to none of them; add --output DIR"
         )
     place = Path(runs[0] if output is None else output)
-    if sources != {place.resolve()} and any(place.glob("*/seed*/record.json")):
+    if sources != {place.resolve()} and (any(place.glob("*/seed*/record.json")) or gather_points(place)):
         raise ReductionError(
             f"report: --output {place} holds records and has a report of its own; name another directory"
         )
@@ -88,17 +88,19 @@ def build(*runs: str | Path, output: str | Path | None = None) -> dict[str, Any]
 
 def _write_sweep(points: dict[str, list[dict[str, Any]]], place: Path) -> dict[str, Any]:
     """The report of a recipe with a sweep, from the finished records of each point."""
-    parts = {point: summarize(records) for point, records in points.items()}
-    recipe = next(iter(points.values()))[0]["recipe"]["name"].rpartition("/")[0]
+    unfinished = [point for point, records in points.items() if not records]
+    parts = {point: summarize(records) for point, records in points.items() if records}
+    if not parts:
+        raise ReductionError(f"report: no run has finished at {', '.join(unfinished)}; `--resume` goes on with them")
+    recipe = next(points[point] for point in parts)[0]["recipe"]["name"].rpartition("/")[0]
     tables = {point: {"variants": part["variants"]} for point, part in parts.items()}
     document = {"schema": SCHEMA, "recipe": recipe, "points": tables}
-    return _write(place, document, [(part, points[point]) for point, part in parts.items()])
+    remarks = [f"No run has finished at {', '.join(unfinished)}."] if unfinished else []
+    return _write(place, document, [(part, points[point]) for point, part in parts.items()], remarks)
 
 
-def _write(
-    place: Path, document: dict[str, Any], parts: list[tuple[dict[str, Any], list[dict[str, Any]]]]
-) -> dict[str, Any]:
-    content = compose(document["recipe"], parts)
+def _write(place: Path, document: dict[str, Any], parts: Sequence[Part], remarks: Sequence[str] = ()) -> dict[str, Any]:
+    content = compose(document["recipe"], parts, remarks)
     figure = BytesIO()
     draw([records for _, records in parts]).savefig(figure, format="png", dpi=120)
     store(place, "results.json", document)

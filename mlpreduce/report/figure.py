@@ -74,8 +74,8 @@ def _draw_cost(figure: SubFigure, parts: Sequence[Sequence[dict[str, Any]]]) -> 
         found = sorted(filter(None, found), key=lambda records: records[0]["profile"]["params"])
         tops = [[max(epoch["top1"] for epoch in record["epochs"]) for record in records] for records in found]
         means = [fmean(values) for values in tops]
-        below = [mean - min(values) for mean, values in zip(means, tops, strict=True)]
-        above = [max(values) - mean for mean, values in zip(means, tops, strict=True)]
+        below = [max(0.0, mean - min(values)) for mean, values in zip(means, tops, strict=True)]
+        above = [max(0.0, max(values) - mean) for mean, values in zip(means, tops, strict=True)]
         params = [records[0]["profile"]["params"] / 1e6 for records in found]
         axis.errorbar(params, means, (below, above), fmt="o-", color=f"C{number}", capsize=3, label=_plain(variant))
     axis.set_xscale("log")

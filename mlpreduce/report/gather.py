@@ -28,6 +28,12 @@ def gather(*directories: str | Path) -> list[dict[str, Any]]:
     places: dict[Path, str] = {}
     for directory in directories:
         places.setdefault(Path(directory).resolve(), str(directory))
+    for place, path in places.items():
+        if points := gather_points(place):
+            raise ReductionError(
+                f"report: {path} holds a sweep, which is reported alone; name it alone, or its points: "
+                f"{', '.join(str(Path(path) / point) for point in points)}"
+            )
     names = [place.name for place in places]
     records: list[dict[str, Any]] = []
     paths: dict[str, str] = {}
@@ -44,15 +50,20 @@ def gather(*directories: str | Path) -> list[dict[str, Any]]:
 
 
 def gather_points(directory: str | Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of the finished runs at each point of a sweep, in the order of their beginning; none of another directory.
+    """The records of the finished runs at each point of a sweep that was begun, in the order of their beginning.
 
-    Each has the key "output", the name of its point.
+    Each has the key "output", the name of its point. A directory that holds no sweep has no points.
     """
     places = {path.parents[2] for path in Path(directory).glob("*/*/seed*/record.json")}
-    points = {place.name: [r for r in read(place) if r["status"] == "finished"] for place in places}
-    begun = {name: min(record["started"] for record in found) for name, found in points.items() if found}
+    every = {place.name: read(place) for place in places}
+    recipes = {record["recipe"]["name"] for found in every.values() for record in found}
+    (name, *others) = {recipe.rpartition("/")[0] for recipe in recipes} or {""}
+    if others or not name or recipes != {f"{name}/{point}" for point in every}:
+        return {}  # what lies there are outputs of other recipes
+    points = {point: [r for r in found if r["status"] == "finished"] for point, found in every.items()}
+    begun = {point: (min(record["started"] for record in found), point) for point, found in every.items()}
     return {
-        name: [{**record, "output": name} for record in points[name]] for name in sorted(begun, key=lambda n: begun[n])
+        name: [{**record, "output": name} for record in points[name]] for name in sorted(points, key=begun.__getitem__)
     }
 
 

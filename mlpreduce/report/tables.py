@@ -12,7 +12,7 @@ from mlpreduce.records import baseline_of, conditions
 from mlpreduce.report import probes, published
 from mlpreduce.report.gather import differing
 
-__all__ = ["NOTES", "Content", "Table", "compose", "overview"]
+__all__ = ["NOTES", "Content", "Part", "Table", "compose", "overview"]
 
 ABSENT = "not in the paper"
 FEW = "(n is too small to conclude)"
@@ -64,11 +64,13 @@ class _Variant:
         return mean_std([run[key] for run in self.results["runs"]], digits)
 
 
+# What `results.json` says of finished records, and the records.
+Part = tuple[dict[str, Any], list[dict[str, Any]]]
 # A column: header, what stands there for our runs, and the key of the paper's cell.
 _Column = tuple[str, Callable[[_Variant], str], str]
 
 
-def compose(title: str, parts: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> Content:
+def compose(title: str, parts: Sequence[Part], remarks: Iterable[str] = ()) -> Content:
     """The report of finished records and what `results.json` says of them: one part, or one for each point of a sweep."""
     records = [record for _, found in parts for record in found]
     paper = all(published.reproduces(record["recipe"]["name"]) for record in records)
@@ -95,7 +97,7 @@ def compose(title: str, parts: Sequence[tuple[dict[str, Any], list[dict[str, Any
     ]
     return Content(
         title=title,
-        remarks=list(_remarks(records, paper)),
+        remarks=[*remarks, *_remarks(records, paper)],
         tables=[
             _table("Table 1: size and compute", size, variants),
             _table("Table 2: validation", validation, variants),

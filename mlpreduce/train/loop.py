@@ -112,10 +112,11 @@ def _memory(run: Run, images: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         steps = 2 * run.train.accum_steps
+        fewer, less = run.key("train.accum_steps"), run.key("train.grad_checkpointing")
         raise ReductionError(
             f"train({run.label}): {images} images do not fit into the memory of a worker: {str(error).splitlines()[0]} "
-            f"train.accum_steps={steps} takes half as many at a time for the same batch of {run.train.batch_size}, and "
-            f"train.grad_checkpointing=true takes less too; with either, --resume goes on after the last epoch"
+            f"{fewer}={steps} takes half as many at a time for the same batch of {run.train.batch_size}, and {less}=true takes "
+            f"less too; with either, --resume goes on after the last epoch"
         ) from error
 
 
@@ -257,6 +258,10 @@ def _keeping(parts: Setup) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
 def _probe(parts: Setup) -> dict[str, Any]:
     """The probes of the trained weights, on the same images each time."""
     train, device = parts.run.train, parts.runtime.device
+    if not parts.probed:
+        raise ReductionError(
+            f"train({parts.run.label}): worker 0 has no validation image for {parts.run.key('train.probes')}; leave it out"
+        )
     images, labels = (torch.cat(tensors).to(device) for tensors in zip(*parts.probed, strict=True))
     if train.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -264,10 +269,11 @@ def _probe(parts: Setup) -> dict[str, Any]:
         return probes.measure(parts.core, images, labels, train.probes)
     except torch.OutOfMemoryError as error:
         fewer = min(CHUNK, len(images)) // 2
-        remedy = f"train.probe_images={fewer} takes less, and so does" if fewer else "What helps is"
+        remedy = f"{parts.run.key('train.probe_images')}={fewer} takes less, and so does" if fewer else "What helps is"
         raise ReductionError(
             f"train({parts.run.label}): the probes {', '.join(train.probes)} of {len(images)} images do not fit into the "
-            f"memory of worker 0, {CHUNK} at a time: {str(error).splitlines()[0]} {remedy} a shorter train.probes; with "
+            f"memory of worker 0, {CHUNK} at a time: {str(error).splitlines()[0]} {remedy} a shorter "
+            f"{parts.run.key('train.probes')}; with "
             f"either, --resume goes on after the last epoch"
         ) from error
 

@@ -103,6 +103,11 @@ class Run(BaseModel):
         """Variant and seed, for messages."""
         return f"{self.recipe}, variant {self.variant}, seed {self.seed}"
 
+    def key(self, name: str) -> str:
+        """How a key of a recipe is written on the command line: at a point of a sweep, the point's own goes before."""
+        point = self.recipe.partition("/")[2]
+        return f"sweep.{point}.{name}" if point else name
+
     def accumulation(self, world: int) -> int:
         """Micro-batches per update of each worker, where another number of workers than planned shares the batch.
 
