@@ -14,19 +14,20 @@ __all__ = ["as_html", "as_markdown"]
 
 _STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 90em; margin: 2em auto; padding: 0 1em; }
 h1, h2 { line-height: 1.2; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3em .8em; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
-td:last-child { white-space: normal; }
+td.long { white-space: normal; min-width: 20em; }
 tbody th { font-weight: 600; }
 tr.paper td, tr.paper th { color: GrayText; }
 img { max-width: 100%; height: auto; background: white; }
 .remark { border-left: 4px solid #c60; padding: .2em .8em; }
 """
+_LONG = 50  # characters of a cell that may be broken into lines
 
 
 def as_markdown(content: Content) -> str:
@@ -68,7 +69,8 @@ def _section(table: Table) -> str:
     rows = []
     for first, *rest in table.rows:
         kind = ' class="paper"' if rest[:1] == [SOURCE] else ""
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
+        classes = [' class="long"' if len(cell) > _LONG else "" for cell in rest]
+        cells = "".join(f"<td{mark}>{html.escape(cell)}</td>" for mark, cell in zip(classes, rest, strict=True))
         rows.append(f'<tr{kind}><th scope="row">{html.escape(first)}</th>{cells}</tr>')
     return (
         f'<section><h2>{html.escape(table.title)}</h2><div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n'
