@@ -241,10 +241,14 @@ def test_an_interrupt_waits(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> 
         cut(leaf)
 
     monkeypatch.setattr(slicing, "_set_sizes", interrupt_then_cut)
-    with pytest.raises(KeyboardInterrupt):
-        mlpreduce.apply(vit, "shallow")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            mlpreduce.apply(vit, "shallow")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert {n: p.shape for n, p in vit.named_parameters()} == {n: p.shape for n, p in whole.named_parameters()}
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_tied_parameters_are_not_untied_silently(vit: nn.Module, unchanged) -> None:
