@@ -195,7 +195,7 @@ def test_rates_are_compared_round_by_round() -> None:
     [
         (["depth=2"], "bench train depth=2: an argument of no model; write MODEL depth=2"),
         (["vit_tiny_patch16_24"], "timm has no architecture 'vit_tiny_patch16_24'; did you mean"),
-        (["--batch-size", "10"], "bench train --batch-size 10: each of 1 worker(s) x 2 steps must get an even number"),
+        (["--batch-size", "10"], "a batch of 5 images per worker cannot be mixed in pairs; choose train.batch_size"),
         (
             ["train.fidelity=published"],
             "bench train train.fidelity=published: timm's script has no such setting; it has",

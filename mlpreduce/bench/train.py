@@ -151,12 +151,6 @@ def make_plan(
     single = ["train.aug_repeats=0"] if workers == 1 else []  # timm repeats an image on another worker only
     recipe = load_recipe(RECIPE, [*fixed, *single, *keys, f"data.root={folder / 'data'}", "data.name=folder"])
     train, default = recipe.train, recipe.model
-    share, rest = divmod(batch_size, workers * train.accum_steps)
-    if rest or share % 2:  # mixup takes pairs
-        parts = f"each of {workers} worker(s) x {train.accum_steps} steps must get an even number of images"
-        raise ReductionError(
-            f"bench train --batch-size {batch_size}: {parts}; use a multiple of {2 * workers * train.accum_steps}"
-        )
     kwargs = {"num_classes": recipe.data.classes, **kwargs} if name else dict(default.kwargs)
     name = name or default.name
     with torch.device("meta"):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlpreduce.data.settings import AugmentSettings, DataSettings
+from mlpreduce.data.settings import AugmentSettings, DataSettings, setting_problems
 from mlpreduce.data.sources import check, open_source
 from mlpreduce.errors import ReductionError
 
@@ -69,12 +69,9 @@ def load(
     Raises:
         ReductionError: no such data, or an augmentation that this data set does not offer.
     """
+    for problem in setting_problems(data, augment, micro_batch=micro_batch, world=world):
+        raise ReductionError(problem)
     check(data)
-    if augment.mixes and micro_batch % 2:
-        raise ReductionError(
-            f"train.mixup={augment.mixup}, train.cutmix={augment.cutmix}: a batch of {micro_batch} images per worker cannot "
-            "be mixed in pairs; choose train.batch_size so that each worker's batch is even"
-        )
     if data.name == "digits":
         return _digits(data, augment, micro_batch, rank, world, device)
     return _images(data, augment, micro_batch, rank, world, device)
@@ -90,17 +87,6 @@ def _digits(
     from timm.data import Mixup
     from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-    mixing = {"label_smoothing", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob"}
-    fields = AugmentSettings.model_fields
-    changed = [name for name in fields if name not in mixing and getattr(augment, name) != fields[name].default]
-    if changed:
-        keys = ", ".join(f"train.{name}={getattr(augment, name)!r}" for name in changed)
-        raise ReductionError(
-            f"{keys}: data.name='digits' are ready-made tensors of 8x8 pixels, and know only mixup, cutmix and label "
-            "smoothing; leave these keys out, or use data.name='synthetic' or 'folder'"
-        )
-    if data.image_size != 8:
-        raise ReductionError(f"data.image_size={data.image_size}: the digits have 8x8 pixels; use data.image_size=8")
     source = load_digits()
     images = torch.tensor(source.images, dtype=torch.float32).unsqueeze(1)  # (1797, 1, 8, 8), pixels 0..16
     labels = torch.tensor(source.target, dtype=torch.int64)
@@ -125,11 +111,6 @@ def _images(
     from timm.data import FastCollateMixup, create_loader
     from torch.utils.data import Subset
 
-    if augment.aug_repeats and world == 1:
-        raise ReductionError(
-            f"train.aug_repeats={augment.aug_repeats}: timm's repeated augmentation hands the copies of an image to "
-            "different workers, and there is 1; use train.aug_repeats=0, or launch.workers=2 or more"
-        )
     source = open_source(data, micro_batch=micro_batch, rank=rank, world=world)
     streamed = source.set_epoch is not None
     if augment.aug_repeats and streamed:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["AugmentSettings", "DataSettings"]
+__all__ = ["AugmentSettings", "DataSettings", "setting_problems"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -58,3 +59,36 @@ class AugmentSettings(BaseModel):
     def mixes(self) -> bool:
         """Whether batches are mixed, and targets therefore soft."""
         return self.mixup > 0 or self.cutmix > 0
+
+
+def setting_problems(data: DataSettings, augment: AugmentSettings, *, micro_batch: int, world: int) -> Iterator[str]:
+    """What in the settings cannot be carried out, wherever the data lies.
+
+    Args:
+        data: what is trained on.
+        augment: how the images are changed.
+        micro_batch: images that a worker takes at a time.
+        world: workers.
+    """
+    if augment.mixes and micro_batch % 2:
+        yield (
+            f"train.mixup={augment.mixup}, train.cutmix={augment.cutmix}: a batch of {micro_batch} images per worker cannot "
+            "be mixed in pairs; choose train.batch_size so that each worker's batch is even"
+        )
+    if data.name == "digits":
+        mixing = {"label_smoothing", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob"}
+        fields = AugmentSettings.model_fields
+        changed = [name for name in fields if name not in mixing and getattr(augment, name) != fields[name].default]
+        if changed:
+            keys = ", ".join(f"train.{name}={getattr(augment, name)!r}" for name in changed)
+            yield (
+                f"{keys}: data.name='digits' are ready-made tensors of 8x8 pixels, and know only mixup, cutmix and label "
+                "smoothing; leave these keys out, or use data.name='synthetic' or 'folder'"
+            )
+        if data.image_size != 8:
+            yield f"data.image_size={data.image_size}: the digits have 8x8 pixels; use data.image_size=8"
+    elif augment.aug_repeats and world == 1:
+        yield (
+            f"train.aug_repeats={augment.aug_repeats}: timm's repeated augmentation hands the copies of an image to "
+            "different workers, and there is 1; use train.aug_repeats=0, or launch.workers=2 or more"
+        )

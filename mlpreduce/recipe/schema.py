@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mlpreduce.data import DataSettings
+from mlpreduce.data.settings import DataSettings, setting_problems
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.launch import LaunchSettings
 from mlpreduce.train.settings import FREE, LATER, ModelSettings, Run, Step, TrainSettings
@@ -271,6 +271,8 @@ def _problems(recipe: Recipe) -> Iterable[str]:
             f"{recipe.train.epochs} and must be shorter"
         )
     try:
-        _ = runs(recipe.model_copy(update={"seeds": (0,), "variants": {"any": ()}}), ".")[0].micro_batch
+        micro_batch = runs(recipe.model_copy(update={"seeds": (0,), "variants": {"any": ()}}), ".")[0].micro_batch
     except ReductionError as error:
         yield str(error)
+    else:
+        yield from setting_problems(recipe.data, recipe.train, micro_batch=micro_batch, world=recipe.launch.world)
