@@ -68,8 +68,8 @@ def build_model(run: Run, device: torch.device | str | None = None) -> nn.Module
     model = create(name, **first)
     if name is not None and run.train.fidelity == "corrected" and device is None:
         _start_alike(model, create(None))
-    if run.model.weights_path is not None and device is None:
-        load_weights(model, run.model)
+    if (path := run.model.weights_path) is not None and device is None:
+        load_weights(model, run.model, path)
     for step in steps:
         model = mlpreduce.apply(model, step.pop("transform"), **step)
     return model

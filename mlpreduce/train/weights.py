@@ -71,18 +71,18 @@ def locate(path: Path) -> Path:
     return path.parent if path.name == WEIGHTS and (path.parent / DESCRIPTION).is_file() else path
 
 
-def load_weights(model: nn.Module, settings: ModelSettings) -> None:
-    """Fill a freshly built, unreduced model with the weights at `settings.weights_path`. Its own dtypes stay.
+def load_weights(model: nn.Module, settings: ModelSettings, path: Path) -> None:
+    """Fill a freshly built, unreduced model with the weights at `path`. Its own dtypes stay.
 
     Args:
         model: what `settings` describe; it is unchanged after an error.
-        settings: the path, and what the model is, for messages.
+        settings: what the model is, for messages.
+        path: what `locate` takes.
 
     Raises:
         ReductionError: no such weights, those of a reduced model, or of one with other names or shapes.
     """
-    assert settings.weights_path is not None
-    place = locate(settings.weights_path)
+    place = locate(path)
     call = f"model.weights={settings.weights!r}"
     if place.is_dir():
         _, plans = read_saved(place, call)
