@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,11 @@ from mlpreduce.train.settings import TrainSettings
 from mlpreduce.train.setup import prepare
 from mlpreduce.train.weights import locate, start_digest
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALIGNED = {"transform": "grouped", "group": 2, "scale": "none", "keep": "align_mean"}
 SLICED = {"transform": "shallow", "ratio": 0.5, "criterion": "l2"}
 SOFT = {"distillation": "soft", "distill_tau": 2.0}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

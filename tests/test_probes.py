@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,12 @@ from mlpreduce.train.probes import NAMES, gradient_norms, layer_similarity, line
 from mlpreduce.train.setup import prepare
 
 # SQLAlchemy about mlflow's own tables
-pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 TINY = {"in_chans": 1, "patch_size": 8, "embed_dim": 4, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "num_classes": 3}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(group: int = 1, **changes: Any) -> nn.Module:

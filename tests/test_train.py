@@ -6,7 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from mlpreduce.train import Run, Runtime, TrainingStopped, build_model, create_e
 from mlpreduce.train.parts import create_optimizer
 from mlpreduce.train.settings import TrainSettings
 from mlpreduce.train.state import checkpoints, seed_everything
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL_VIT = {
     "img_size": 8,
@@ -103,14 +105,6 @@ def forge_manifest(folder: Path, change: Callable[[Any], None]) -> None:
     change(manifest)
     seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": seal}))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Interrupted(Exception):
