@@ -210,6 +210,12 @@ def test_a_recipe_from_start_to_report_in_this_process(tmp_path: Path, capsys: p
     assert "holds 4 finished or interrupted run(s); go on with --resume" in capsys.readouterr().err
     assert recipes.main([*arguments, "train.lr=0.1", "--resume"]) == 2
     assert "train.lr: was 0.005, is 0.1" in capsys.readouterr().err
+    kept = (tmp_path / "out" / "recipe.json").read_bytes()
+    for damaged in (kept[:100], b"\xff"):
+        (tmp_path / "out" / "recipe.json").write_bytes(damaged)
+        assert recipes.main([*arguments, "--resume"]) == 2
+        assert "recipe.json is damaged" in capsys.readouterr().err
+    (tmp_path / "out" / "recipe.json").write_bytes(kept)
     assert recipes.main([*arguments, "--resume"]) == 0  # all is finished: only the report is made again
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == document
 

@@ -264,6 +264,15 @@ def test_variants_that_start_from_different_weights_are_refused(tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize("text", [b"{}", b"[1]", b"{", b"\xff", b'{"schema": 99}'])
+def test_what_is_no_record_is_told(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "baseline" / "seed1" / "record.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(text)
+    with pytest.raises(ReductionError, match=r"baseline/seed1/record\.json: (no JSON|the record has schema)"):
+        read(tmp_path)
+
+
 def test_no_records_no_results(tmp_path: Path) -> None:
     with pytest.raises(ReductionError, match="no finished run"):
         results(tmp_path)

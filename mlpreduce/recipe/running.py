@@ -72,7 +72,12 @@ def _check_output(output: Path, document: dict[str, Any], resume: bool) -> None:
             "--output DIR"
         )
     known = output / "recipe.json"
-    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+    try:
+        before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ReductionError(
+            f"--resume: {known} is damaged: {error}; put it back from a copy: any record.json below has it as its recipe"
+        ) from error
     changed = differences(before, document)
     if changed:
         raise ReductionError(

@@ -32,12 +32,13 @@ def read(directory: str | Path) -> list[dict[str, Any]]:
     for path in Path(directory).glob("*/seed*/record.json"):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             raise ReductionError(
                 f"{path}: no JSON: {error}; put it back from a copy, or move its folder away"
             ) from error
-        if record["schema"] != SCHEMA:
-            raise ReductionError(f"{directory}: a record has schema {record['schema']}, this version reads {SCHEMA}")
+        schema = record.get("schema") if isinstance(record, dict) else None
+        if schema != SCHEMA:
+            raise ReductionError(f"{path}: the record has schema {schema}, this version reads {SCHEMA}")
         found.append(record)
     return sorted(found, key=lambda record: record["order"])
 
