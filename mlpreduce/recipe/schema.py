@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mlpreduce.data.settings import DataSettings, setting_problems
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.launch import LaunchSettings
+from mlpreduce.shipped import shipped
 from mlpreduce.train.settings import FREE, LATER, ModelSettings, Run, Step, TrainSettings
 from mlpreduce.values import flatten, parse_value
 
-__all__ = ["Recipe", "differences", "find", "header", "list_recipes", "load", "points", "runs"]
+__all__ = ["Recipe", "changed", "differences", "find", "header", "list_recipes", "load", "points", "runs"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of variants and points, whose folders have their names
 _SWEPT = ("model", "data", "train", "variants")
@@ -54,7 +54,7 @@ class Recipe(BaseModel):
 
 def list_recipes() -> dict[str, Path]:
     """The recipes that ship with the library, or lie in `recipes/` beside it in a checkout."""
-    return {path.stem: path for path in sorted(_folder().glob("*.toml"))}
+    return {path.stem: path for path in sorted(shipped("recipes").glob("*.toml"))}
 
 
 def find(name: str) -> Path:
@@ -103,8 +103,37 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise ReductionError(f"recipe {path}: no valid TOML: {error}") from error
     for override in overrides:
-        _override(document, override)
-    recipe = _validated({**document, "name": path.stem})
+        key, equals, value = override.partition("=")
+        if not equals or not key.strip():
+            raise ReductionError(f"{override!r}: no override; write key=value, for instance train.epochs=2")
+        _set(document, key.strip(), parse_value(value))
+    return _checked({**document, "name": path.stem})
+
+
+def changed(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values of some keys.
+
+    Args:
+        recipe: is not changed itself.
+        settings: values by dotted key, such as `train.lr`.
+
+    Raises:
+        ReductionError: all that is wrong, one line each.
+
+    Example:
+        >>> changed(load("digits"), {"train.lr": 0.1}).train.lr
+        0.1
+    """
+    if not settings:
+        return recipe
+    document = recipe.model_dump(mode="json", exclude_unset=True)
+    for key, value in settings.items():
+        _set(document, key, value)
+    return _checked({**document, "name": recipe.name})
+
+
+def _checked(document: dict[str, Any]) -> Recipe:
+    recipe = _validated(document)
     problems = [f"{point.name}.{problem}" for point in points(recipe).values() for problem in _problems(point)]
     if problems:
         raise ReductionError("\n".join(dict.fromkeys(problems)))
@@ -172,24 +201,15 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
 
 
-def _folder() -> Path:
-    """`mlpreduce.recipes` where the library is installed, `recipes/` beside the package in a bare checkout."""
-    spec = importlib.util.find_spec("mlpreduce.recipes")  # a folder without modules: it cannot be imported, only found
-    places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return Path(places[0]) if places else Path(__file__).resolve().parents[2] / "recipes"
-
-
-def _override(document: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ReductionError(f"{text!r}: no override; write key=value, for instance train.epochs=2")
-    *tables, last = key.strip().split(".")
+def _set(document: dict[str, Any], key: str, value: Any) -> None:
+    """Give a dotted key a value."""
+    *tables, last = key.split(".")
     target = document
     for number, table in enumerate(tables):
         target = target.setdefault(table, {})
         if not isinstance(target, dict):
-            raise ReductionError(f"{text!r}: {'.'.join(tables[: number + 1])} is no table and has no keys")
-    target[last] = parse_value(value)
+            raise ReductionError(f"{key!r}: {'.'.join(tables[: number + 1])} is no table and has no keys")
+    target[last] = value
 
 
 def _validated(document: dict[str, Any]) -> Recipe:
