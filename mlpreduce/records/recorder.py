@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Recorder", "tracking_uri"]
 
+_ENDED = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "stopped": "FINISHED"}
 _METRICS = ("train_loss", "val_loss", "top1", "top5", "raw_val_loss", "raw_top1", "raw_top5", "lr", "images_per_s")
 
 
@@ -37,10 +38,21 @@ class Recorder:
         recipe: the resolved recipe, as JSON-like data; its "name" names the MLflow experiment.
         runs: all runs of the recipe, in order.
         home: directory of MLflow's store, unless MLFLOW_TRACKING_URI names another; by default that of the recipe.
+        experiment: the MLflow experiment; by default the recipe's name.
     """
 
-    def __init__(self, directory: Path, recipe: dict[str, Any], runs: list[Run], *, home: Path | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        recipe: dict[str, Any],
+        runs: list[Run],
+        *,
+        home: Path | None = None,
+        experiment: str | None = None,
+    ) -> None:
         self._recipe = recipe
+        self._tags: dict[tuple[str, int], dict[str, str]] = {}
+        self._parent: str | None = None
         self._runs = {(run.variant, run.seed): run for run in runs}
         self._order = {key: number for number, key in enumerate(self._runs)}
         self._records = {(record["variant"], record["seed"]): record for record in read(directory)}
@@ -48,7 +60,54 @@ class Recorder:
         home = home or directory
         self._uri = tracking_uri(home)
         self._client = _client(self._uri)
-        self._experiment = _experiment(self._client, recipe["name"], home, self._uri)
+        self._experiment = _experiment(self._client, experiment or recipe["name"], home, self._uri)
+
+    def nest(self, name: str, settings: dict[str, Any], known: str | None = None) -> str:
+        """Let all runs that begin from now on be nested in one of their own.
+
+        Args:
+            name: of the parent run.
+            settings: logged as its parameters.
+            known: the parent run of an earlier process.
+
+        Returns:
+            The id of the parent run.
+        """
+        if known and self._client.search_runs([self._experiment], f"attributes.run_id = '{known}'"):
+            self._client.update_run(known, status="RUNNING")
+            self._parent = known
+        else:
+            self._parent = str(self._client.create_run(self._experiment, run_name=name).info.run_id)
+            self._log_params(self._parent, flatten(settings))
+        return self._parent
+
+    def close(self, metrics: dict[str, float], files: list[Path], *, whole: bool) -> None:
+        """End the parent run, with what the study came to."""
+        if self._parent is None:
+            return
+        for key, value in metrics.items():
+            self._client.log_metric(self._parent, key, float(value))
+        for path in files:
+            self._client.log_artifact(self._parent, str(path))
+        self._client.set_terminated(self._parent, "FINISHED" if whole else "KILLED")
+
+    def add(self, run: Run, tags: dict[str, str]) -> None:
+        """Expect one more run, after those that are known; `tags` are those of its MLflow run."""
+        key = (run.variant, run.seed)
+        self._runs[key] = run
+        before = [*self._order.values(), *(record["order"] for record in self._records.values())]
+        known = self._records.get(key, {}).get("order")
+        self._order.setdefault(key, 1 + max(before, default=-1) if known is None else known)
+        self._tags[key] = tags
+
+    def record(self, variant: str, seed: int) -> dict[str, Any] | None:
+        """The record of a run, if it has begun."""
+        return self._records.get((variant, seed))
+
+    def stopped(self, run: Run, message: str) -> None:
+        """Mark a run that was ended before its last epoch, on purpose; it could be gone on with."""
+        if self._records.get((run.variant, run.seed), {}).get("status") == "running":
+            self._end((run.variant, run.seed), "stopped", message)
 
     def finished(self, run: Run) -> bool:
         """Whether a run has been trained to its end."""
@@ -139,9 +198,7 @@ class Recorder:
             for name, value in summary(record).items():
                 self._client.log_metric(run_id, f"final/{name}", float(value))
         self._client.log_dict(run_id, record, "record.json")
-        self._client.set_terminated(
-            run_id, {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}[status]
-        )
+        self._client.set_terminated(run_id, _ENDED[status])
 
     def _store(self, key: tuple[str, int]) -> None:
         store(Path(self._runs[key].directory), "record.json", self._records[key])
@@ -153,15 +210,23 @@ class Recorder:
             self._client.update_run(known, status="RUNNING")
             return str(known)
         tags = {"mlflow.runName": f"{run.variant}-seed{run.seed}", "variant": run.variant, "seed": str(run.seed)}
+        tags |= {"mlflow.parentRunId": self._parent} if self._parent else {}
+        tags |= self._tags.get((run.variant, run.seed), {})
         run_id: str = self._client.create_run(self._experiment, tags=tags).info.run_id
         settings = run.model_dump(mode="json", include={"model", "data", "train", "workers", "seed", "variant"})
-        for name, value in {**flatten(settings), "steps": json.dumps(run.steps)}.items():
-            self._client.log_param(run_id, name, str(value)[:6000])
+        self._log_params(run_id, {**flatten(settings), "steps": json.dumps(run.steps)})
         for name in COUNTS:
             self._client.log_metric(run_id, f"model/{name}", float(facts["profile"][name]))
         for number, plan in enumerate(facts["plans"]):
             self._client.log_text(run_id, plan, f"plan{number}.json")
         return run_id
+
+    def _log_params(self, run_id: str, values: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(name, str(value)[:6000]) for name, value in values.items()]
+        for start in range(0, len(params), 100):  # the most that one call takes
+            self._client.log_batch(run_id, params=params[start : start + 100])
 
     def log_files(self, paths: list[Path]) -> None:
         """Attach files (the report) to every run."""
