@@ -2,9 +2,11 @@
 
 One worker group trains all runs of a recipe, one after the other: starting Ray and importing torch and timm in each worker
 takes longer than a short run. Events travel from worker 0 to the driver through a queue; the driver alone keeps records.
+A search has a pool of workers instead, whose jobs are trials.
 
     settings     the `[launch]` section
     execution    what callers use: train all runs, here or on Ray
+    pool         jobs on warm workers, and one owner of what they report
     cluster      the connection to Ray, and what it has
     group        the worker group: its trainer, its workers, its events
     sharing      how many workers of a group can share a batch
@@ -15,6 +17,7 @@ takes longer than a short run. Events travel from worker 0 to the driver through
 from __future__ import annotations
 
 from mlpreduce.launch.execution import execute, train_all
+from mlpreduce.launch.pool import Call, Job, Lost, Pool, pool
 from mlpreduce.launch.settings import LaunchSettings
 
-__all__ = ["LaunchSettings", "execute", "train_all"]
+__all__ = ["Call", "Job", "LaunchSettings", "Lost", "Pool", "execute", "pool", "train_all"]
