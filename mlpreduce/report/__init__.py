@@ -1,6 +1,6 @@
 """Tables and figures from records: `python -m mlpreduce report RUN...`. The only package that imports matplotlib.
 
-Everything is rebuilt from the `record.json` files alone.
+Everything is rebuilt from the `record.json` files alone. The report of a search, in `search.py`, is made from its document.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.records import SCHEMA, store, summarize
-from mlpreduce.report.figure import draw
+from mlpreduce.report.content import Picture
+from mlpreduce.report.figure import CAPTION, as_png, draw
 from mlpreduce.report.gather import gather, gather_points
-from mlpreduce.report.pages import as_html, as_markdown
+from mlpreduce.report.pages import as_html, as_markdown, for_console
 from mlpreduce.report.tables import NOTES, Part, compose, overview
 
 if TYPE_CHECKING:
@@ -100,27 +100,15 @@ def _write_sweep(points: dict[str, list[dict[str, Any]]], place: Path) -> dict[s
 
 
 def _write(place: Path, document: dict[str, Any], parts: Sequence[Part], remarks: Sequence[str] = ()) -> dict[str, Any]:
-    content = compose(document["recipe"], parts, remarks)
-    figure = BytesIO()
-    draw([records for _, records in parts]).savefig(figure, format="png", dpi=120)
+    picture = Picture("Curves", "curves.png", CAPTION, as_png(draw([records for _, records in parts])))
+    content = compose(document["recipe"], parts, picture, remarks)
     store(place, "results.json", document)
-    (place / "curves.png").write_bytes(figure.getvalue())
+    (place / picture.file).write_bytes(picture.png)
     (place / "report.md").write_text(as_markdown(content), encoding="utf-8")
-    (place / "report.html").write_text(as_html(content, figure.getvalue()), encoding="utf-8")
+    (place / "report.html").write_text(as_html(content), encoding="utf-8")
     return document
 
 
 def console_table(document: dict[str, Any]) -> Group:
     """The results for rich's console: one table of counts, one of accuracies."""
-    from rich.console import Group
-    from rich.table import Table
-
-    tables = []
-    for found in overview(document):
-        table = Table(title=found.title)
-        for number, header in enumerate(found.headers):
-            table.add_column(header, justify="right" if number else "left")
-        for row in found.rows:
-            table.add_row(*row)
-        tables.append(table)
-    return Group(*tables)
+    return for_console(overview(document))

@@ -1,8 +1,9 @@
-"""The figure of a report: the paper's figure 1, drawn from records. The only module that imports matplotlib."""
+"""The figure of a report: the paper's figure 1, drawn from records."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from mlpreduce.report import published
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["CAPTION", "draw"]
+__all__ = ["CAPTION", "as_png", "draw", "plain"]
 
 CAPTION = "Validation top-1 and loss over the epochs: lines are means over seeds, bands their ranges"
 
@@ -52,7 +53,7 @@ def _draw_curves(figure: SubFigure, records: Sequence[dict[str, Any]]) -> None:
             columns = list(zip(*curves, strict=False))[first - 1 :]  # epochs that all seeds have
             epochs = range(first, first + len(columns))
             colour = f"C{number}"
-            name = _plain(f"{variant} ({len(curves)} {'seed' if len(curves) == 1 else 'seeds'})")
+            name = plain(f"{variant} ({len(curves)} {'seed' if len(curves) == 1 else 'seeds'})")
             axis.plot(epochs, [fmean(c) for c in columns], color=colour, label=name)
             axis.fill_between(
                 epochs, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.2, lw=0
@@ -62,7 +63,7 @@ def _draw_curves(figure: SubFigure, records: Sequence[dict[str, Any]]) -> None:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0].legend(loc="lower right")
-    figure.suptitle(_plain(f"{' + '.join(names)}: mean and range over seeds"))
+    figure.suptitle(plain(f"{' + '.join(names)}: mean and range over seeds"))
 
 
 def _draw_cost(figure: SubFigure, parts: Sequence[Sequence[dict[str, Any]]]) -> None:
@@ -77,7 +78,7 @@ def _draw_cost(figure: SubFigure, parts: Sequence[Sequence[dict[str, Any]]]) -> 
         below = [max(0.0, mean - min(values)) for mean, values in zip(means, tops, strict=True)]
         above = [max(0.0, max(values) - mean) for mean, values in zip(means, tops, strict=True)]
         params = [records[0]["profile"]["params"] / 1e6 for records in found]
-        axis.errorbar(params, means, (below, above), fmt="o-", color=f"C{number}", capsize=3, label=_plain(variant))
+        axis.errorbar(params, means, (below, above), fmt="o-", color=f"C{number}", capsize=3, label=plain(variant))
     axis.set_xscale("log")
     axis.set_xlabel("parameters (M)")
     axis.set_ylabel("validation top-1 (%), best epoch")
@@ -86,6 +87,13 @@ def _draw_cost(figure: SubFigure, parts: Sequence[Sequence[dict[str, Any]]]) -> 
     figure.suptitle("top-1 and parameters: mean and range over seeds")
 
 
-def _plain(text: str) -> str:
+def as_png(figure: Figure) -> bytes:
+    """The figure as it stands in a report."""
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()
+
+
+def plain(text: str) -> str:
     """Text in which matplotlib sees no formula."""
     return text.replace("$", r"\$")

@@ -1,16 +1,19 @@
-"""A report as markdown and as one HTML file."""
+"""A report as markdown, as one HTML file, and its tables for a console."""
 
 from __future__ import annotations
 
 import base64
 import html
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from mlpreduce.report.figure import CAPTION
+from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.published import SOURCE
-from mlpreduce.report.tables import Content, Table
 
-__all__ = ["as_html", "as_markdown"]
+if TYPE_CHECKING:
+    from rich.console import Group
+
+__all__ = ["as_html", "as_markdown", "for_console"]
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -18,44 +21,50 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 90em; margin: 2em auto; 
 h1, h2 { line-height: 1.2; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3em .8em; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }
+th, td { padding: .3em .6em; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
-td.long { white-space: normal; min-width: 20em; }
+td.long { white-space: normal; min-width: 15em; }
 tbody th { font-weight: 600; }
 tr.paper td, tr.paper th { color: GrayText; }
 img { max-width: 100%; height: auto; background: white; }
 .remark { border-left: 4px solid #c60; padding: .2em .8em; }
 """
-_LONG = 50  # characters of a cell that may be broken into lines
+_LONG = 38  # characters of a cell that may be broken into lines
 
 
 def as_markdown(content: Content) -> str:
-    """The report; its figure is `curves.png` beside it."""
+    """The report; its pictures lie beside it."""
     lines = [f"# {_cell(content.title)}", ""]
     for remark in content.remarks:
         lines += [f"**{_cell(remark)}**", ""]
-    for table in content.tables:
-        lines += [f"## {table.title}", "", _row(table.headers), f"|{'---|' * len(table.headers)}"]
-        lines += [*(_row(row) for row in table.rows), ""]
-    lines += ["## Curves", "", f"![{CAPTION}](curves.png)", "", "## Notes", ""]
-    return "\n".join([*lines, *(f"- {_cell(note)}" for note in content.notes), ""])
+    for section in content.sections:
+        lines += [f"## {_cell(section.title)}", ""]
+        match section:
+            case Table(_, headers, rows):
+                lines += [_row(headers), f"|{'---|' * len(headers)}", *(_row(row) for row in rows)]
+            case Picture(title, file, caption):
+                lines += [f"![{_cell(title)}]({file})", "", f"{_cell(caption)}."]
+            case Listing(_, sentences):
+                lines += [f"- {_cell(sentence)}" for sentence in sentences]
+        lines.append("")
+    return "\n".join(lines)
 
 
-def as_html(content: Content, figure: bytes) -> str:
-    """The report in one file, with a PNG figure in it; it refers to nothing outside and runs no script."""
-    image = base64.b64encode(figure).decode("ascii")
+def as_html(content: Content) -> str:
+    """The report in one file, with its pictures in it; it refers to nothing outside and runs no script."""
     title = html.escape(content.title)
     body = [f"<h1>{title}</h1>"]
     body += [f'<p class="remark">{html.escape(remark)}</p>' for remark in content.remarks]
-    body += [_section(table) for table in content.tables]
-    body += [
-        f'<section><h2>Curves</h2><figure><img alt="{html.escape(CAPTION)}" src="data:image/png;base64,{image}">',
-        f"<figcaption>{html.escape(CAPTION)}.</figcaption></figure></section>",
-        "<section><h2>Notes</h2><ul>",
-        *(f"<li>{html.escape(note)}</li>" for note in content.notes),
-        "</ul></section>",
-    ]
+    for section in content.sections:
+        match section:
+            case Table():
+                inside = _table(section)
+            case Picture():
+                inside = _figure(section)
+            case Listing(_, sentences):
+                inside = "\n".join(["<ul>", *(f"<li>{html.escape(sentence)}</li>" for sentence in sentences), "</ul>"])
+        body.append(f"<section><h2>{html.escape(section.title)}</h2>{inside}</section>")
     head = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -64,7 +73,24 @@ def as_html(content: Content, figure: bytes) -> str:
     return "\n".join([head, *body, "</body>\n</html>\n"])
 
 
-def _section(table: Table) -> str:
+def for_console(tables: Iterable[Table], words: int = 1) -> Group:
+    """Tables for rich's console; the first `words` columns stand to the left, numbers to the right."""
+    from rich import table as rich_table
+    from rich.console import Group
+    from rich.text import Text
+
+    shown = []
+    for table in tables:
+        drawn = rich_table.Table(title=Text(table.title))
+        for number, header in enumerate(table.headers):
+            drawn.add_column(Text(header), justify="left" if number < words else "right", overflow="fold")
+        for row in table.rows:
+            drawn.add_row(*map(Text, row))  # a name is text, not rich's markup
+        shown.append(drawn)
+    return Group(*shown)
+
+
+def _table(table: Table) -> str:
     heads = "".join(f'<th scope="col">{html.escape(header)}</th>' for header in table.headers)
     rows = []
     for first, *rest in table.rows:
@@ -73,9 +99,17 @@ def _section(table: Table) -> str:
         cells = "".join(f"<td{mark}>{html.escape(cell)}</td>" for mark, cell in zip(classes, rest, strict=True))
         rows.append(f'<tr{kind}><th scope="row">{html.escape(first)}</th>{cells}</tr>')
     return (
-        f'<section><h2>{html.escape(table.title)}</h2><div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n'
+        f'<div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n'
         + "\n".join(rows)
-        + "\n</tbody></table></div></section>"
+        + "\n</tbody></table></div>"
+    )
+
+
+def _figure(picture: Picture) -> str:
+    image = base64.b64encode(picture.png).decode("ascii")
+    return (
+        f'<figure><img alt="{html.escape(picture.title)}" src="data:image/png;base64,{image}">'
+        f"<figcaption>{html.escape(picture.caption)}.</figcaption></figure>"
     )
 
 

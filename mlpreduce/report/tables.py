@@ -10,9 +10,10 @@ from typing import Any
 
 from mlpreduce.records import baseline_of, conditions
 from mlpreduce.report import probes, published
+from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.gather import differing
 
-__all__ = ["NOTES", "Content", "Part", "Table", "compose", "overview"]
+__all__ = ["FEW", "NOTES", "Part", "compose", "few", "mean_std", "overview", "short"]
 
 ABSENT = "not in the paper"
 FEW = "(n is too small to conclude)"
@@ -26,25 +27,6 @@ NOTES = (
     "vs baseline: mean difference in top-1 over the common seeds, with its 95 % confidence interval; p: paired two-sided "
     "t-test; n: number of pairs, df = n - 1.",
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text; the first column names the row."""
-
-    title: str
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Content:
-    """A report but for its figure."""
-
-    title: str
-    remarks: Sequence[str]
-    tables: Sequence[Table]
-    notes: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -70,7 +52,7 @@ Part = tuple[dict[str, Any], list[dict[str, Any]]]
 _Column = tuple[str, Callable[[_Variant], str], str]
 
 
-def compose(title: str, parts: Sequence[Part], remarks: Iterable[str] = ()) -> Content:
+def compose(title: str, parts: Sequence[Part], picture: Picture, remarks: Iterable[str] = ()) -> Content:
     """The report of finished records and what `results.json` says of them: one part, or one for each point of a sweep."""
     records = [record for _, found in parts for record in found]
     paper = all(published.reproduces(record["recipe"]["name"]) for record in records)
@@ -95,10 +77,11 @@ def compose(title: str, parts: Sequence[Part], remarks: Iterable[str] = ()) -> C
         ("top-1 % per M parameters", partial(_per, "params", 1e6), "top1_per_params"),
         ("top-1 % per G MACs", partial(_per, "macs", 1e9), "top1_per_macs"),
     ]
+    notes = (*NOTES, *([probes.NOTE] if probes.any_in(records) else []), *([published.NOTE] if paper else []))
     return Content(
         title=title,
         remarks=[*remarks, *_remarks(records, paper)],
-        tables=[
+        sections=[
             _table("Table 1: size and compute", size, variants),
             _table("Table 2: validation", validation, variants),
             _table("Accuracy for its cost", cost, variants),
@@ -107,8 +90,9 @@ def compose(title: str, parts: Sequence[Part], remarks: Iterable[str] = ()) -> C
             *_probes(variants, records),
             _runs(variants),
             _where(records),
+            picture,
+            Listing("Notes", notes),
         ],
-        notes=(*NOTES, *([probes.NOTE] if probes.any_in(records) else []), *([published.NOTE] if paper else [])),
     )
 
 
@@ -128,7 +112,7 @@ def overview(document: dict[str, Any]) -> list[Table]:
         (f"{point} {name}".strip(), v) for point, part in points.items() for name, v in part["variants"].items()
     ):
         speed = "" if v["throughput"] is None else f"{v['throughput']:,.0f}"
-        row = [f"{v['params']:,}", f"{v['mlp_params']:,}", str(v["unique_mlps"]), _macs(v["macs"]), speed]
+        row = [f"{v['params']:,}", f"{v['mlp_params']:,}", str(v["unique_mlps"]), short(v["macs"]), speed]
         counts.append([name, *row])
         top1 = mean_std([run["top1"] for run in v["runs"]])
         compared = comparison(v["vs_baseline"]) if v["vs_baseline"] else [""] * 5
@@ -326,7 +310,13 @@ def _width(records: Iterable[dict[str, Any]]) -> int | None:
     return only[0] if only is not None and only[1] == 0 else None
 
 
-def _macs(macs: float) -> str:
+def short(macs: float) -> str:
+    """MACs with three decimals and a letter.
+
+    Example:
+        >>> short(16_867_412_736)
+        '16.867 G'
+    """
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if macs >= size:
             return f"{macs / size:.3f} {unit}"
