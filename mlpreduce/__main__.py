@@ -1,4 +1,4 @@
-"""The `mlpreduce` command: list, plan, profile, bench, recipe, report, coverage. It dispatches and prints."""
+"""The `mlpreduce` command: list, plan, profile, bench, recipe, search, report, coverage. It dispatches and prints."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mlpreduce.recipe import main as recipe
 
         return recipe(arguments[1:])
+    if arguments[:1] == ["search"]:
+        from mlpreduce.search import main as search
+
+        return search(arguments[1:])
     if arguments[:1] == ["bench"]:
         from mlpreduce.bench import main as bench
 
@@ -56,7 +60,7 @@ def _coverage(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlpreduce", description="Reduce the MLPs of Vision Transformers.")
-    commands = parser.add_subparsers(required=True, metavar="{list,plan,profile,bench,recipe,report,coverage}")
+    commands = parser.add_subparsers(required=True, metavar="{list,plan,profile,bench,recipe,search,report,coverage}")
     words = "timm arguments as key=value, then transforms, each followed by its own key=value"
 
     listing = commands.add_parser("list", help="transforms, criteria and recipes")
@@ -78,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("bench", help="time applying or training, beside a peer that does the same", add_help=False)
     commands.add_parser("recipe", help="run an experiment; the same as python -m mlpreduce.recipe", add_help=False)
+    commands.add_parser(
+        "search", help="find a better reduction; the same as python -m mlpreduce.search", add_help=False
+    )
     commands.add_parser("report", help="tables and figures of training runs, from their records", add_help=False)
     commands.add_parser("coverage", help="which architectures of timm are reduced, and the proof", add_help=False)
     for command in (plan, profile):

@@ -16,7 +16,7 @@ PACKAGE = Path(mlpreduce.__file__).parent
 # a module may import those in lines above its own, and those of its own line
 ORDER = [
     ["errors"],
-    ["edits", "values"],
+    ["edits", "shipped", "values"],
     ["graph"],
     ["criteria", "budget", "slicing", "ties"],
     ["surgery"],
@@ -33,6 +33,7 @@ ORDER = [
     ["launch", "records"],
     ["report"],
     ["recipe"],
+    ["search"],
     ["bench"],
     ["__main__"],
 ]
@@ -57,7 +58,7 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if room(path) != "recipes")
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if room(path) not in ("recipes", "search_spaces"))
 
 
 def imported(path: Path) -> set[str]:

@@ -1,0 +1,218 @@
+"""What a study came to, from Optuna's storage alone: the document of its report, and what may be said of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from statistics import fmean
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from mlpreduce.budget import Cost
+from mlpreduce.errors import ReductionError
+from mlpreduce.search.front import dominates, front, hypervolume, losses
+from mlpreduce.search.goals import OBJECTIVES, read_budgets
+from mlpreduce.search.points import Point
+from mlpreduce.search.settings import StudySettings
+
+__all__ = ["SCHEMA", "describe", "history", "reference_values"]
+
+SCHEMA = 1
+_FEWEST = 8  # complete trials below which importances say nothing
+
+
+def describe(study: optuna.Study) -> dict[str, Any]:
+    """The document of a study: its settings, all points with costs, values and runs, and what can be said of them.
+
+    Raises:
+        ReductionError: the study was not made by a search of this library.
+    """
+    known = study.user_attrs
+    if "settings" not in known:
+        raise ReductionError(f"study {study.study_name!r}: it was not made by mlpreduce search")
+    settings = StudySettings.model_validate(known["settings"])
+    references = [_reference(name, Point.from_json(point), known, settings) for name, point in known["names"].items()]
+    trials = [_trial(trial, known, settings) for trial in study.get_trials(deepcopy=False) if _is_shown(trial)]
+    baseline = next((point for point in references if not point["steps"]), None)
+    points = [*references, *trials]
+    for name in _front_of(trials, settings):
+        next(point for point in trials if point["name"] == name)["front"] = True
+    costs = None if baseline is None else Cost(**baseline["cost"])
+    budgets = read_budgets(settings.budgets, costs) if costs is not None else ()
+    return {
+        "schema": SCHEMA,
+        "study": study.study_name,
+        "space": known["space"]["name"],
+        "recipe": known["recipe"]["name"],
+        "objectives": [
+            {"name": n, "direction": OBJECTIVES[n][0], "unit": OBJECTIVES[n][1]} for n in settings.objectives
+        ],
+        "budgets": [{"text": b.text, "cost": b.cost, "limit": b.limit} for b in budgets],
+        "settings": settings.model_dump(mode="json"),
+        "counts": known.get("counts", {}),
+        "environment": known.get("environment", {}),
+        "seconds": known.get("seconds", 0.0),
+        "points": points,
+        "hypervolume": _hypervolume(trials, study, settings) if baseline is not None and baseline["values"] else None,
+        "importance": _importance(study, settings),
+        "verdicts": _verdicts(references, trials, settings),
+    }
+
+
+def history(study: optuna.Study) -> list[tuple[float, tuple[float, ...]]]:
+    """The trials of a study in the order of their ends: for each, all that had been spent by then, and its losses.
+
+    What is spent are training multiply-accumulates of trials, those that were ended early too: epochs x MACs of an image, in
+    units of one epoch of the baseline. References and further seeds are not counted, nor their values taken.
+    """
+    known = study.user_attrs
+    settings = StudySettings.model_validate(known["settings"])
+    whole = next(Point.from_json(point) for point in known["names"].values() if not point["steps"]).cost.macs
+    found, total = [], 0.0
+    trials = [trial for trial in study.get_trials(deepcopy=False) if _is_shown(trial)]
+    for trial in sorted(trials, key=lambda trial: trial.datetime_complete or datetime.min):
+        point = Point.from_json(trial.user_attrs["point"])
+        run = known.get(f"runs:{point.key}", {}).get(str(settings.seeds[0]))
+        total += 0.0 if run is None else run["epochs"] * point.cost.macs / whole
+        if trial.state is TrialState.COMPLETE:
+            found.append(
+                (total, losses(dict(zip(settings.objectives, trial.values, strict=True)), settings.objectives))
+            )
+    return found
+
+
+def reference_values(study: optuna.Study) -> dict[str, float]:
+    """The worst that counts: a top-1 of 0, and of the other objectives the baseline's.
+
+    Raises:
+        ReductionError: no baseline was trained beside the study.
+    """
+    known = study.user_attrs
+    settings = StudySettings.model_validate(known["settings"])
+    points = {name: Point.from_json(point) for name, point in known["names"].items() if not point["steps"]}
+    for name, point in points.items():
+        values = _point(name, "reference", point, known, settings)["values"]
+        if values:
+            return {**values, "top1": 0.0}
+    raise ReductionError(f"study {study.study_name}: no baseline has been trained beside it")
+
+
+def _is_shown(trial: FrozenTrial) -> bool:
+    """Whether a trial was trained: not one that is a reference, nor one that failed before."""
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and "reference" not in trial.user_attrs
+
+
+def _trial(trial: FrozenTrial, known: Mapping[str, Any], settings: StudySettings) -> dict[str, Any]:
+    point = Point.from_json(trial.user_attrs["point"])
+    state = "complete" if trial.state is TrialState.COMPLETE else "pruned"
+    shown = _point(f"trial {trial.number}", "trial", point, known, settings)
+    return {**shown, "number": trial.number, "state": state, "params": dict(trial.params)}
+
+
+def _reference(name: str, point: Point, known: Mapping[str, Any], settings: StudySettings) -> dict[str, Any]:
+    shown = _point(name, "reference", point, known, settings)
+    return {**shown, "state": "complete" if shown["runs"] else "failed"}
+
+
+def _point(name: str, kind: str, point: Point, known: Mapping[str, Any], settings: StudySettings) -> dict[str, Any]:
+    runs = sorted(known.get(f"runs:{point.key}", {}).values(), key=lambda run: settings.seeds.index(run["seed"]))
+    values = {
+        objective: fmean(run[objective] for run in runs) if objective in runs[0] else getattr(point.cost, objective)
+        for objective in (settings.objectives if runs else ())
+    }
+    document = point.to_json()
+    return {
+        "name": name,
+        "kind": kind,
+        "number": None,
+        "key": point.key,
+        "params": {},
+        "steps": document["steps"],
+        "settings": document["settings"],
+        "cost": document["cost"],
+        "pattern": document["pattern"],
+        "values": values,
+        "feasible": True,
+        "front": False,
+        "message": "",
+        "runs": runs,
+    }
+
+
+def _losses(point: Mapping[str, Any], settings: StudySettings) -> tuple[float, ...]:
+    return losses(point["values"], settings.objectives)
+
+
+def _front_of(trials: Sequence[Mapping[str, Any]], settings: StudySettings) -> list[str]:
+    return front({p["name"]: _losses(p, settings) for p in trials if p["state"] == "complete" and p["values"]})
+
+
+def _hypervolume(trials: Sequence[Mapping[str, Any]], study: optuna.Study, settings: StudySettings) -> dict[str, Any]:
+    worst = reference_values(study)
+    found = [_losses(p, settings) for p in trials if p["state"] == "complete" and p["values"]]
+    return {"value": hypervolume(found, losses(worst, settings.objectives)), "reference": worst}
+
+
+def _importance(study: optuna.Study, settings: StudySettings) -> dict[str, dict[str, float]]:
+    """How much each parameter of the space decides whether an objective is good (Optuna's PED-ANOVA)."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(complete) < _FEWEST:
+        return {}
+    found = {}
+    for number, name in enumerate(settings.objectives):
+        sign = -1 if OBJECTIVES[name][0] == "maximize" else 1
+
+        def target(trial: FrozenTrial, number: int = number, sign: int = sign) -> float:
+            return float(sign * trial.values[number])
+
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        with warnings.catch_warnings():  # that less is better is known, and seen to
+            warnings.simplefilter("ignore", UserWarning)
+            found[name] = optuna.importance.get_param_importances(study, evaluator=evaluator, target=target)
+    return found
+
+
+def _verdicts(
+    references: Sequence[Mapping[str, Any]], trials: Sequence[Mapping[str, Any]], settings: StudySettings
+) -> list[str]:
+    """For each reference that is a reduction, whether a trial is as good or better in all objectives."""
+    others = [name for name in settings.objectives if name != "top1"]
+    told = []
+    for reference in references:
+        if not reference["steps"] or not reference["values"]:
+            continue
+        better = [
+            trial
+            for trial in trials
+            if trial["state"] == "complete"
+            and trial["values"]
+            and dominates(_losses(trial, settings), _losses(reference, settings))
+        ]
+        name = reference["name"]
+        if not better:
+            told.append(f"None of {len(trials)} trials dominates {name} ({', '.join(settings.objectives)}).")
+            continue
+        best = max(better, key=lambda trial: (len(trial["runs"]), trial["values"]["top1"]))
+        costs = ", ".join(f"{o} {best['values'][o]:,.6g} to {reference['values'][o]:,.6g}" for o in others)
+        told.append(
+            f"{len(better)} of {len(trials)} trials dominate {name}; {best['name']}: top-1 {best['values']['top1']:.2f} to "
+            f"{reference['values']['top1']:.2f}{', ' + costs if costs else ''}. {_paired(best['runs'], reference['runs'])}"
+        )
+    return told
+
+
+def _paired(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> str:
+    """How sure a difference in top-1 is, over the seeds that both have."""
+    from scipy import stats
+
+    by_seed = {run["seed"]: run["top1"] for run in theirs}
+    pairs = [(run["top1"], by_seed[run["seed"]]) for run in ours if run["seed"] in by_seed]
+    chosen = "The first seed chose the trial, so its own top-1 there is more likely too high than too low."
+    if len(pairs) < 2 or len({round(a - b, 9) for a, b in pairs}) < 2:
+        return f"n = {len(pairs)}, too small to conclude. {chosen}"
+    p = float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)
+    small = ", n is too small to conclude" if len(pairs) < 3 else ""
+    return f"Paired t-test over {len(pairs)} seeds: p = {p:.2f}{small}. {chosen}"

@@ -1,0 +1,135 @@
+"""The commands `python -m mlpreduce.search SPACE ...` and `mlpreduce search`, whose verbs are show, export and compare."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mlpreduce.errors import ReductionError
+
+__all__ = ["main"]
+
+_EPILOG = """\
+examples:
+  python -m mlpreduce.search --list
+  python -m mlpreduce.search joint --recipe digits --trials 40 --workers 2 --objectives top1,params
+  python -m mlpreduce.search width_per_block --recipe paper_vitb16 --budget "params<=0.7" data.root=/data/imagenet
+  python -m mlpreduce.search my_space.py --recipe my.toml --storage postgresql+psycopg://me@host/optuna --resume
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0 when all is done; 2 for what cannot be carried out; 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] and arguments[0] in ("show", "export", "compare"):
+            from mlpreduce.search import verbs
+
+            status: int = verbs.main(arguments)
+            return status
+        options = _parser().parse_intermixed_args(arguments)
+        if options.list:
+            _list()
+            return 0
+        if not options.space:
+            _parser().print_usage(sys.stderr)
+            return 2
+        if options.address:
+            os.environ["RAY_ADDRESS"] = options.address
+        from mlpreduce.search.driver import run
+
+        run(
+            options.space,
+            options.recipe,
+            overrides=options.overrides,
+            storage=options.storage,
+            output=options.output,
+            resume=options.resume,
+            **_settings(options),
+        )
+        return 0
+    except ReductionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+        print(
+            f"\ninterrupted; all workers have ended. To go on: python -m mlpreduce.search {shlex.join(again)}",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _list() -> None:
+    from mlpreduce.search.spaces import list_spaces
+
+    for name, path in list_spaces().items():
+        print(f"{name:<20} {path.read_text(encoding='utf-8').lstrip(chr(34)).splitlines()[0].rstrip(chr(34))}")
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `StudySettings` that are given."""
+    names = ("trials", "workers", "sampler", "pruner", "seed", "inherit", "trial_workers", "cpus", "gpus", "first_rung")
+    found = {name: getattr(options, name) for name in names}
+    for name in ("objectives", "references"):
+        text = getattr(options, name)
+        found[name] = None if text is None else tuple(filter(None, text.split(",")))
+    if options.seeds is not None:
+        try:
+            found["seeds"] = tuple(int(seed) for seed in options.seeds.split(","))
+        except ValueError as error:
+            raise ReductionError(f"--seeds {options.seeds}: write whole numbers, as in 42,123") from error
+    return {**found, "budgets": tuple(options.budget or ()), "name": options.study}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlpreduce.search",
+        description="Search a space of reductions: train points of it, and show what is best for its cost.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("space", nargs="?", metavar="SPACE", help="a space's name (see --list), or a path to a .py")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change any key of the recipe")
+    parser.add_argument("--list", action="store_true", help="the spaces and their first lines")
+    parser.add_argument("--recipe", default="digits", metavar="NAME", help="how a point is trained (default: digits)")
+    parser.add_argument("--trials", type=int, help="points that are trained (default: 40)")
+    parser.add_argument(
+        "--workers", type=int, help="trials at a time (default: 2); 0 = one, in this process, without Ray"
+    )
+    parser.add_argument("--objectives", help="top1 and costs, with commas (default: top1,params)")
+    parser.add_argument(
+        "--budget", action="append", help='such as "params<=0.7" (of the baseline) or "macs<=9e9"; may be repeated'
+    )
+    parser.add_argument("--sampler", help="auto (TPE), tpe, nsga2, gp, random or grid")
+    parser.add_argument("--pruner", help="asha (default), median (one objective only) or none")
+    parser.add_argument(
+        "--first-rung", type=int, help="epochs before asha first decides (default: a ninth of the recipe's)"
+    )
+    parser.add_argument("--seed", type=int, help="of the sampler (default: 0)")
+    parser.add_argument(
+        "--seeds", help="of the training: the first for all, the others for the front (default: the recipe's)"
+    )
+    parser.add_argument("--references", help="what to compare with (default: baseline,grouped,shallow)")
+    parser.add_argument("--inherit", help="what a trial starts from: none (default) or baseline, its trained weights")
+    parser.add_argument("--trial-workers", type=int, help="processes that train one trial together (default: 1)")
+    parser.add_argument("--cpus", type=float, help="that Ray reserves for each process (default: 1)")
+    parser.add_argument("--gpus", type=float, help="likewise, parts too (default: 0)")
+    parser.add_argument(
+        "--storage", metavar="URL", help="of Optuna's storage; default: a SQLite file in the output directory"
+    )
+    parser.add_argument("--study", metavar="NAME", help="its name in the storage (default: SPACE-RECIPE)")
+    parser.add_argument("--output", metavar="DIR", help="where everything is written (default: runs/SPACE-RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="go on with the study in the output directory")
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="train on that Ray cluster; otherwise RAY_ADDRESS, or here"
+    )
+    return parser

@@ -1,0 +1,261 @@
+"""Drives a study: checks all before anything is trained, keeps the workers busy, shows what comes of it, reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlpreduce.errors import ReductionError, call_text
+from mlpreduce.launch import Lost, Pool, pool
+from mlpreduce.recipe import Recipe, changed, load
+from mlpreduce.search.choices import Walker
+from mlpreduce.search.export import write_best
+from mlpreduce.search.goals import Budget, check_objectives, read_budgets
+from mlpreduce.search.owner import Owner, references_of
+from mlpreduce.search.points import Pricer
+from mlpreduce.search.settings import StudySettings
+from mlpreduce.search.spaces import Space, Suggestion, load_space
+from mlpreduce.search.storage import folder_of
+from mlpreduce.search.trial import carry_out
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["run"]
+
+_BEGUN = "study.json"
+
+
+def run(
+    space: str | Callable[..., Any],
+    recipe: str | Recipe = "digits",
+    *,
+    overrides: Sequence[str] = (),
+    storage: str | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Search a space for reductions, or go on with a study.
+
+    Every suggestion is priced exactly on the meta device before anything trains; those above a budget and those that were
+    trained before cost milliseconds. The paper's reductions and the baseline are trained beside the study, outside of
+    `trials`. When all trials have ended, the points that may belong to the front are trained with the other seeds.
+
+    Args:
+        space: a name of `list_spaces`, a path to a .py, or a function `suggest(trial)` or `suggest(trial, model)`.
+        recipe: how a point is trained: a name, a path to a .toml, or a recipe.
+        overrides: dotted keys and values that change the recipe, such as `train.epochs=2`.
+        storage: URL of Optuna's storage; by default a SQLite file in `output`.
+        output: directory of the study; by default `runs/SPACE-RECIPE`.
+        resume: go on with the study in `output`; where there is none, start.
+        console: where progress and results are shown.
+        **settings: fields of `StudySettings`, such as `trials`, `workers`, `objectives` and `budgets`.
+
+    Returns:
+        The document of the study: what `study.json` holds.
+
+    Raises:
+        ReductionError: an unknown name, an unreachable budget, a study of other settings, another process that has it.
+        KeyboardInterrupt: interrupted; nothing is left running, and `resume` goes on.
+    """
+    import optuna
+    from rich.console import Console
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would tell of each walk through the space
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    found = load_space(space)
+    recipe = load(recipe, overrides) if isinstance(recipe, str) else recipe
+    place = Path(output or f"runs/{found.name}-{recipe.name}").resolve()
+    wanted = _settings(found, recipe, settings)
+    budgets = _check(found, recipe, wanted)
+    url = storage or f"sqlite:///{place}/optuna.db"
+    begun = (place / _BEGUN).is_file() or (storage is None and (place / "optuna.db").is_file())
+    if begun and not resume:
+        raise ReductionError(f"--output {place}: a study lies there; go on with --resume, or give another --output")
+    place.mkdir(parents=True, exist_ok=True)
+    console.print(
+        f"{wanted.name}: {wanted.trials} trials of {recipe.train.epochs} epochs, {max(1, wanted.workers)} at a time, for "
+        f"{', '.join([*wanted.objectives, *(f'{b.cost} <= {b.limit:,}' for b in budgets)])}. Output: {place}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    folders = [str(place), *(str(folder) for folder in [folder_of(url)] if folder not in (None, place))]
+    given = space if callable(space) else str(Path(space).resolve()) if space.endswith(".py") else space
+    arguments = (wanted.model_dump(mode="json"), recipe.model_dump(mode="json"), given, url, str(place))
+    launch = recipe.launch.model_copy(update={"workers": wanted.trial_workers, "min_workers": 0})
+    started = time.monotonic()
+    with pool(
+        wanted.workers,
+        Owner,
+        arguments,
+        carry_out,
+        directories=folders,
+        launch=launch,
+        cpus=wanted.cpus,
+        gpus=wanted.gpus,
+    ) as workers:
+        _drive(workers, wanted, console)
+        document: dict[str, Any] = workers.call("document", time.monotonic() - started)
+        paths = _publish(document, recipe, place)
+        workers.call("publish", _metrics(document), [str(path) for path in paths], True)
+    _show(document, place, url, console)
+    return document
+
+
+def _settings(space: Space, recipe: Recipe, given: dict[str, Any]) -> StudySettings:
+    """The settings of a study, with what follows from the recipe.
+
+    Raises:
+        ReductionError: a key or a value that there is not.
+    """
+    from pydantic import ValidationError
+
+    known = {"name": f"{space.name}-{recipe.name}", "seeds": recipe.seeds}
+    try:
+        settings = StudySettings.model_validate(
+            {**known, **{key: value for key, value in given.items() if value is not None}}
+        )
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, item['loc']))}={item['input']!r}: {item['msg']}" for item in error.errors()]
+        raise ReductionError("search: " + "\n".join(wrong)) from error
+    check_objectives(settings.objectives)
+    if settings.pruner == "median" and len(settings.objectives) > 1:
+        raise ReductionError(
+            f"--pruner median: it compares one objective, and there are {len(settings.objectives)}; use asha or none, or "
+            f"--objectives top1 with a --budget"
+        )
+    if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
+        raise ReductionError(f"--seeds {','.join(map(str, settings.seeds))}: give at least one, each once")
+    if settings.inherit == "baseline" and "baseline" not in settings.references:
+        raise ReductionError("--inherit baseline: the baseline is not trained; add it to --references")
+    if recipe.sweep:
+        raise ReductionError(
+            f"--recipe {recipe.name}: it is a sweep; search one of its points: 'sweep={{}}' leaves the recipe itself"
+        )
+    return settings
+
+
+def _check(space: Space, recipe: Recipe, settings: StudySettings) -> tuple[Budget, ...]:
+    """Try the space and the references before anything is trained; the budgets.
+
+    Raises:
+        ReductionError: a name that does not exist, a reference that cannot be made, a budget that no point keeps.
+    """
+    from mlpreduce.data import check
+
+    if not os.environ.get("RAY_ADDRESS"):  # a cluster may see what this machine does not
+        check(recipe.data)
+    pricer = Pricer(recipe)
+    walker = Walker(space, pricer)
+    points = walker.check()
+    for point in points:
+        changed(recipe, point.settings)
+    references_of(settings, recipe, pricer)
+    budgets = read_budgets(settings.budgets, pricer.price(Suggestion((), {})).cost)
+    for budget in budgets:
+        _, least = walker.cheapest(budget.cost)
+        if budget.excess(least.cost) > 0:
+            raise ReductionError(
+                f"--budget {budget.text!r}: it allows {budget.limit:,}, and the smallest that {space.name} reaches is "
+                f"{getattr(least.cost, budget.cost):,}: {_text(least.steps)}"
+            )
+    if len(budgets) > 1:
+        _, least = walker.cheapest(budgets[0].cost, budgets)
+        if over := [budget for budget in budgets if budget.excess(least.cost) > 0]:
+            near = ", ".join(f"{budget.cost} {getattr(least.cost, budget.cost):,}" for budget in budgets)
+            raise ReductionError(
+                f"--budget {over[0].text!r}: no point of {space.name} was found that keeps all budgets; the nearest has "
+                f"{near}: {_text(least.steps)}"
+            )
+    return budgets
+
+
+def _drive(workers: Pool, settings: StudySettings, console: Console) -> None:
+    """Keep the workers busy until nothing is left to train."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("trials"),
+        TimeElapsedColumn(),
+    ]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("starting the workers", total=settings.trials)
+        running = 0
+        while True:
+            while running < workers.size and (job := workers.call("next_job")) is not None:
+                workers.start(job)
+                running += 1
+                if isinstance(job, dict):
+                    progress.update(bar, description=f"{job['name']}, seed {job['run']['seed']}")
+            if not running:
+                return
+            for job, outcome in workers.wait():
+                running -= 1
+                if isinstance(outcome, Lost):
+                    told = workers.call("lost", job["id"], outcome.message)
+                else:
+                    told = workers.call("done", job["id"], outcome)
+                counts = workers.call("counts")
+                progress.update(bar, completed=counts["trained"])
+                console.print(_line(told, counts, settings), highlight=False, markup=False, soft_wrap=True)
+
+
+def _line(told: dict[str, Any], counts: dict[str, int], settings: StudySettings) -> str:
+    """What became of a job, in one line."""
+    top1 = "" if told["top1"] is None else f", top-1 {told['top1']:.2f} %"
+    how = {"finished": "", "stopped": ", ended early", "failed": ", failed", "lost": ", its worker was lost; once more"}
+    what = f": {_text(told['steps'])}" if "steps" in told else ""
+    seed = f", seed {told['seed']}" if told["kind"] != "trial" and "seed" in told else ""
+    message = f" ({told['message']})" if told["message"] else ""
+    return f"[{counts['trained']}/{settings.trials}] {told['name']}{seed}{what}{top1}{how[told['status']]}{message}"
+
+
+def _text(steps: Sequence[dict[str, Any]]) -> str:
+    """A reduction in one line."""
+    named = [(step["transform"], {key: value for key, value in step.items() if key != "transform"}) for step in steps]
+    return ", ".join(call_text(name, config) for name, config in named) or "as it is"
+
+
+def _publish(document: dict[str, Any], recipe: Recipe, place: Path) -> list[Path]:
+    """Write the document, the report and the recipes of the front."""
+    from mlpreduce.records import store
+    from mlpreduce.report.search import build_search
+
+    store(place, _BEGUN, document)
+    return [place / _BEGUN, *build_search(document, place), *write_best(document, recipe, place / "best")]
+
+
+def _metrics(document: dict[str, Any]) -> dict[str, float]:
+    found = {f"trials/{name}": float(count) for name, count in document["counts"].items()}
+    volume = document["hypervolume"]
+    return {**found, **({} if volume is None else {"hypervolume": volume["value"]})}
+
+
+def _show(document: dict[str, Any], place: Path, url: str, console: Console) -> None:
+    from mlpreduce.records import tracking_uri
+    from mlpreduce.report.search import console_table
+
+    console.print(console_table(document))
+    for verdict in document["verdicts"]:
+        console.print(verdict, highlight=False, markup=False)
+    uri = tracking_uri(place)
+    best = [point for point in document["points"] if point["front"]]
+    lines = [
+        f"report   {place / 'report.html'}",
+        f"         {place / 'report.md'}",
+        *(f"recipes  {place / 'best'}/: {len(best)} that run as they are" for _ in best[:1]),
+        f"study    {place / _BEGUN}; Optuna: {url}, {json.dumps(document['study'])}",
+        f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri.startswith("sqlite:") else f"MLflow: {uri}",
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)

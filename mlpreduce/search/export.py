@@ -1,0 +1,84 @@
+"""Points of a study as recipes that run as they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlpreduce.recipe import Recipe, changed
+
+__all__ = ["as_recipe", "as_toml", "write_best"]
+
+
+def write_best(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> list[Path]:
+    """Write the front of a study as `trial-N.toml`, each with the baseline beside it; other files in the folder stay.
+
+    Args:
+        document: what `describe` gives.
+        recipe: that of the study.
+        folder: where to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for point in document["points"]:
+        if point["front"]:
+            path = folder / f"{point['name'].replace(' ', '-')}.toml"
+            path.write_text(as_recipe(point, document, recipe, str(path)), encoding="utf-8")
+            paths.append(path)
+    return paths
+
+
+def as_recipe(point: Mapping[str, Any], document: Mapping[str, Any], recipe: Recipe, path: str) -> str:
+    """A recipe that trains a point, and the baseline beside it, with all seeds of the study."""
+    seeds = document["settings"]["seeds"]
+    found = changed(recipe, point["settings"]).model_dump(mode="json", exclude_defaults=True)
+    variants = {"baseline": [], point["name"].replace(" ", "-"): point["steps"]}
+    tops = ", ".join(f"{run['top1']:.2f} (seed {run['seed']})" for run in point["runs"])
+    heads = [
+        f"{point['name']} of the study {document['study']}: a point of its front ({document['space']}, {document['recipe']}).",
+        f"Command:  python -m mlpreduce.recipe {path}",
+        f"Cost:     {2 * len(seeds)} runs of {recipe.train.epochs} epochs.",
+        f"Expected: {point['cost']['params']:,} parameters, {point['cost']['macs']:,} MACs; top-1 % in the study: {tops}.",
+    ]
+    body = {key: value for key, value in found.items() if key not in ("name", "sweep", "variants", "seeds")}
+    return "".join(f"# {line}\n" for line in heads) + "\n" + as_toml({"seeds": seeds, **body, "variants": variants})
+
+
+def as_toml(document: Mapping[str, Any]) -> str:
+    """A document as TOML: plain values, then a table for each dictionary.
+
+    Example:
+        >>> print(as_toml({"seeds": [1, 2], "train": {"lr": 0.001, "kwargs": {"depth": 4}}}), end="")
+        seeds = [1, 2]
+        <BLANKLINE>
+        [train]
+        lr = 0.001
+        <BLANKLINE>
+        [train.kwargs]
+        depth = 4
+    """
+    return "\n".join(_table(document, "")) + "\n"
+
+
+def _table(document: Mapping[str, Any], place: str) -> Iterable[str]:
+    yield from (f"{_key(key)} = {_value(value)}" for key, value in document.items() if not isinstance(value, dict))
+    for key, value in document.items():
+        if isinstance(value, dict):
+            name = f"{place}.{_key(key)}" if place else _key(key)
+            yield from ("", f"[{name}]")
+            yield from _table(value, name)
+
+
+def _key(key: str) -> str:
+    plain = key.isascii() and key.replace("-", "").replace("_", "").isalnum()
+    return key if plain else json.dumps(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(key)} = {_value(entry)}" for key, entry in value.items()) + " }"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_value, value))}]"
+    return json.dumps(value)  # strings, numbers and booleans are written alike

@@ -1,0 +1,360 @@
+"""The owner of a study: the only process that writes to Optuna's storage and to MLflow. It decides what is trained next.
+
+All it knows can be read again from the storage and from the records of the runs, so it can end at any moment.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from mlpreduce.errors import ReductionError
+from mlpreduce.launch import Job
+from mlpreduce.recipe import Recipe, changed, differences, runs
+from mlpreduce.records import Recorder, summary
+from mlpreduce.search.front import losses
+from mlpreduce.search.goals import read_budgets
+from mlpreduce.search.points import Point, Pricer
+from mlpreduce.search.racing import next_runs, pooled_deviation
+from mlpreduce.search.settings import REFERENCES, StudySettings, changes
+from mlpreduce.search.spaces import Suggestion, load_space
+from mlpreduce.search.stopping import Halving
+from mlpreduce.search.storage import opened
+from mlpreduce.search.study import Study, key_of, point_of
+from mlpreduce.train.settings import Run
+
+__all__ = ["Owner", "references_of"]
+
+_RETRIES = 2  # of a run whose worker was lost
+_FAILURES = 5  # trials that fail one after the other before the study is given up
+
+
+class Owner:
+    """Decides what is trained next, and keeps what is known.
+
+    Args:
+        settings: of the study, as JSON values.
+        recipe: how a point is trained, likewise.
+        space: name, path or function of the search space.
+        url: of Optuna's storage.
+        output: directory of the study.
+    """
+
+    def __init__(
+        self, settings: dict[str, Any], recipe: dict[str, Any], space: str | Callable[..., Any], url: str, output: str
+    ) -> None:
+        self._settings, self._recipe = StudySettings.model_validate(settings), Recipe.model_validate(recipe)
+        self._output, self._held = Path(output), ExitStack()
+        self._rungs = self._settings.rungs(self._recipe.train.epochs, self._recipe.train.warmup_epochs)
+        self._pricer = Pricer(self._recipe)
+        storage = self._held.enter_context(opened(url, self._settings.name))
+        self._references = references_of(self._settings, self._recipe, self._pricer)
+        baseline = self._pricer.price(Suggestion((), {}))
+        budgets = read_budgets(self._settings.budgets, baseline.cost)
+        found = load_space(space)
+        self._study = Study(self._settings, found, self._pricer, budgets, storage, self._rungs)
+        self._known = dict(self._study.study.user_attrs)
+        self._keep({"recipe": recipe, "space": {"name": found.name, "digest": found.digest}})
+        document = {**recipe, "name": self._settings.name}
+        self._recorder = Recorder(
+            self._output / "points", document, [], home=self._output, experiment="mlpreduce search"
+        )
+        parent = self._recorder.nest(
+            self._settings.name,
+            {**settings, "space": found.name, "recipe": recipe["name"]},
+            self._known.get("mlflow_run_id"),
+        )
+        self._set("mlflow_run_id", parent)
+        self._halving = self._remembered()
+        self._pending: deque[dict[str, Any]] = deque()  # events that are not recorded yet
+        self._running: dict[int, Job] = {}
+        self._again: list[Job] = []  # runs whose workers were lost
+        self._aliases: dict[str, int] = {}  # trials that are references, by their key
+        self._jobs = self._failures = 0
+        self._exhausted = self._closed = False
+
+    def next_job(self) -> Job | None:
+        """What to train now: references, then trials, then further seeds for the front; None where nothing is to begin."""
+        job = self._again.pop() if self._again else self._reference() or self._trial() or self._race()
+        if job is not None:
+            self._running[job["id"]] = job
+            run = Run.model_validate(job["run"])
+            tags = {"mlflow.runName": f"{job['name']}-seed{run.seed}", "kind": job["kind"], "point": job["key"]}
+            self._recorder.add(run, tags | ({} if job["number"] is None else {"trial": str(job["number"])}))
+        return job
+
+    def report(self, job_id: int, event: dict[str, Any]) -> bool:
+        """Take an event of a run; whether the run is to end now."""
+        job = self._running.get(job_id)
+        if job is None or self._closed:
+            return False
+        self._pending.append(event)
+        if event["event"] == "start":
+            for entry in event["history"]:  # a trial that is gone on with
+                self._at_rung(job, entry["epoch"], entry["top1"])
+        return event["event"] == "epoch" and self._stops(job, event["epoch"], event["top1"])
+
+    def done(self, job_id: int, outcome: dict[str, str]) -> dict[str, Any]:
+        """A job has ended; tells what it came to: "name", "status", "top1", "message"."""
+        self.flush()
+        job = self._running.pop(job_id)
+        run = Run.model_validate(job["run"])
+        record = self._recorder.record(run.variant, run.seed)
+        found = _result(record) if record is not None and record["epochs"] else None
+        status = outcome["status"]
+        if status == "stopped":
+            self._recorder.stopped(run, "ended early: others of no more cost were better")
+        if found is not None and status != "failed":
+            self._set(f"runs:{job['key']}", {**self._known.get(f"runs:{job['key']}", {}), str(run.seed): found})
+        if job["kind"] == "trial":
+            self._end_trial(job, status, found, outcome["message"])
+        elif job["kind"] == "reference" and job["key"] in self._aliases:
+            number = self._aliases.pop(job["key"])
+            if found is None or status == "failed":
+                self._study.fail(number, outcome["message"])
+            else:
+                self._study.tell(number, self._values(job["key"], Point.from_json(job["point"])))
+        shown = {"name": job["name"], "kind": job["kind"], "seed": run.seed, "steps": job["point"]["steps"]}
+        return {
+            **shown,
+            "status": status,
+            "message": outcome["message"],
+            "top1": None if found is None else found["top1"],
+        }
+
+    def lost(self, job_id: int, message: str) -> dict[str, Any]:
+        """The worker of a job ended; it is tried again, from its last checkpoint."""
+        self.flush()
+        job = self._running.pop(job_id)
+        if job["kind"] == "trial":
+            self._study.fail(job["number"], message, lost=True)
+        elif job["retries"] < _RETRIES:
+            self._again.append({**job, "id": self._number(), "retries": job["retries"] + 1})
+        return {"name": job["name"], "kind": job["kind"], "status": "lost", "message": message, "top1": None}
+
+    def flush(self) -> None:
+        """Record what has been reported."""
+        while self._pending:
+            self._recorder.handle(self._pending.popleft())
+
+    def counts(self) -> dict[str, int]:
+        """How many trials ended how."""
+        return self._study.counts()
+
+    def document(self, seconds: float) -> dict[str, Any]:
+        """What is known of the study, for its report."""
+        from mlpreduce.search.answer import describe
+
+        self.flush()
+        self._set("seconds", self._known.get("seconds", 0.0) + seconds)
+        return describe(self._study.study)
+
+    def publish(self, metrics: dict[str, float], files: list[str], whole: bool) -> None:
+        """Attach the report to the study's MLflow run."""
+        self._recorder.close(metrics, [Path(file) for file in files], whole=whole)
+
+    def close(self) -> None:
+        """Leave nothing running, and let go of the storage."""
+        if not self._closed:
+            self._closed = True
+            self.flush()
+            self._study.release()
+            self._recorder.interrupt()
+            self._held.close()
+
+    def _reference(self) -> Job | None:
+        """A run of a reference that is missing."""
+        for name, point in self._references.items():
+            if self._waits() and name != "baseline":
+                return None
+            for seed in self._settings.seeds:
+                if not self._has(point.key, seed):
+                    return self._job("reference", name, point, seed)
+        return None
+
+    def _trial(self) -> Job | None:
+        """A trial, if there are not enough yet."""
+        names = {point.key: name for name, point in self._references.items()}
+        while not self._exhausted and not self._waits():
+            running = sum(job["kind"] == "trial" for job in self._running.values())
+            if len(self._study.finished()) + running >= self._settings.trials:
+                return None
+            asked = self._study.ask(names)
+            if asked is None:
+                self._exhausted = True
+                return None
+            if asked.reference is None:
+                return self._job(
+                    "trial", f"trial {asked.number}", asked.point, self._settings.seeds[0], asked.number, asked.fixed
+                )
+            if self._known.get(f"runs:{asked.point.key}"):
+                self._study.tell(asked.number, self._values(asked.point.key, asked.point))
+            else:
+                self._aliases[asked.point.key] = asked.number  # it is being trained as a reference
+        return None
+
+    def _race(self) -> Job | None:
+        """One more seed for a point of the front, when all trials have ended."""
+        if any(job["kind"] == "trial" for job in self._running.values()):
+            return None
+        points = {key_of(trial): (trial.number, point_of(trial)) for trial in self._study.finished() if trial.values}
+        tops = {key: self._tops(key) for key in points}
+        others = [self._tops(point.key) for point in self._references.values()]
+        every = {str(n): list(t.values()) for n, t in enumerate([*tops.values(), *others])}
+        costs = {key: self._losses(key, point)[1:] for key, (_, point) in points.items()}
+        wanted = next_runs(tops, costs, self._settings.seeds, pooled_deviation(every))
+        for key, seed in wanted:
+            if not self._is_running(key, seed):
+                number, point = points[key]
+                return self._job("seed", f"trial {number}", point, seed, number)
+        return None
+
+    def _job(
+        self, kind: str, name: str, point: Point, seed: int, number: int | None = None, fixed: bool = False
+    ) -> Job:
+        recipe = changed(self._recipe, point.settings)
+        launch = recipe.launch.model_copy(
+            update={
+                "workers": self._settings.trial_workers if self._settings.trial_workers > 1 else 0,
+                "min_workers": 0,
+            }
+        )
+        model = recipe.model
+        if self._settings.inherit == "baseline" and name != "baseline":
+            start = self._output / "points" / self._references["baseline"].key / f"seed{self._settings.seeds[0]}"
+            model = model.model_copy(update={"weights": str(start)})
+        variants = {"variants": {point.key: point.steps}, "seeds": (seed,), "launch": launch, "model": model}
+        (run,) = runs(recipe.model_copy(update=variants), self._output / "points")
+        return {
+            "id": self._number(),
+            "kind": kind,
+            "name": name,
+            "number": number,
+            "fixed": fixed,
+            "key": point.key,
+            "point": point.to_json(),
+            "run": run.model_dump(mode="json"),
+            "launch": launch.model_dump(mode="json"),
+            "retries": 0,
+        }
+
+    def _waits(self) -> bool:
+        """Whether what is to be inherited is not trained yet."""
+        first = str(self._settings.seeds[0])
+        return self._settings.inherit == "baseline" and first not in self._known.get(
+            f"runs:{self._references['baseline'].key}", {}
+        )
+
+    def _number(self) -> int:
+        self._jobs += 1
+        return self._jobs
+
+    def _stops(self, job: Job, epoch: int, top1: float) -> bool:
+        """Whether a run is to end now: a trial that others leave behind, but for those of the space's own points."""
+        if job["kind"] != "trial" or self._settings.pruner == "none":
+            return False
+        if len(self._settings.objectives) == 1:
+            return self._study.report(job["number"], epoch, top1) and not job["fixed"]
+        self._at_rung(job, epoch, top1)
+        return epoch < self._recipe.train.epochs and self._halving.stops(job["key"], epoch) and not job["fixed"]
+
+    def _at_rung(self, job: Job, epoch: int, top1: float) -> None:
+        if job["kind"] == "trial" and epoch in self._halving.rungs:
+            self._halving.add(job["key"], epoch, self._losses(job["key"], Point.from_json(job["point"]), top1))
+
+    def _remembered(self) -> Halving:
+        """The rungs, as the trials of earlier processes have reached them."""
+        halving = Halving(self._rungs, self._settings.reduction)
+        for trial in self._study.finished():
+            record = self._recorder.record(key_of(trial), self._settings.seeds[0])
+            for entry in record["epochs"] if record is not None else ():
+                halving.add(key_of(trial), entry["epoch"], self._losses(key_of(trial), point_of(trial), entry["top1"]))
+        return halving
+
+    def _end_trial(self, job: Job, status: str, found: dict[str, Any] | None, message: str) -> None:
+        if found is None or status == "failed":
+            self._failures += 1
+            self._study.fail(job["number"], message or "it ended before its first epoch")
+            if self._failures >= _FAILURES:
+                raise ReductionError(f"search: {self._failures} trials failed one after the other; the last: {message}")
+            return
+        self._failures = 0
+        point = Point.from_json(job["point"])
+        self._study.tell(job["number"], None if status == "stopped" else self._values(job["key"], point))
+
+    def _values(self, key: str, point: Point) -> list[float]:
+        """The objectives of a point, from its run with the first seed."""
+        run = self._known[f"runs:{key}"][str(self._settings.seeds[0])]
+        return [run[name] if name in run else float(getattr(point.cost, name)) for name in self._settings.objectives]
+
+    def _losses(self, key: str, point: Point, top1: float = 0.0) -> tuple[float, ...]:
+        """Top-1 and the other objectives, less is better; a latency that is not measured yet counts as none."""
+        run: dict[str, Any] = next(iter(self._known.get(f"runs:{key}", {}).values()), {})
+        values = {name: run.get(name, getattr(point.cost, name, 0.0)) for name in self._settings.objectives}
+        others = [name for name in self._settings.objectives if name != "top1"]
+        return losses({**values, "top1": top1}, ["top1", *others])
+
+    def _tops(self, key: str) -> dict[int, float]:
+        return {int(seed): run["top1"] for seed, run in self._known.get(f"runs:{key}", {}).items()}
+
+    def _has(self, key: str, seed: int) -> bool:
+        return str(seed) in self._known.get(f"runs:{key}", {}) or self._is_running(key, seed)
+
+    def _is_running(self, key: str, seed: int) -> bool:
+        return any(job["key"] == key and job["run"]["seed"] == seed for job in self._running.values())
+
+    def _set(self, name: str, value: Any) -> None:
+        self._known[name] = value
+        self._study.study.set_user_attr(name, value)
+
+    def _keep(self, facts: dict[str, Any]) -> None:
+        """Keep what the study is, or hold it against what it was.
+
+        Raises:
+            ReductionError: the study goes on with something else than it began with.
+        """
+        names = {"names": {name: point.to_json() for name, point in self._references.items()}}
+        if "settings" in self._known:
+            before = StudySettings.model_validate(self._known["settings"])
+            wrong = [*changes(before, self._settings), *differences(self._known["recipe"], facts["recipe"])]
+            if self._known["space"] != facts["space"]:
+                wrong.append(f"space: was {self._known['space']}, is {facts['space']}")
+            if wrong:
+                self._held.close()
+                raise ReductionError(
+                    "--resume: the study is another one; repeat its settings, or give another --output:\n  "
+                    + "\n  ".join(wrong)
+                )
+        for name, value in {**facts, **names, "settings": self._settings.model_dump(mode="json")}.items():
+            self._set(name, json.loads(json.dumps(value)))
+
+
+def references_of(settings: StudySettings, recipe: Recipe, pricer: Pricer) -> dict[str, Point]:
+    """The points that a study is compared with: variants of the recipe, or the paper's where it has none of that name.
+
+    Raises:
+        ReductionError: there is none of a name, or it cannot be carried out.
+    """
+    found: dict[str, Point] = {}
+    for name in settings.references:
+        if name not in recipe.variants and name not in REFERENCES:
+            raise ReductionError(
+                f"--references {name}: neither a variant of {recipe.name} nor one of {', '.join(REFERENCES)}"
+            )
+        steps = recipe.variants[name] if name in recipe.variants else REFERENCES[name]
+        try:
+            found[name] = pricer.price(Suggestion(tuple(steps), {}))
+        except ReductionError as error:
+            raise ReductionError(
+                f"--references {name}: {error}; leave it out, or give others by --references"
+            ) from error
+    return found
+
+
+def _result(record: dict[str, Any]) -> dict[str, Any]:
+    """What a study keeps of a run."""
+    return {**summary(record), "latency": record["profile"].get("latency"), "mlflow_run_id": record["mlflow_run_id"]}

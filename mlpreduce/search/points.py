@@ -1,0 +1,181 @@
+"""What a suggestion comes to, before anything is trained: exact cost, pattern, and a key that equal reductions share.
+
+Everything is read off plans on the meta device: milliseconds for a model of any size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+import mlpreduce
+from mlpreduce.budget import Baseline, Cost, measure, outcome
+from mlpreduce.edits import Assign, Plan, Slice
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import Survey, mlps_or_raise, structural_copy, survey
+from mlpreduce.planning import make_plan
+from mlpreduce.recipe import Recipe, changed, runs
+from mlpreduce.search.spaces import ModelView, Suggestion
+from mlpreduce.surgery import carry_out
+from mlpreduce.train import build_model
+from mlpreduce.train.settings import Run, Step
+from mlpreduce.transforms import is_construction
+
+__all__ = ["Point", "Pricer"]
+
+_KEPT = 16  # unreduced models: settings may change what is built
+
+
+@dataclass(frozen=True)
+class Point:
+    """A reduction and the settings to train it with.
+
+    Attributes:
+        steps: the reduction.
+        settings: keys of the recipe that differ, with their values.
+        cost: of the reduced model.
+        pattern: names of the MLPs in order of execution (`blocks`), for each the index of the one whose weights it uses
+            (`owners`) and its hidden features (`widths`).
+        key: equal for points that would be trained to the same weights. Unequal ones may still be, where units are chosen
+            by weights.
+    """
+
+    steps: tuple[Step, ...]
+    settings: dict[str, Any]
+    cost: Cost
+    pattern: dict[str, list[Any]]
+    key: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The point as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Point:
+        """The point that `to_json` wrote."""
+        steps = tuple(dict(step) for step in document["steps"])
+        return cls(**{**document, "steps": steps, "cost": Cost(**document["cost"])})
+
+
+@dataclass(frozen=True)
+class _Known:
+    """An unreduced model, and what is known of it."""
+
+    model: nn.Module
+    found: Survey
+    measured: Baseline
+
+
+class Pricer:
+    """Prices suggestions for one recipe. Models are built once, on the meta device.
+
+    Args:
+        recipe: names the model.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._known: dict[str, _Known] = {}
+        self._priced: dict[str, Point] = {}
+
+    @property
+    def model(self) -> ModelView:
+        """What spaces may know of the unreduced model.
+
+        Raises:
+            ReductionError: it has no MLPs, or the model cannot be built.
+        """
+        known = self._unreduced(self.recipe, None, device="meta")
+        try:
+            every = make_plan(known.model, "grouped", {"remainder": "own"}, found=known.found)[0]
+        except ReductionError:
+            return ModelView(tuple(known.found.mlps), ())
+        chain = {mlp.name: mlp.chain for mlp in known.found.mlps}
+        chains: dict[Any, list[int]] = {}
+        for number, row in enumerate(every.rows):
+            chains.setdefault(chain[row.mlp], []).append(number)
+        return ModelView(tuple(known.found.mlps), tuple(map(tuple, chains.values())))
+
+    def price(self, suggestion: Suggestion) -> Point:
+        """The point of a suggestion.
+
+        Raises:
+            ReductionError: it cannot be carried out.
+        """
+        asked = json.dumps([suggestion.steps, suggestion.settings], sort_keys=True)
+        if asked not in self._priced:
+            self._priced[asked] = self._price(suggestion)
+        return self._priced[asked]
+
+    def _price(self, suggestion: Suggestion) -> Point:
+        recipe = changed(self.recipe, suggestion.settings)
+        steps = tuple(json.loads(json.dumps(suggestion.steps)))
+        try:
+            plans, cost, after = self._plans(recipe, steps, "meta")
+            exact = True
+        except ReductionError:  # some choose by weights; which units those are changes no count
+            plans, cost, after = self._plans(recipe, steps, None)
+            exact = False
+        index = {name: number for number, name in enumerate(after)}
+        pattern: dict[str, list[Any]] = {
+            "blocks": list(after),
+            "owners": [index[owner] for _, owner in after.values()],
+            "widths": [hidden for hidden, _ in after.values()],
+        }
+        identity = [[_identity(plan, exact) for plan in plans], sorted(suggestion.settings.items())]
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        return Point(steps, suggestion.settings, cost, pattern, key)
+
+    def _plans(
+        self, recipe: Recipe, steps: Sequence[Step], device: str | None
+    ) -> tuple[list[Plan], Cost, dict[str, tuple[int, str]]]:
+        """The plans of all steps, and after them the cost, and of each MLP its hidden features and owner, by name."""
+        rest = [dict(step) for step in steps]
+        first = rest.pop(0) if rest and is_construction(rest[0]["transform"]) else None
+        known = self._unreduced(recipe, first, device)
+        model, found, measured = known.model, replace(known.found, tree=None), known.measured
+        plans = [] if first is None else mlpreduce.history(model)
+        if not rest:
+            return plans, measured.cost, {mlp.name: (mlp.hidden_features, mlp.owner) for mlp in found.mlps}
+        tree = structural_copy(model, device=device)
+        for number, step in enumerate(rest, 1):
+            config = {key: value for key, value in step.items() if key != "transform"}
+            plan, _ = make_plan(tree, step["transform"], config, found=found)
+            plans.append(plan)
+            cost, after = measured.after(plan), outcome(measured.mlps, plan)
+            if number < len(rest):  # what follows needs the structure; no value is looked at where one was changed
+                carry_out(tree, plan, weights=False)
+                found = replace(survey(tree), tree=None)
+                measured = Baseline(cost, tuple(found.mlps), measured.positions)
+        return plans, cost, after
+
+    def _unreduced(self, recipe: Recipe, first: Step | None, device: str | None) -> _Known:
+        """The model before all steps that act on a built model."""
+        run: Run = runs(recipe, ".")[0].model_copy(update={"steps": (first,) if first else ()})
+        if device is None:  # random weights stand for given ones, which may lie elsewhere
+            run = run.model_copy(update={"model": run.model.model_copy(update={"weights": ""})})
+        key = json.dumps([run.model.model_dump(mode="json"), first, device], sort_keys=True, default=str)
+        if key not in self._known:
+            if len(self._known) >= _KEPT:
+                self._known.pop(next(iter(self._known)))
+            model = build_model(run, device=device)
+            found = mlps_or_raise(model, f"search({run.model.name})")
+            self._known[key] = _Known(model, found, measure(model, mlps=found.mlps))
+        return self._known[key]
+
+
+def _identity(plan: Plan, exact: bool) -> Any:
+    """What of a plan decides the reduced model: its edits; where those hold weights, or depend on them, its config too."""
+    whole = exact and not plan.of(Assign)
+    edits = json.loads(plan.to_json())["edits"]
+    if whole and edits:
+        return edits
+    for edit, entry in zip(plan.edits, edits, strict=True):
+        if isinstance(edit, Slice):
+            entry["units"] = len(edit.units)
+    return [plan.transform, plan.config, edits]

@@ -1,0 +1,127 @@
+"""Where studies are kept, and that one process at a time owns one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from mlpreduce.errors import ReductionError
+
+__all__ = ["folder_of", "opened", "read_only"]
+
+_PATIENCE = 60  # seconds that SQLite waits for another process, such as a reader
+
+
+def folder_of(url: str) -> Path | None:
+    """The folder of a SQLite file; None for a server.
+
+    Raises:
+        ReductionError: it is no such URL.
+    """
+    place = _parse(url)
+    if place.get_backend_name() != "sqlite":
+        return None
+    if not place.database or place.database == ":memory:":
+        raise ReductionError(f"--storage {url}: a study in memory is lost with its process; name a file")
+    return Path(place.database).resolve().parent
+
+
+@contextmanager
+def opened(url: str, study: str) -> Iterator[optuna.storages.RDBStorage]:
+    """The storage, held for this study: another process that asks for the same one is refused.
+
+    A file is held by the lock of its folder, which is the caller's part; a server by a lock of its own, which it lets go
+    when the connection ends, however it ends.
+
+    Raises:
+        ReductionError: another process has the study, or the storage cannot be reached.
+    """
+    place = _parse(url)
+    with _held(place, url, study):
+        yield _storage(url, place)
+
+
+def read_only(url: str) -> optuna.storages.RDBStorage:
+    """The storage, to look at what it has.
+
+    Raises:
+        ReductionError: there is none, or it cannot be reached.
+    """
+    place = _parse(url)
+    if place.get_backend_name() == "sqlite" and not Path(str(place.database)).is_file():
+        raise ReductionError(f"--storage {url}: there is no such file")
+    return _storage(url, place)
+
+
+def _parse(url: str) -> sqlalchemy.URL:
+    try:
+        return sqlalchemy.engine.make_url(url)
+    except ArgumentError as error:
+        raise ReductionError(
+            f"--storage {url!r}: no URL of a database; for instance sqlite:////home/me/optuna.db or "
+            f"postgresql+psycopg://user@host/database"
+        ) from error
+
+
+def _storage(url: str, place: sqlalchemy.URL) -> optuna.storages.RDBStorage:
+    options: dict[str, Any] = {}
+    if place.get_backend_name() == "sqlite":
+        options = {"connect_args": {"timeout": _PATIENCE}}
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs=options)
+    except (SQLAlchemyError, ImportError, RuntimeError) as error:
+        raise _unreachable(place, error) from error
+
+
+def _unreachable(place: sqlalchemy.URL, error: Exception) -> ReductionError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    driver = isinstance(error, (ImportError, NoSuchModuleError))
+    remedy = "; install the driver that the URL names, for instance pip install 'psycopg[binary]'" if driver else ""
+    return ReductionError(f"--storage {place.render_as_string(hide_password=True)}: {lines[0]}{remedy}")
+
+
+@contextmanager
+def _held(place: sqlalchemy.URL, url: str, study: str) -> Iterator[None]:
+    kind = place.get_backend_name()
+    if kind == "sqlite":
+        yield
+        return
+    name = f"mlpreduce-{hashlib.sha256(study.encode()).hexdigest()[:16]}"
+    number = int(name[-15:], 16)
+    asks = {
+        "postgresql": ("SELECT pg_try_advisory_lock(:number)", "SELECT pg_advisory_lock(:number)"),
+        "mysql": ("SELECT GET_LOCK(:name, 0)", "SELECT GET_LOCK(:name, -1)"),
+    }
+    if kind not in asks:
+        raise ReductionError(f"--storage {url}: {kind} is not supported; use sqlite, postgresql or mysql")
+    attempt, wait = asks[kind]
+    try:
+        engine = sqlalchemy.create_engine(url)
+        connection = engine.connect()
+    except (SQLAlchemyError, ImportError) as error:
+        raise _unreachable(place, error) from error
+    try:
+        held = {"number": number, "name": name}
+        if not connection.execute(
+            sqlalchemy.text(attempt), {k: v for k, v in held.items() if f":{k}" in attempt}
+        ).scalar():
+            raise ReductionError(
+                f"--storage {place.render_as_string(hide_password=True)}: another process has the study {study!r}; wait for "
+                f"it or end it, or give another --study"
+            )
+        # tables are made once: whoever comes second waits for them
+        with engine.connect() as making:
+            making.execute(sqlalchemy.text(wait), {"number": 1} if ":number" in wait else {"name": "mlpreduce-tables"})
+            _storage(url, place)
+        connection.commit()
+        yield
+    finally:
+        connection.close()
+        engine.dispose()

@@ -1,0 +1,51 @@
+"""What a worker does: train one point with one seed, and ask the owner after each epoch whether to go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlpreduce.errors import ReductionError
+from mlpreduce.launch import Call, Job, LaunchSettings
+from mlpreduce.train.settings import Run
+
+__all__ = ["carry_out"]
+
+
+class _Ended(Exception):
+    """The owner ends the run after an epoch; its checkpoint is kept."""
+
+
+def carry_out(call: Call, job: Job) -> dict[str, str]:
+    """Train the run of a job.
+
+    Args:
+        call: calls the owner.
+        job: its `run`, and `launch`: how it is trained.
+
+    Returns:
+        "status" ("finished", "stopped" or "failed") and "message".
+    """
+    run, launch = Run.model_validate(job["run"]), LaunchSettings.model_validate(job["launch"])
+    outcome = {"status": "finished", "message": ""}
+
+    def receive(event: dict[str, Any]) -> None:
+        if event["event"] == "progress":
+            return
+        if event["event"] == "end" and event["status"] == "failed":
+            outcome.update(status="failed", message=event["message"])
+        if call("report", job["id"], event):
+            raise _Ended
+
+    try:
+        _train(run, launch, receive)
+    except _Ended:
+        outcome.update(status="stopped")
+    except ReductionError as error:
+        outcome.update(status="failed", message=str(error))
+    return outcome
+
+
+def _train(run: Run, launch: LaunchSettings, receive: Any) -> None:
+    from mlpreduce.launch import execute
+
+    execute([run], launch, receive)

@@ -1,0 +1,11 @@
+"""One hidden width for all MLPs: the fraction of the hidden units that `shallow` keeps, in eighths.
+
+ShallowMLP (arXiv 2512.01059, equation 2) is the point ratio=0.5.
+"""
+
+POINTS = [{"ratio": 0.5}]
+
+
+def suggest(trial):
+    ratio = trial.suggest_float("ratio", 0.125, 1.0, step=0.125)
+    return [("shallow", {"ratio": ratio})] if ratio < 1 else []

@@ -1,0 +1,419 @@
+"""The search before anything is trained: spaces, exact costs, budgets, early stopping, racing."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mlpreduce
+from mlpreduce import recipe as recipes
+from mlpreduce.errors import ReductionError
+from mlpreduce.search.choices import Walker
+from mlpreduce.search.driver import run
+from mlpreduce.search.front import dominates, front, hypervolume
+from mlpreduce.search.goals import COSTS, Budget, check_objectives, read_budgets
+from mlpreduce.search.points import Point, Pricer
+from mlpreduce.search.racing import next_runs
+from mlpreduce.search.settings import StudySettings
+from mlpreduce.search.spaces import Suggestion, list_spaces, load_space
+from mlpreduce.search.stopping import Halving
+from mlpreduce.search.study import Study, create_sampler
+from mlpreduce.train import build_model
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "search_spaces").glob("*.py"))
+PATTERNS = [name for name in NAMES if name != "training"]
+DEPTH6 = ("model.kwargs.depth=6", "model.kwargs.embed_dim=16")
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    yield
+    optuna.logging.set_verbosity(before)
+
+
+@pytest.fixture(scope="module")
+def pricer() -> Pricer:
+    return Pricer(recipes.load("digits_tiny", DEPTH6))
+
+
+def built(pricer: Pricer, point: Point) -> mlpreduce.profiling.Profile:
+    """Counts of the model that would be trained."""
+    run = recipes.runs(recipes.changed(pricer.recipe, point.settings), ".")[0]
+    model = build_model(run.model_copy(update={"steps": point.steps}))
+    assert [mlp.hidden_features for mlp in mlpreduce.find_mlps(model)] == point.pattern["widths"]
+    names = point.pattern["blocks"]
+    assert [mlp.owner for mlp in mlpreduce.find_mlps(model)] == [names[owner] for owner in point.pattern["owners"]]
+    return mlpreduce.profile(model)
+
+
+def counted(pricer: Pricer, point: Point, cost: str) -> int:
+    """A cost of the model that would be trained."""
+    run = recipes.runs(recipes.changed(pricer.recipe, point.settings), ".")[0]
+    model = build_model(run.model_copy(update={"steps": point.steps}))
+    if cost == "params":
+        return sum(parameter.numel() for parameter in model.parameters())
+    return int(getattr(mlpreduce.profile(model), cost))
+
+
+def asked(name: str, pricer: Pricer, number: int, seed: int = 0) -> list[tuple[dict, Point]]:
+    """Points of a space at random."""
+    space = load_space(name)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    found = []
+    for _ in range(number):
+        trial = study.ask()
+        suggestion = space.suggest(trial, pricer.model)
+        found.append((trial.params, pricer.price(suggestion)))
+    return found
+
+
+class TestSpaces:
+    def test_names_come_from_the_folder(self) -> None:
+        assert sorted(list_spaces()) == NAMES
+        assert {"width", "width_per_block", "sharing", "sharing_partition", "sharing_free", "joint", "training"} <= set(
+            NAMES
+        )
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_costs_are_those_of_the_model_that_is_trained(self, name: str, pricer: Pricer) -> None:
+        for _, point in asked(name, pricer, 12):
+            profile = built(pricer, point)
+            assert asdict(point.cost) == {cost: getattr(profile, cost) for cost in COSTS}
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_its_own_points_can_be_carried_out(self, name: str, pricer: Pricer) -> None:
+        assert Walker(load_space(name), pricer).check()
+
+    def test_the_papers_points_lie_in_the_spaces_that_name_them(self, pricer: Pricer) -> None:
+        paper = {
+            "grouped": pricer.price(Suggestion(({"transform": "grouped", "group": 2},), {})).key,
+            "shallow": pricer.price(Suggestion(({"transform": "shallow", "ratio": 0.5},), {})).key,
+        }
+        for name, wanted in {"joint": ["grouped", "shallow"], "width": ["shallow"], "sharing": ["grouped"]}.items():
+            space = load_space(name)
+            keys = [pricer.price(Walker(space, pricer).ask(choices)[0]).key for choices in space.points]
+            assert keys == [paper[other] for other in wanted]
+
+    def test_equal_patterns_are_one_point(self, pricer: Pricer) -> None:
+        by_pattern: dict[tuple, set[str]] = {}
+        for choices in itertools.product(*(range(row + 1) for row in range(5)), (0,)):
+            steps = Walker(load_space("sharing_free"), pricer).ask({f"mlp{row}": c for row, c in enumerate(choices)})[0]
+            point = pricer.price(steps)
+            by_pattern.setdefault(tuple(point.pattern["owners"]), set()).add(point.key)
+        assert len(by_pattern) == 52  # the ways to split 5 blocks: Bell's number (block 5 always joins block 0)
+        assert all(len(keys) == 1 for keys in by_pattern.values())
+        assert len(set.union(*by_pattern.values())) == 52
+
+    def test_partitions_are_runs_of_neighbours(self, pricer: Pricer) -> None:
+        patterns = set()
+        for choices in itertools.product([True, False], repeat=5):
+            given = {f"new{row}": new for row, new in enumerate(choices, 1)}
+            owners = pricer.price(Walker(load_space("sharing_partition"), pricer).ask(given)[0]).pattern["owners"]
+            assert owners == sorted(owners)
+            patterns.add(tuple(owners))
+        assert len(patterns) == 2**5
+
+    @pytest.mark.parametrize(
+        ("one", "other", "equal"),
+        [
+            ([("grouped", {"group": 2})], [("grouped", {"pattern": [[0, 1], [2, 3], [4, 5]]})], True),
+            ([("grouped", {"scale": "inv_sqrt"})], [("grouped", {"scale": "none"})], False),
+            ([("grouped", {"keep": "first"})], [("grouped", {"keep": "mean"})], False),
+            ([("shallow", {"ratio": 0.5})], [("shallow", {"width": 32})], True),
+            ([("shallow", {"criterion": "first"})], [("shallow", {"criterion": "last"})], False),
+            ([("shallow", {"criterion": "first"})], [("shallow", {"criterion": "l2"})], False),
+            ([("thin", {"mlp_ratio": 2.0})], [("shallow", {"ratio": 0.5})], False),
+        ],
+    )
+    def test_equal_reductions_have_one_key(self, one: list, other: list, equal: bool, pricer: Pricer) -> None:
+        keys = [
+            pricer.price(Suggestion(tuple({"transform": name, **config} for name, config in steps), {})).key
+            for steps in (one, other)
+        ]
+        assert (keys[0] == keys[1]) is equal
+
+    def test_settings_are_part_of_a_point(self, pricer: Pricer) -> None:
+        steps = ({"transform": "grouped"},)
+        keys = {pricer.price(Suggestion(steps, {"train.lr": rate})).key for rate in (1e-3, 2e-3)}
+        assert len(keys) == 2
+        with pytest.raises(ReductionError, match="unknown key 'rate'"):
+            pricer.price(Suggestion(steps, {"train.rate": 1.0}))
+
+
+def space_file(folder: Path, body: str) -> str:
+    path = folder / "mine.py"
+    path.write_text(body)
+    return str(path)
+
+
+class TestWrongSpaces:
+    @pytest.mark.parametrize(
+        ("body", "message"),
+        [
+            (
+                "def suggest(trial):\n    return [('groupped', {})]",
+                "unknown transform 'groupped'; did you mean 'grouped'",
+            ),
+            (
+                "def suggest(trial):\n    return [('grouped', {'grop': 2})]",
+                "unknown argument 'grop'; did you mean 'group'",
+            ),
+            (
+                "def suggest(trial):\n"
+                "    if trial.suggest_categorical('a', ['x', 'y', 'z']) == 'z':\n"
+                "        if trial.suggest_int('deep', 0, 9) == 7:\n"
+                "            return [('grouped', {'grop': 2})]\n"
+                "    return []",
+                "unknown argument 'grop'",
+            ),
+            ("def suggest(trial):\n    return 'grouped'", "suggest gave 'grouped'; it must give a list such as"),
+            ("def suggest(trial):\n    return 1 / 0", "ZeroDivisionError: division by zero"),
+            ("def suggest(trial):\n    return [('grouped', {'group': 99})]", "none of .* points can be carried out"),
+            ("suggest = 3", "has no function suggest"),
+            ("import nothing_there", "ModuleNotFoundError"),
+            ("def suggest(", "SyntaxError"),
+            (
+                "POINTS = [{'ratio': 2.0}]\ndef suggest(trial):\n"
+                "    return [('shallow', {'ratio': trial.suggest_float('ratio', 0.25, 0.75)})]",
+                "POINTS has what it does not suggest: ratio=2.0",
+            ),
+            (
+                "def suggest(trial):\n    return []\ndef settings(trial):\n    return {'train.lrr': 1}",
+                "unknown key 'lrr'",
+            ),
+        ],
+    )
+    def test_all_is_told_before_the_first_trial(self, body: str, message: str, tmp_path: Path) -> None:
+        with pytest.raises(ReductionError, match=message):
+            run(space_file(tmp_path, body), "digits_tiny", output=tmp_path / "out", workers=0)
+        assert not (tmp_path / "out").exists()
+
+    def test_unknown_names(self, tmp_path: Path) -> None:
+        with pytest.raises(ReductionError, match="unknown search space 'jont'; did you mean 'joint'"):
+            load_space("jont")
+        with pytest.raises(ReductionError, match="no such file"):
+            load_space(str(tmp_path / "none.py"))
+
+
+class TestBudgets:
+    @pytest.mark.parametrize("name", PATTERNS)
+    @pytest.mark.parametrize("cost", ["params", "macs"])
+    def test_the_smallest_is_found(self, name: str, cost: str) -> None:
+        pricer = Pricer(recipes.load("digits_tiny", ["model.kwargs.depth=3", "model.kwargs.embed_dim=16"]))
+        space = load_space(name)
+        study = optuna.create_study(sampler=create_sampler(StudySettings(name="any", sampler="grid"), seed=0))
+        values: list[int] = []
+
+        def objective(trial: optuna.Trial) -> float:
+            try:
+                values.append(getattr(pricer.price(space.suggest(trial, pricer.model)).cost, cost))
+            except ReductionError:
+                return 0.0
+            return 0.0
+
+        study.optimize(objective, n_trials=2000)
+        assert len(study.trials) < 2000
+        assert getattr(Walker(space, pricer).cheapest(cost)[1].cost, cost) == min(values)
+
+    def test_every_trial_keeps_200_random_budgets(self) -> None:
+        pricer = Pricer(recipes.load("digits_tiny", ["model.kwargs.embed_dim=16"]))
+        generator = random.Random(7)
+        least: dict[tuple[str, str], int] = {}
+        baseline = pricer.price(Suggestion((), {})).cost
+        trained = 0
+        for number in range(200):
+            name, cost = generator.choice(PATTERNS), generator.choice(["params", "macs"])
+            space = load_space(name)
+            if (name, cost) not in least:
+                least[name, cost] = getattr(Walker(space, pricer).cheapest(cost)[1].cost, cost)
+            limit = generator.randint(least[name, cost], getattr(baseline, cost))
+            (budget,) = read_budgets([f"{cost}<={limit}"], baseline)
+            settings = StudySettings(name=f"s{number}", seed=number, trials=2)
+            study = Study(settings, space, pricer, [budget], optuna.storages.InMemoryStorage(), rungs=())
+            for _ in range(2):
+                trial = study.ask({})
+                if trial is None:  # no other point keeps the budget
+                    break
+                assert counted(pricer, trial.point, cost) <= limit
+                study.tell(trial.number, [50.0, float(trial.point.cost.params)])
+                trained += 1
+            told = study.counts()
+            assert told["complete"] >= 1, (name, cost, limit)
+            for frozen in study.study.get_trials(states=[optuna.trial.TrialState.FAIL]):
+                assert frozen.user_attrs["message"]
+        assert trained > 300
+
+    def test_an_unreachable_budget_tells_the_smallest(self, tmp_path: Path, pricer: Pricer) -> None:
+        least = Walker(load_space("width"), pricer).cheapest("params")[1].cost.params
+        with pytest.raises(
+            ReductionError, match=f"the smallest that width reaches is {least:,}: shallow\\(ratio=0.125\\)"
+        ):
+            run(
+                "width",
+                "digits_tiny",
+                overrides=DEPTH6,
+                budgets=(f"params<={least - 1}",),
+                output=tmp_path / "out",
+                workers=0,
+            )
+        settings = {"budgets": ("params<=0.6", "unique_mlps<=2"), "output": tmp_path / "out", "workers": 0}
+        with pytest.raises(ReductionError, match=r"unique_mlps<=2.*smallest that width reaches is 6"):
+            run("width", "digits_tiny", overrides=DEPTH6, **settings)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("params", "write <cost><=<number>"),
+            ("params>=0.5", "write <cost><=<number>"),
+            ("param<=0.5", "no such cost; did you mean 'params'"),
+            ("latency<=3", "latency is known after a trial only"),
+            ("params<=-1", "must be above 0"),
+            ("params<=1e999", "must be above 0"),
+            ("params<=e", "is no number"),
+        ],
+    )
+    def test_wrong_budgets(self, text: str, message: str, pricer: Pricer) -> None:
+        with pytest.raises(ReductionError, match=message):
+            read_budgets([text], pricer.price(Suggestion((), {})).cost)
+
+    def test_fractions_are_of_the_baseline(self, pricer: Pricer) -> None:
+        cost = pricer.price(Suggestion((), {})).cost
+        found = read_budgets(["params<=1", "macs <= 0.5", "mlp_params<=1_000"], cost)
+        assert [budget.limit for budget in found] == [cost.params, cost.macs // 2, 1000]
+        assert Budget("any", "params", 5).excess(cost) == cost.params - 5
+
+
+class TestStudy:
+    def test_what_was_trained_is_not_trained_again(self, pricer: Pricer) -> None:
+        settings = StudySettings(name="any", trials=99, sampler="random")
+        study = Study(settings, load_space("width"), pricer, [], optuna.storages.InMemoryStorage(), rungs=())
+        keys = []
+        while (trial := study.ask({})) is not None:
+            keys.append(trial.point.key)
+            study.tell(trial.number, None if len(keys) % 2 else [50.0, 1.0])
+        assert len(keys) == len(set(keys)) == 8  # all there are: eighths
+        counts = study.counts()
+        assert (counts["trained"], counts["complete"], counts["pruned"]) == (8, 4, 4)
+        assert counts["duplicate"] > 0
+        assert not study.study.get_trials(states=[optuna.trial.TrialState.RUNNING])
+
+    def test_a_lost_trial_is_tried_again_and_counted_once(self, pricer: Pricer) -> None:
+        storage = optuna.storages.InMemoryStorage()
+        settings = StudySettings(name="any", sampler="random")
+        study = Study(settings, load_space("width"), pricer, [], storage, rungs=())
+        first = study.ask({})
+        assert first is not None
+        assert first.fixed  # the paper's point
+        study.fail(first.number, "its worker was lost", lost=True)
+        again = study.ask({})
+        assert again is not None
+        assert (again.point.key, again.fixed) == (first.point.key, True)
+        other = study.ask({})  # the process ends here
+        assert other is not None
+        later = Study(settings, load_space("width"), pricer, [], storage, rungs=())
+        assert not later.study.get_trials(states=[optuna.trial.TrialState.RUNNING])
+        found = [trial.point.key for trial in (later.ask({}), later.ask({})) if trial is not None]
+        assert set(found) == {first.point.key, other.point.key}
+        assert later.counts() == {
+            "trained": 0,
+            "complete": 0,
+            "pruned": 0,
+            "infeasible": 0,
+            "duplicate": 0,
+            "failed": 0,
+            "lost": 3,
+        }
+
+    def test_a_resumed_sampler_does_not_repeat_itself(self, pricer: Pricer) -> None:
+        storage = optuna.storages.InMemoryStorage()
+        settings = StudySettings(name="any", sampler="random", seed=3)
+        values = []
+        for _ in range(2):
+            study = Study(settings, load_space("training"), pricer, [], storage, rungs=())
+            trial = study.ask({})
+            assert trial is not None
+            values.append(trial.point.settings["train.lr"])
+            study.tell(trial.number, [50.0, 1.0])
+        assert values[0] != values[1]
+
+    @pytest.mark.parametrize("sampler", ["auto", "tpe", "nsga2", "random", "grid"])
+    def test_samplers(self, sampler: str, pricer: Pricer) -> None:
+        settings = StudySettings(name="any", trials=12, sampler=sampler)
+        study = Study(settings, load_space("joint"), pricer, [], optuna.storages.InMemoryStorage(), rungs=())
+        for number in range(12):
+            trial = study.ask({})
+            assert trial is not None
+            study.tell(trial.number, [50.0 + number, float(trial.point.cost.params)])
+        assert study.counts()["complete"] == 12
+
+
+class TestGoals:
+    def test_objectives(self) -> None:
+        check_objectives(["top1", "params", "latency"])
+        with pytest.raises(ReductionError, match="did you mean 'params'"):
+            check_objectives(["top1", "param"])
+        for names in (["params"], ["top1", "top1"]):
+            with pytest.raises(ReductionError, match="each once, and top1 among them"):
+                check_objectives(names)
+
+    @given(st.lists(st.tuples(*[st.integers(0, 5)] * 3), max_size=7), st.integers(1, 3))
+    def test_hypervolume_counts_unit_cubes(self, points: list[tuple[int, ...]], objectives: int) -> None:
+        points = [point[:objectives] for point in points]
+        cubes = itertools.product(range(6), repeat=objectives)
+        covered = sum(any(all(a <= b for a, b in zip(point, cube, strict=True)) for point in points) for cube in cubes)
+        assert hypervolume(points, (6,) * objectives) == covered
+
+    @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=8))
+    def test_the_front_dominates_all_others(self, points: list[tuple[int, int]]) -> None:
+        named = dict(enumerate(points))
+        found = front(named)
+        assert found
+        for name, point in named.items():
+            assert (name in found) == (not any(dominates(other, point) for other in points))
+
+
+class TestEarlyStopping:
+    def test_a_small_model_is_not_ended_for_being_less_accurate_than_a_large_one(self) -> None:
+        halving = Halving([2], reduction=3)
+        for number in range(9):  # smaller and worse each
+            halving.add(str(number), 2, (-90.0 + number, 100 - number))
+        assert not any(halving.stops(str(number), 2) for number in range(9))
+        halving.add("bad", 2, (-60.0, 100))
+        assert halving.stops("bad", 2)
+
+    def test_only_at_rungs_and_among_enough(self) -> None:
+        halving = Halving([2], reduction=3)
+        halving.add("a", 2, (-90.0, 1))
+        halving.add("b", 2, (-10.0, 1))
+        assert not halving.stops("b", 2)
+        halving.add("c", 2, (-80.0, 1))
+        assert halving.stops("b", 2)
+        assert not halving.stops("b", 3)
+        halving.add("d", 3, (-1.0, 1))
+        assert not halving.stops("d", 3)
+
+
+class TestRacing:
+    def test_seeds_go_to_the_front_and_to_what_is_unsure(self) -> None:
+        top1 = {"best": {1: 90.0}, "near": {1: 89.5}, "far": {1: 80.0}, "small": {1: 70.0}}
+        costs = {"best": (10,), "near": (10,), "far": (10,), "small": (5,)}
+        assert next_runs(top1, costs, (1, 2), deviation=0.0) == [("best", 2), ("small", 2)]
+        assert next_runs(top1, costs, (1, 2), deviation=1.0) == [("best", 2), ("near", 2), ("small", 2)]
+        done = {key: {**values, 2: values[1]} for key, values in top1.items()}
+        assert next_runs(done, costs, (1, 2), deviation=1.0) == []
+
+    def test_those_with_the_fewest_seeds_come_first(self) -> None:
+        top1 = {"a": {1: 90.0, 2: 90.0}, "b": {1: 90.0}}
+        assert next_runs(top1, {"a": (1,), "b": (1,)}, (1, 2, 3), deviation=0.0) == [("b", 2)]
