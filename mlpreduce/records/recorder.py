@@ -104,6 +104,11 @@ class Recorder:
         """The record of a run, if it has begun."""
         return self._records.get((variant, seed))
 
+    def facts(self) -> dict[str, Any] | None:
+        """Versions and hardware of the runs, as the last of them has recorded them."""
+        last = next(reversed(self._records.values()), None)
+        return None if last is None else {key: last[key] for key in ("versions", "hardware")}
+
     def stopped(self, run: Run, message: str) -> None:
         """Mark a run that was ended before its last epoch, on purpose; it could be gone on with."""
         if self._records.get((run.variant, run.seed), {}).get("status") == "running":

@@ -17,6 +17,7 @@ from mlpreduce.search.front import dominates, front, hypervolume, losses
 from mlpreduce.search.goals import OBJECTIVES, read_budgets
 from mlpreduce.search.points import Point
 from mlpreduce.search.settings import StudySettings
+from mlpreduce.search.told import counts, finished
 
 __all__ = ["SCHEMA", "describe", "history", "reference_values"]
 
@@ -35,7 +36,7 @@ def describe(study: optuna.Study) -> dict[str, Any]:
         raise ReductionError(f"study {study.study_name!r}: it was not made by mlpreduce search")
     settings = StudySettings.model_validate(known["settings"])
     references = [_reference(name, Point.from_json(point), known, settings) for name, point in known["names"].items()]
-    trials = [_trial(trial, known, settings) for trial in study.get_trials(deepcopy=False) if _is_shown(trial)]
+    trials = [_trial(trial, known, settings) for trial in finished(study)]
     baseline = next((point for point in references if not point["steps"]), None)
     points = [*references, *trials]
     for name in _front_of(trials, settings):
@@ -52,7 +53,7 @@ def describe(study: optuna.Study) -> dict[str, Any]:
         ],
         "budgets": [{"text": b.text, "cost": b.cost, "limit": b.limit} for b in budgets],
         "settings": settings.model_dump(mode="json"),
-        "counts": known.get("counts", {}),
+        "counts": counts(study),
         "environment": known.get("environment", {}),
         "seconds": known.get("seconds", 0.0),
         "points": points,
@@ -72,8 +73,7 @@ def history(study: optuna.Study) -> list[tuple[float, tuple[float, ...]]]:
     settings = StudySettings.model_validate(known["settings"])
     whole = next(Point.from_json(point) for point in known["names"].values() if not point["steps"]).cost.macs
     found, total = [], 0.0
-    trials = [trial for trial in study.get_trials(deepcopy=False) if _is_shown(trial)]
-    for trial in sorted(trials, key=lambda trial: trial.datetime_complete or datetime.min):
+    for trial in sorted(finished(study), key=lambda trial: trial.datetime_complete or datetime.min):
         point = Point.from_json(trial.user_attrs["point"])
         run = known.get(f"runs:{point.key}", {}).get(str(settings.seeds[0]))
         total += 0.0 if run is None else run["epochs"] * point.cost.macs / whole
@@ -98,11 +98,6 @@ def reference_values(study: optuna.Study) -> dict[str, float]:
         if values:
             return {**values, "top1": 0.0}
     raise ReductionError(f"study {study.study_name}: no baseline has been trained beside it")
-
-
-def _is_shown(trial: FrozenTrial) -> bool:
-    """Whether a trial was trained: not one that is a reference, nor one that failed before."""
-    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and "reference" not in trial.user_attrs
 
 
 def _trial(trial: FrozenTrial, known: Mapping[str, Any], settings: StudySettings) -> dict[str, Any]:
@@ -181,6 +176,11 @@ def _verdicts(
     """For each reference that is a reduction, whether a trial is as good or better in all objectives."""
     others = [name for name in settings.objectives if name != "top1"]
     told = []
+    if settings.inherit != "none":
+        told.append(
+            f"Trials started from trained weights (inherit={settings.inherit}) and references "
+            f"{'too, but for the baseline' if settings.inherit == 'baseline' else 'did not'}: compare with care."
+        )
     for reference in references:
         if not reference["steps"] or not reference["values"]:
             continue

@@ -77,7 +77,19 @@ def _list() -> None:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """Fields of `StudySettings` that are given."""
-    names = ("trials", "workers", "sampler", "pruner", "seed", "inherit", "trial_workers", "cpus", "gpus", "first_rung")
+    names = (
+        "trials",
+        "workers",
+        "sampler",
+        "pruner",
+        "seed",
+        "inherit",
+        "trial_workers",
+        "cpus",
+        "gpus",
+        "first_rung",
+        "screen",
+    )
     found = {name: getattr(options, name) for name in names}
     for name in ("objectives", "references"):
         text = getattr(options, name)
@@ -119,7 +131,12 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", help="of the training: the first for all, the others for the front (default: the recipe's)"
     )
     parser.add_argument("--references", help="what to compare with (default: baseline,grouped,shallow)")
-    parser.add_argument("--inherit", help="what a trial starts from: none (default) or baseline, its trained weights")
+    parser.add_argument(
+        "--inherit", help="weights a trial starts from: none (default), baseline, or nearest (of all trials)"
+    )
+    parser.add_argument(
+        "--screen", type=int, help="images on which trained weights are tried before a trial trains (default: 0)"
+    )
     parser.add_argument("--trial-workers", type=int, help="processes that train one trial together (default: 1)")
     parser.add_argument("--cpus", type=float, help="that Ray reserves for each process (default: 1)")
     parser.add_argument("--gpus", type=float, help="likewise, parts too (default: 0)")

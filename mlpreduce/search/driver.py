@@ -136,6 +136,10 @@ def _settings(space: Space, recipe: Recipe, given: dict[str, Any]) -> StudySetti
         raise ReductionError(f"--seeds {','.join(map(str, settings.seeds))}: give at least one, each once")
     if settings.inherit == "baseline" and "baseline" not in settings.references:
         raise ReductionError("--inherit baseline: the baseline is not trained; add it to --references")
+    if settings.screen and settings.inherit != "baseline" and not recipe.model.weights:
+        raise ReductionError(
+            f"--screen {settings.screen}: untrained weights tell nothing; add --inherit baseline, or give model.weights"
+        )
     if recipe.sweep:
         raise ReductionError(
             f"--recipe {recipe.name}: it is a sweep; search one of its points: 'sweep={{}}' leaves the recipe itself"
@@ -191,7 +195,7 @@ def _drive(workers: Pool, settings: StudySettings, console: Console) -> None:
     ]
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("starting the workers", total=settings.trials)
-        running = 0
+        running, counts = 0, workers.call("counts")
         while True:
             while running < workers.size and (job := workers.call("next_job")) is not None:
                 workers.start(job)
@@ -199,6 +203,8 @@ def _drive(workers: Pool, settings: StudySettings, console: Console) -> None:
                 if isinstance(job, dict):
                     progress.update(bar, description=f"{job['name']}, seed {job['run']['seed']}")
             if not running:
+                if counts["trained"] < settings.trials:
+                    console.print(f"the space has no other point: {counts['trained']} were trained", style="yellow")
                 return
             for job, outcome in workers.wait():
                 running -= 1
@@ -214,7 +220,13 @@ def _drive(workers: Pool, settings: StudySettings, console: Console) -> None:
 def _line(told: dict[str, Any], counts: dict[str, int], settings: StudySettings) -> str:
     """What became of a job, in one line."""
     top1 = "" if told["top1"] is None else f", top-1 {told['top1']:.2f} %"
-    how = {"finished": "", "stopped": ", ended early", "failed": ", failed", "lost": ", its worker was lost; once more"}
+    how = {
+        "finished": "",
+        "stopped": ", ended early",
+        "screened": ", not trained",
+        "failed": ", failed",
+        "lost": ", its worker was lost; once more",
+    }
     what = f": {_text(told['steps'])}" if "steps" in told else ""
     seed = f", seed {told['seed']}" if told["kind"] != "trial" and "seed" in told else ""
     message = f" ({told['message']})" if told["message"] else ""

@@ -42,6 +42,10 @@ def as_recipe(point: Mapping[str, Any], document: Mapping[str, Any], recipe: Rec
         f"Cost:     {2 * len(seeds)} runs of {recipe.train.epochs} epochs.",
         f"Expected: {point['cost']['params']:,} parameters, {point['cost']['macs']:,} MACs; top-1 % in the study: {tops}.",
     ]
+    if document["settings"]["inherit"] != "none":
+        heads.append(
+            f"Note:     in the study it started from trained weights (inherit={document['settings']['inherit']}); here not."
+        )
     body = {key: value for key, value in found.items() if key not in ("name", "sweep", "variants", "seeds")}
     return "".join(f"# {line}\n" for line in heads) + "\n" + as_toml({"seeds": seeds, **body, "variants": variants})
 

@@ -18,13 +18,14 @@ from mlpreduce.recipe import Recipe, changed, differences, runs
 from mlpreduce.records import Recorder, summary
 from mlpreduce.search.front import losses
 from mlpreduce.search.goals import read_budgets
-from mlpreduce.search.points import Point, Pricer
+from mlpreduce.search.points import Point, Pricer, distance
 from mlpreduce.search.racing import next_runs, pooled_deviation
 from mlpreduce.search.settings import REFERENCES, StudySettings, changes
 from mlpreduce.search.spaces import Suggestion, load_space
 from mlpreduce.search.stopping import Halving
 from mlpreduce.search.storage import opened
-from mlpreduce.search.study import Study, key_of, point_of
+from mlpreduce.search.study import Study
+from mlpreduce.search.told import counts, finished, key_of, point_of
 from mlpreduce.train.settings import Run
 
 __all__ = ["Owner", "references_of"]
@@ -49,14 +50,15 @@ class Owner:
     ) -> None:
         self._settings, self._recipe = StudySettings.model_validate(settings), Recipe.model_validate(recipe)
         self._output, self._held = Path(output), ExitStack()
-        self._rungs = self._settings.rungs(self._recipe.train.epochs, self._recipe.train.warmup_epochs)
+        rungs = self._settings.rungs(self._recipe.train.epochs, self._recipe.train.warmup_epochs)
+        self._rungs = ((0,) if self._settings.screen else ()) + (rungs if self._settings.pruner == "asha" else ())
         self._pricer = Pricer(self._recipe)
         storage = self._held.enter_context(opened(url, self._settings.name))
         self._references = references_of(self._settings, self._recipe, self._pricer)
         baseline = self._pricer.price(Suggestion((), {}))
         budgets = read_budgets(self._settings.budgets, baseline.cost)
         found = load_space(space)
-        self._study = Study(self._settings, found, self._pricer, budgets, storage, self._rungs)
+        self._study = Study(self._settings, found, self._pricer, budgets, storage, rungs)
         self._known = dict(self._study.study.user_attrs)
         self._keep({"recipe": recipe, "space": {"name": found.name, "digest": found.digest}})
         document = {**recipe, "name": self._settings.name}
@@ -98,6 +100,15 @@ class Owner:
                 self._at_rung(job, entry["epoch"], entry["top1"])
         return event["event"] == "epoch" and self._stops(job, event["epoch"], event["top1"])
 
+    def screened(self, job_id: int, change: float) -> bool:
+        """Take by how much an edit raises the loss of trained weights; whether the trial ends before it is trained."""
+        job = self._running.get(job_id)
+        if job is None or self._closed:
+            return False
+        self._study.note(job["number"], "sensitivity", change)
+        self._at_rung(job, 0, -change)
+        return self._halving.stops(job["key"], 0) and not job["fixed"]
+
     def done(self, job_id: int, outcome: dict[str, str]) -> dict[str, Any]:
         """A job has ended; tells what it came to: "name", "status", "top1", "message"."""
         self.flush()
@@ -111,7 +122,10 @@ class Owner:
         if found is not None and status != "failed":
             self._set(f"runs:{job['key']}", {**self._known.get(f"runs:{job['key']}", {}), str(run.seed): found})
         if job["kind"] == "trial":
-            self._end_trial(job, status, found, outcome["message"])
+            if status == "screened":
+                self._study.screened(job["number"], outcome["message"])
+            else:
+                self._end_trial(job, status, found, outcome["message"])
         elif job["kind"] == "reference" and job["key"] in self._aliases:
             number = self._aliases.pop(job["key"])
             if found is None or status == "failed":
@@ -143,7 +157,7 @@ class Owner:
 
     def counts(self) -> dict[str, int]:
         """How many trials ended how."""
-        return self._study.counts()
+        return counts(self._study.study)
 
     def document(self, seconds: float) -> dict[str, Any]:
         """What is known of the study, for its report."""
@@ -151,6 +165,8 @@ class Owner:
 
         self.flush()
         self._set("seconds", self._known.get("seconds", 0.0) + seconds)
+        if (facts := self._recorder.facts()) is not None:
+            self._set("environment", facts)
         return describe(self._study.study)
 
     def publish(self, metrics: dict[str, float], files: list[str], whole: bool) -> None:
@@ -181,7 +197,7 @@ class Owner:
         names = {point.key: name for name, point in self._references.items()}
         while not self._exhausted and not self._waits():
             running = sum(job["kind"] == "trial" for job in self._running.values())
-            if len(self._study.finished()) + running >= self._settings.trials:
+            if len(finished(self._study.study)) + running >= self._settings.trials:
                 return None
             asked = self._study.ask(names)
             if asked is None:
@@ -201,7 +217,9 @@ class Owner:
         """One more seed for a point of the front, when all trials have ended."""
         if any(job["kind"] == "trial" for job in self._running.values()):
             return None
-        points = {key_of(trial): (trial.number, point_of(trial)) for trial in self._study.finished() if trial.values}
+        points = {
+            key_of(trial): (trial.number, point_of(trial)) for trial in finished(self._study.study) if trial.values
+        }
         tops = {key: self._tops(key) for key in points}
         others = [self._tops(point.key) for point in self._references.values()]
         every = {str(n): list(t.values()) for n, t in enumerate([*tops.values(), *others])}
@@ -227,6 +245,7 @@ class Owner:
         if self._settings.inherit == "baseline" and name != "baseline":
             start = self._output / "points" / self._references["baseline"].key / f"seed{self._settings.seeds[0]}"
             model = model.model_copy(update={"weights": str(start)})
+        source = self._inherited(kind, point) if self._settings.inherit == "nearest" else ""
         variants = {"variants": {point.key: point.steps}, "seeds": (seed,), "launch": launch, "model": model}
         (run,) = runs(recipe.model_copy(update=variants), self._output / "points")
         return {
@@ -237,10 +256,23 @@ class Owner:
             "fixed": fixed,
             "key": point.key,
             "point": point.to_json(),
-            "run": run.model_dump(mode="json"),
+            "run": run.model_copy(update={"inherit": source}).model_dump(mode="json"),
             "launch": launch.model_dump(mode="json"),
+            "screen": self._settings.screen if kind == "trial" else 0,
             "retries": 0,
         }
+
+    def _inherited(self, kind: str, point: Point) -> str:
+        """The run of the trial whose pattern is nearest, the same each time it is asked for; "" for the first trials."""
+        if kind == "reference":
+            return ""
+        name = f"inherit:{point.key}"
+        if name not in self._known:
+            trials = [trial for trial in finished(self._study.study) if trial.values]
+            nearest = min(trials, key=lambda trial: distance(point_of(trial), point), default=None)
+            self._set(name, "" if nearest is None else f"{key_of(nearest)}/seed{self._settings.seeds[0]}")
+        found = str(self._known[name])
+        return str(self._output / "points" / found) if found else ""
 
     def _waits(self) -> bool:
         """Whether what is to be inherited is not trained yet."""
@@ -269,7 +301,11 @@ class Owner:
     def _remembered(self) -> Halving:
         """The rungs, as the trials of earlier processes have reached them."""
         halving = Halving(self._rungs, self._settings.reduction)
-        for trial in self._study.finished():
+        for trial in self._study.study.get_trials(deepcopy=False):
+            if "sensitivity" in trial.user_attrs:
+                change = trial.user_attrs["sensitivity"]
+                halving.add(key_of(trial), 0, self._losses(key_of(trial), point_of(trial), -change))
+        for trial in finished(self._study.study):
             record = self._recorder.record(key_of(trial), self._settings.seeds[0])
             for entry in record["epochs"] if record is not None else ():
                 halving.add(key_of(trial), entry["epoch"], self._losses(key_of(trial), point_of(trial), entry["top1"]))

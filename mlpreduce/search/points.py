@@ -26,7 +26,7 @@ from mlpreduce.train import build_model
 from mlpreduce.train.settings import Run, Step
 from mlpreduce.transforms import is_construction
 
-__all__ = ["Point", "Pricer"]
+__all__ = ["Point", "Pricer", "distance"]
 
 _KEPT = 16  # unreduced models: settings may change what is built
 
@@ -60,6 +60,14 @@ class Point:
         """The point that `to_json` wrote."""
         steps = tuple(dict(step) for step in document["steps"])
         return cls(**{**document, "steps": steps, "cost": Cost(**document["cost"])})
+
+
+def distance(one: Point, other: Point) -> float:
+    """How unlike two patterns are: 1 for each block that uses another MLP, and its part of the width where that differs."""
+    here, there = one.pattern, other.pattern
+    largest = max(*here["widths"], *there["widths"])
+    owners = sum(a != b for a, b in zip(here["owners"], there["owners"], strict=True))
+    return float(owners + sum(abs(a - b) for a, b in zip(here["widths"], there["widths"], strict=True)) / largest)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class StudySettings(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0  # of the sampler
     seeds: tuple[int, ...] = (42, 123)  # of the training: the first for all trials, the others for the front
     references: tuple[str, ...] = ("baseline", "grouped", "shallow")
-    inherit: Literal["none", "baseline"] = "none"  # what a trial starts from
+    inherit: Literal["none", "baseline", "nearest"] = "none"  # weights that a trial starts from: docs/search.md
+    screen: Annotated[int, Field(ge=0)] = 0  # images on which trained weights are tried after the edit; 0 = none
     workers: Annotated[int, Field(ge=0)] = 2  # trials at a time; 0 = one, in this process, without Ray
     trial_workers: Count = 1  # processes that train one trial together (DDP)
     cpus: Annotated[float, Field(gt=0)] = 1.0  # that Ray reserves for each process of a trial

@@ -21,8 +21,9 @@ from mlpreduce.search.goals import OBJECTIVES, Budget
 from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Space
+from mlpreduce.search.told import key_of
 
-__all__ = ["Asked", "Study", "create_sampler", "key_of", "point_of"]
+__all__ = ["Asked", "Study", "create_sampler"]
 
 _COSTLY = 3  # suggestions above the budget before one near them is sought that keeps it
 _PATIENCE = 50  # suggestions without a new point after which there is none
@@ -90,28 +91,6 @@ class Study:
             for choices in space.points:
                 self.study.enqueue_trial(choices, user_attrs={"fixed": True})
 
-    def finished(self) -> list[FrozenTrial]:
-        """The trials that were trained, to their end or until they were ended early."""
-        states = (TrialState.COMPLETE, TrialState.PRUNED)
-        trials = self.study.get_trials(deepcopy=False, states=states)
-        return [trial for trial in trials if "reference" not in trial.user_attrs]
-
-    def counts(self) -> dict[str, int]:
-        """How many trials ended how."""
-        trained = self.finished()
-        failed = [
-            trial.user_attrs.get("why")
-            for trial in self.study.get_trials(deepcopy=False)
-            if trial.state is TrialState.FAIL
-        ]
-        complete = sum(trial.state is TrialState.COMPLETE for trial in trained)
-        return {
-            "trained": len(trained),
-            "complete": complete,
-            "pruned": len(trained) - complete,
-            **{why: failed.count(why) for why in ("infeasible", "duplicate", "failed", "lost")},
-        }
-
     def ask(self, references: Mapping[str, str]) -> Asked | None:
         """The next point to train; None where the space has no other.
 
@@ -152,6 +131,16 @@ class Study:
         trial = self._asked[number]
         trial.report(top1, epoch)
         return trial.should_prune()
+
+    def note(self, number: int, name: str, value: Any) -> None:
+        """Keep something with a trial that is being trained."""
+        self._asked[number].set_user_attr(name, value)
+
+    def screened(self, number: int, message: str) -> None:
+        """End a trial before it is trained."""
+        self.note(number, "screened", True)
+        self.note(number, "message", message)
+        self.tell(number, None)
 
     def tell(self, number: int, values: Sequence[float] | None) -> None:
         """End a trial: with its values, or early without."""
@@ -238,16 +227,6 @@ class Study:
         return found
 
 
-def key_of(trial: FrozenTrial) -> str:
-    """The key of a trial's point."""
-    return str(trial.user_attrs.get("key", ""))
-
-
-def point_of(trial: FrozenTrial) -> Point:
-    """The point of a trial."""
-    return Point.from_json(trial.user_attrs["point"])
-
-
 def create_sampler(settings: StudySettings, seed: int) -> optuna.samplers.BaseSampler:
     """Optuna's sampler of a study; `auto` is TPE, which learns from few trials and from those that still run."""
     first = max(5, min(10, settings.trials // 4))  # points before anything is learnt
@@ -260,8 +239,17 @@ def create_sampler(settings: StudySettings, seed: int) -> optuna.samplers.BaseSa
     if settings.sampler == "grid":
         with warnings.catch_warnings():  # it is marked experimental since long
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.BruteForceSampler(seed=seed)
+            return _Exhaustive(seed=seed)
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=first, multivariate=True, constant_liar=True)
+
+
+class _Exhaustive(optuna.samplers.BruteForceSampler):
+    """Optuna's exhaustive sampler, for a study that is asked; when all is tried it would stop `Study.optimize`."""
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        pass
 
 
 def _pruner(settings: StudySettings, rungs: Sequence[int]) -> optuna.pruners.BasePruner:

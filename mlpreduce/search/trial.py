@@ -20,10 +20,10 @@ def carry_out(call: Call, job: Job) -> dict[str, str]:
 
     Args:
         call: calls the owner.
-        job: its `run`, and `launch`: how it is trained.
+        job: its `run`; `launch`: how it is trained; `screen`: images on which it is tried before, or 0.
 
     Returns:
-        "status" ("finished", "stopped" or "failed") and "message".
+        "status" ("finished", "screened", "stopped" or "failed") and "message".
     """
     run, launch = Run.model_validate(job["run"]), LaunchSettings.model_validate(job["launch"])
     outcome = {"status": "finished", "message": ""}
@@ -37,6 +37,12 @@ def carry_out(call: Call, job: Job) -> dict[str, str]:
             raise _Ended
 
     try:
+        if job["screen"]:
+            from mlpreduce.train.sensitivity import sensitivity
+
+            change = sensitivity(run, job["screen"])
+            if call("screened", job["id"], change):
+                return {"status": "screened", "message": f"the edit raises the loss by {change:.3g}"}
         _train(run, launch, receive)
     except _Ended:
         outcome.update(status="stopped")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ import mlpreduce
 from mlpreduce.errors import ReductionError, call_text, did_you_mean
 from mlpreduce.ties import full_state
 from mlpreduce.train.settings import Run, TrainSettings
-from mlpreduce.train.weights import load_weights, no_construction
+from mlpreduce.train.weights import inherit_weights, load_weights, no_construction
 from mlpreduce.transforms import is_construction
 
 __all__ = [
@@ -34,7 +35,8 @@ __all__ = [
 def build_model(run: Run, device: torch.device | str | None = None) -> nn.Module:
     """The reduced model of a run: the same weights on every worker.
 
-    It is initialised from the seed of the run, then filled from `model.weights` if they are given, then reduced.
+    It is initialised from the seed of the run, then filled from `model.weights` if they are given, then reduced, then filled
+    from those of another reduction if the run inherits them.
 
     Args:
         run: names the model, its weights and the steps of its reduction.
@@ -72,6 +74,8 @@ def build_model(run: Run, device: torch.device | str | None = None) -> nn.Module
         load_weights(model, run.model, path)
     for step in steps:
         model = mlpreduce.apply(model, step.pop("transform"), **step)
+    if run.inherit and device is None:
+        inherit_weights(model, Path(run.inherit))
     return model
 
 

@@ -96,6 +96,7 @@ class Run(BaseModel):
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
     workers: Count = 1  # processes that train together
+    inherit: str = ""  # folder of another run, reduced or not, whose weights are copied as far as they fit; "" = none
     directory: str  # absolute; checkpoints and the best model lie here
 
     @property
@@ -169,9 +170,9 @@ class Run(BaseModel):
     def config_hash(self) -> str:
         """Identifies what is computed. Where the data and the output lie is no part of it, nor how the batch is shared.
 
-        Neither is the path of the initial weights: what they are is told by their digest in the checkpoint.
+        Neither are the paths of initial weights: what they are is told by their digest in the checkpoint.
         """
-        document = self.model_dump(mode="json", exclude={"recipe", "variant", "directory", "workers"})
+        document = self.model_dump(mode="json", exclude={"recipe", "variant", "directory", "workers", "inherit"})
         if self.model.weights_path is not None:
             document["model"]["weights"] = "path"
         for section, key in (name.split(".") for name in LATER):

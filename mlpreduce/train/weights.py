@@ -16,7 +16,7 @@ from mlpreduce.train import digests
 from mlpreduce.train.runtime import Runtime
 from mlpreduce.train.settings import ModelSettings, Run
 
-__all__ = ["is_pickle", "load_weights", "locate", "no_construction", "no_pickle", "start_digest"]
+__all__ = ["inherit_weights", "is_pickle", "load_weights", "locate", "no_construction", "no_pickle", "start_digest"]
 
 _GIVE = (
     'give "pretrained" (timm\'s weights), the folder of a run (runs/NAME/VARIANT/seedN), one written by mlpreduce.save, or a '
@@ -103,6 +103,37 @@ def load_weights(model: nn.Module, settings: ModelSettings, path: Path) -> None:
     with torch.no_grad():
         for key, tensor in state.items():
             tensor.copy_(given[key])
+
+
+def inherit_weights(model: nn.Module, path: Path) -> None:
+    """Copy the weights of another reduction of the same architecture, as far as they fit.
+
+    Of a tensor of another size, the leading part that both have is copied: the first hidden units, where widths differ. A
+    tied tensor takes that of its first use.
+
+    Args:
+        model: reduced already; changed in place.
+        path: what `locate` takes.
+
+    Raises:
+        ReductionError: no such weights, or they have nothing in common with the model.
+    """
+    place = locate(path)
+    call = f"inherit={str(path)!r}"
+    theirs = read_tensors(place / WEIGHTS if place.is_dir() else place, call)
+    done: set[int] = set()
+    with torch.no_grad():
+        for name, tensor in full_state(model).items():
+            other = theirs.get(name)
+            if other is None or id(tensor) in done or other.dim() != tensor.dim():
+                continue
+            part = tuple(slice(min(ours, given)) for ours, given in zip(tensor.shape, other.shape, strict=True))
+            tensor[part] = other[part].to(tensor)
+            done.add(id(tensor))
+    if not done:
+        raise ReductionError(
+            f"{call}: none of its {len(theirs)} tensors has a name of this model; it is of another one"
+        )
 
 
 def start_digest(model: nn.Module, run: Run, runtime: Runtime) -> str:
