@@ -26,7 +26,7 @@ from mlpreduce.search.racing import next_runs
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Suggestion, list_spaces, load_space
 from mlpreduce.search.stopping import Halving
-from mlpreduce.search.study import Study, create_sampler
+from mlpreduce.search.study import Study
 from mlpreduce.search.told import counts
 from mlpreduce.train import build_model
 

@@ -39,7 +39,7 @@ class Pool(Protocol):
         """Begin a job on a worker."""
 
     def wait(self) -> list[tuple[Job, Any]]:
-        """Jobs that have ended, at least one, and what each returned, or `Lost`."""
+        """Jobs that have ended, and what each returned, or `Lost`; after a second without any, none."""
 
 
 @contextmanager
@@ -113,9 +113,15 @@ class _Owner:
     def __init__(self, directory: str, text: str, owner: Callable[..., Any], arguments: Sequence[Any]) -> None:
         self._held = ExitStack()
         self._held.enter_context(work(directory, 0, text))
-        self._owner = owner(*arguments)
+        self._refusal: ReductionError | None = None
+        try:
+            self._owner = owner(*arguments)
+        except ReductionError as error:
+            self._refusal = error
 
     def call(self, method: str, *arguments: Any) -> Any:
+        if self._refusal is not None:
+            return self._refusal
         try:
             return getattr(self._owner, method)(*arguments)
         except ReductionError as error:
@@ -155,9 +161,7 @@ class _OnRay:
     def wait(self) -> list[tuple[Job, Any]]:
         import ray
 
-        ended: list[Any] = []
-        while not ended:  # in parts, so that an interrupt is seen
-            ended, _ = ray.wait(list(self._running), num_returns=1, timeout=1.0)
+        ended, _ = ray.wait(list(self._running), num_returns=1, timeout=1.0)
         found = []
         for reference in ended:
             job = self._running.pop(reference)
@@ -205,7 +209,7 @@ def _on_ray(
     try:
         yield _OnRay(workers, guarded, lambda job: remote.remote(made, carry_out, directory, text, job))
     finally:
-        with suppress(ray.exceptions.RayError):  # it is gone, and what it kept is on disk
+        with suppress(ray.exceptions.RayError, ReductionError):  # it is gone, or never began; what it kept is on disk
             call("close")
 
 

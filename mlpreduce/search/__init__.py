@@ -7,6 +7,9 @@
     settings    what a study is
     storage     where it is kept, and that one process at a time owns it
     study       Optuna's study: asks for points worth training, and is told what became of them
+    told        what the storage tells of trials
+    results     what else a study knows: what it is, and what each run came to
+    jobs        a point and a seed, as what a worker needs
     owner       decides what is trained next; a Ray actor
     stopping    which trials are ended early
     racing      which points are trained with further seeds

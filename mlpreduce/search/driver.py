@@ -17,7 +17,8 @@ from mlpreduce.recipe import Recipe, changed, load
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.export import write_best
 from mlpreduce.search.goals import Budget, check_objectives, read_budgets
-from mlpreduce.search.owner import Owner, references_of
+from mlpreduce.search.jobs import references_of
+from mlpreduce.search.owner import Owner
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Space, Suggestion, load_space
@@ -206,7 +207,10 @@ def _drive(workers: Pool, settings: StudySettings, console: Console) -> None:
                 if counts["trained"] < settings.trials:
                     console.print(f"the space has no other point: {counts['trained']} were trained", style="yellow")
                 return
-            for job, outcome in workers.wait():
+            ended = workers.wait()
+            if not ended:
+                workers.call("flush")  # so that MLflow shows what is being trained
+            for job, outcome in ended:
                 running -= 1
                 if isinstance(outcome, Lost):
                     told = workers.call("lost", job["id"], outcome.message)

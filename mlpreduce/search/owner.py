@@ -5,7 +5,6 @@ All it knows can be read again from the storage and from the records of the runs
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,13 +13,14 @@ from typing import Any
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.launch import Job
-from mlpreduce.recipe import Recipe, changed, differences, runs
-from mlpreduce.records import Recorder, summary
-from mlpreduce.search.front import losses
+from mlpreduce.recipe import Recipe
+from mlpreduce.records import Recorder
 from mlpreduce.search.goals import read_budgets
-from mlpreduce.search.points import Point, Pricer, distance
+from mlpreduce.search.jobs import job_of, nearest, references_of
+from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.racing import next_runs, pooled_deviation
-from mlpreduce.search.settings import REFERENCES, StudySettings, changes
+from mlpreduce.search.results import Results
+from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Suggestion, load_space
 from mlpreduce.search.stopping import Halving
 from mlpreduce.search.storage import opened
@@ -28,7 +28,7 @@ from mlpreduce.search.study import Study
 from mlpreduce.search.told import counts, finished, key_of, point_of
 from mlpreduce.train.settings import Run
 
-__all__ = ["Owner", "references_of"]
+__all__ = ["Owner"]
 
 _RETRIES = 2  # of a run whose worker was lost
 _FAILURES = 5  # trials that fail one after the other before the study is given up
@@ -59,8 +59,15 @@ class Owner:
         budgets = read_budgets(self._settings.budgets, baseline.cost)
         found = load_space(space)
         self._study = Study(self._settings, found, self._pricer, budgets, storage, rungs)
-        self._known = dict(self._study.study.user_attrs)
-        self._keep({"recipe": recipe, "space": {"name": found.name, "digest": found.digest}})
+        self._results = Results(self._study.study, self._settings)
+        names = {name: point.to_json() for name, point in self._references.items()}
+        try:
+            self._results.keep(
+                {"recipe": recipe, "space": {"name": found.name, "digest": found.digest}, "names": names}
+            )
+        except ReductionError:
+            self._held.close()
+            raise
         document = {**recipe, "name": self._settings.name}
         self._recorder = Recorder(
             self._output / "points", document, [], home=self._output, experiment="mlpreduce search"
@@ -68,13 +75,14 @@ class Owner:
         parent = self._recorder.nest(
             self._settings.name,
             {**settings, "space": found.name, "recipe": recipe["name"]},
-            self._known.get("mlflow_run_id"),
+            self._results.get("mlflow_run_id"),
         )
-        self._set("mlflow_run_id", parent)
+        self._results.set("mlflow_run_id", parent)
         self._halving = self._remembered()
         self._pending: deque[dict[str, Any]] = deque()  # events that are not recorded yet
         self._running: dict[int, Job] = {}
         self._again: list[Job] = []  # runs whose workers were lost
+        self._failed: set[tuple[str, int]] = set()  # runs besides trials that failed: their points and seeds
         self._aliases: dict[str, int] = {}  # trials that are references, by their key
         self._jobs = self._failures = 0
         self._exhausted = self._closed = False
@@ -109,36 +117,25 @@ class Owner:
         self._at_rung(job, 0, -change)
         return self._halving.stops(job["key"], 0) and not job["fixed"]
 
-    def done(self, job_id: int, outcome: dict[str, str]) -> dict[str, Any]:
+    def done(self, job_id: int, outcome: dict[str, Any]) -> dict[str, Any]:
         """A job has ended; tells what it came to: "name", "status", "top1", "message"."""
         self.flush()
         job = self._running.pop(job_id)
         run = Run.model_validate(job["run"])
         record = self._recorder.record(run.variant, run.seed)
-        found = _result(record) if record is not None and record["epochs"] else None
-        status = outcome["status"]
+        status, top1 = outcome["status"], None
         if status == "stopped":
             self._recorder.stopped(run, "ended early: others of no more cost were better")
-        if found is not None and status != "failed":
-            self._set(f"runs:{job['key']}", {**self._known.get(f"runs:{job['key']}", {}), str(run.seed): found})
+        if status != "failed" and record is not None and record["epochs"]:
+            top1 = self._results.add(job["key"], run.seed, record)
         if job["kind"] == "trial":
-            if status == "screened":
-                self._study.screened(job["number"], outcome["message"])
-            else:
-                self._end_trial(job, status, found, outcome["message"])
-        elif job["kind"] == "reference" and job["key"] in self._aliases:
-            number = self._aliases.pop(job["key"])
-            if found is None or status == "failed":
-                self._study.fail(number, outcome["message"])
-            else:
-                self._study.tell(number, self._values(job["key"], Point.from_json(job["point"])))
+            self._end_trial(job, outcome, top1)
+        elif top1 is None:
+            self._give_up(job, outcome["message"])
+        elif job["key"] in self._aliases:
+            self._study.tell(self._aliases.pop(job["key"]), self._results.values(Point.from_json(job["point"])))
         shown = {"name": job["name"], "kind": job["kind"], "seed": run.seed, "steps": job["point"]["steps"]}
-        return {
-            **shown,
-            "status": status,
-            "message": outcome["message"],
-            "top1": None if found is None else found["top1"],
-        }
+        return {**shown, "status": status, "message": outcome["message"], "top1": top1}
 
     def lost(self, job_id: int, message: str) -> dict[str, Any]:
         """The worker of a job ended; it is tried again, from its last checkpoint."""
@@ -148,6 +145,8 @@ class Owner:
             self._study.fail(job["number"], message, lost=True)
         elif job["retries"] < _RETRIES:
             self._again.append({**job, "id": self._number(), "retries": job["retries"] + 1})
+        else:
+            self._give_up(job, message)
         return {"name": job["name"], "kind": job["kind"], "status": "lost", "message": message, "top1": None}
 
     def flush(self) -> None:
@@ -164,9 +163,9 @@ class Owner:
         from mlpreduce.search.answer import describe
 
         self.flush()
-        self._set("seconds", self._known.get("seconds", 0.0) + seconds)
+        self._results.set("seconds", self._results.get("seconds", 0.0) + seconds)
         if (facts := self._recorder.facts()) is not None:
-            self._set("environment", facts)
+            self._results.set("environment", facts)
         return describe(self._study.study)
 
     def publish(self, metrics: dict[str, float], files: list[str], whole: bool) -> None:
@@ -188,7 +187,7 @@ class Owner:
             if self._waits() and name != "baseline":
                 return None
             for seed in self._settings.seeds:
-                if not self._has(point.key, seed):
+                if seed not in self._results.top1(point.key) and not self._is_busy(point.key, seed):
                     return self._job("reference", name, point, seed)
         return None
 
@@ -207,8 +206,8 @@ class Owner:
                 return self._job(
                     "trial", f"trial {asked.number}", asked.point, self._settings.seeds[0], asked.number, asked.fixed
                 )
-            if self._known.get(f"runs:{asked.point.key}"):
-                self._study.tell(asked.number, self._values(asked.point.key, asked.point))
+            if str(self._settings.seeds[0]) in self._results.runs(asked.point.key):
+                self._study.tell(asked.number, self._results.values(asked.point))
             else:
                 self._aliases[asked.point.key] = asked.number  # it is being trained as a reference
         return None
@@ -220,13 +219,13 @@ class Owner:
         points = {
             key_of(trial): (trial.number, point_of(trial)) for trial in finished(self._study.study) if trial.values
         }
-        tops = {key: self._tops(key) for key in points}
-        others = [self._tops(point.key) for point in self._references.values()]
+        tops = {key: self._results.top1(key) for key in points}
+        others = [self._results.top1(point.key) for point in self._references.values()]
         every = {str(n): list(t.values()) for n, t in enumerate([*tops.values(), *others])}
-        costs = {key: self._losses(key, point)[1:] for key, (_, point) in points.items()}
+        costs = {key: self._results.losses(point)[1:] for key, (_, point) in points.items()}
         wanted = next_runs(tops, costs, self._settings.seeds, pooled_deviation(every))
         for key, seed in wanted:
-            if not self._is_running(key, seed):
+            if not self._is_busy(key, seed):
                 number, point = points[key]
                 return self._job("seed", f"trial {number}", point, seed, number)
         return None
@@ -234,52 +233,38 @@ class Owner:
     def _job(
         self, kind: str, name: str, point: Point, seed: int, number: int | None = None, fixed: bool = False
     ) -> Job:
-        recipe = changed(self._recipe, point.settings)
-        launch = recipe.launch.model_copy(
-            update={
-                "workers": self._settings.trial_workers if self._settings.trial_workers > 1 else 0,
-                "min_workers": 0,
-            }
-        )
-        model = recipe.model
+        folder, first = self._output / "points", f"seed{self._settings.seeds[0]}"
+        weights = inherit = ""
         if self._settings.inherit == "baseline" and name != "baseline":
-            start = self._output / "points" / self._references["baseline"].key / f"seed{self._settings.seeds[0]}"
-            model = model.model_copy(update={"weights": str(start)})
-        source = self._inherited(kind, point) if self._settings.inherit == "nearest" else ""
-        variants = {"variants": {point.key: point.steps}, "seeds": (seed,), "launch": launch, "model": model}
-        (run,) = runs(recipe.model_copy(update=variants), self._output / "points")
-        return {
-            "id": self._number(),
-            "kind": kind,
-            "name": name,
-            "number": number,
-            "fixed": fixed,
-            "key": point.key,
-            "point": point.to_json(),
-            "run": run.model_copy(update={"inherit": source}).model_dump(mode="json"),
-            "launch": launch.model_dump(mode="json"),
-            "screen": self._settings.screen if kind == "trial" else 0,
-            "retries": 0,
-        }
+            weights = str(folder / self._references["baseline"].key / first)
+        elif self._settings.inherit == "nearest" and kind != "reference" and (known := self._nearest(point)):
+            inherit = str(folder / known / first)
+        job = job_of(
+            kind,
+            name,
+            point,
+            seed,
+            settings=self._settings,
+            recipe=self._recipe,
+            folder=folder,
+            weights=weights,
+            inherit=inherit,
+        )
+        return {**job, "id": self._number(), "number": number, "fixed": fixed}
 
-    def _inherited(self, kind: str, point: Point) -> str:
-        """The run of the trial whose pattern is nearest, the same each time it is asked for; "" for the first trials."""
-        if kind == "reference":
-            return ""
+    def _nearest(self, point: Point) -> str:
+        """The key of the trial whose pattern is nearest, the same each time it is asked for; "" for the first trials."""
         name = f"inherit:{point.key}"
-        if name not in self._known:
-            trials = [trial for trial in finished(self._study.study) if trial.values]
-            nearest = min(trials, key=lambda trial: distance(point_of(trial), point), default=None)
-            self._set(name, "" if nearest is None else f"{key_of(nearest)}/seed{self._settings.seeds[0]}")
-        found = str(self._known[name])
-        return str(self._output / "points" / found) if found else ""
+        if self._results.get(name) is None:
+            found = nearest(point, (point_of(trial) for trial in finished(self._study.study) if trial.values))
+            self._results.set(name, "" if found is None else found.key)
+        return str(self._results.get(name))
 
     def _waits(self) -> bool:
         """Whether what is to be inherited is not trained yet."""
-        first = str(self._settings.seeds[0])
-        return self._settings.inherit == "baseline" and first not in self._known.get(
-            f"runs:{self._references['baseline'].key}", {}
-        )
+        if self._settings.inherit != "baseline":
+            return False
+        return self._settings.seeds[0] not in self._results.top1(self._references["baseline"].key)
 
     def _number(self) -> int:
         self._jobs += 1
@@ -296,7 +281,7 @@ class Owner:
 
     def _at_rung(self, job: Job, epoch: int, top1: float) -> None:
         if job["kind"] == "trial" and epoch in self._halving.rungs:
-            self._halving.add(job["key"], epoch, self._losses(job["key"], Point.from_json(job["point"]), top1))
+            self._halving.add(job["key"], epoch, self._results.losses(Point.from_json(job["point"]), top1))
 
     def _remembered(self) -> Halving:
         """The rungs, as the trials of earlier processes have reached them."""
@@ -304,93 +289,43 @@ class Owner:
         for trial in self._study.study.get_trials(deepcopy=False):
             if "sensitivity" in trial.user_attrs:
                 change = trial.user_attrs["sensitivity"]
-                halving.add(key_of(trial), 0, self._losses(key_of(trial), point_of(trial), -change))
+                halving.add(key_of(trial), 0, self._results.losses(point_of(trial), -change))
         for trial in finished(self._study.study):
             record = self._recorder.record(key_of(trial), self._settings.seeds[0])
             for entry in record["epochs"] if record is not None else ():
-                halving.add(key_of(trial), entry["epoch"], self._losses(key_of(trial), point_of(trial), entry["top1"]))
+                halving.add(key_of(trial), entry["epoch"], self._results.losses(point_of(trial), entry["top1"]))
         return halving
 
-    def _end_trial(self, job: Job, status: str, found: dict[str, Any] | None, message: str) -> None:
-        if found is None or status == "failed":
+    def _end_trial(self, job: Job, outcome: dict[str, Any], top1: float | None) -> None:
+        number, status, message = job["number"], outcome["status"], outcome["message"]
+        if "training" in outcome:
+            self._study.note(number, "training", outcome["training"])
+        if status == "screened":
+            self._study.screened(number, message)
+        elif top1 is None:
             self._failures += 1
-            self._study.fail(job["number"], message or "it ended before its first epoch")
+            self._study.fail(number, message or "it ended before its first epoch")
             if self._failures >= _FAILURES:
                 raise ReductionError(f"search: {self._failures} trials failed one after the other; the last: {message}")
-            return
-        self._failures = 0
-        point = Point.from_json(job["point"])
-        self._study.tell(job["number"], None if status == "stopped" else self._values(job["key"], point))
+        else:
+            self._failures = 0
+            self._study.tell(
+                number, None if status == "stopped" else self._results.values(Point.from_json(job["point"]))
+            )
 
-    def _values(self, key: str, point: Point) -> list[float]:
-        """The objectives of a point, from its run with the first seed."""
-        run = self._known[f"runs:{key}"][str(self._settings.seeds[0])]
-        return [run[name] if name in run else float(getattr(point.cost, name)) for name in self._settings.objectives]
-
-    def _losses(self, key: str, point: Point, top1: float = 0.0) -> tuple[float, ...]:
-        """Top-1 and the other objectives, less is better; a latency that is not measured yet counts as none."""
-        run: dict[str, Any] = next(iter(self._known.get(f"runs:{key}", {}).values()), {})
-        values = {name: run.get(name, getattr(point.cost, name, 0.0)) for name in self._settings.objectives}
-        others = [name for name in self._settings.objectives if name != "top1"]
-        return losses({**values, "top1": top1}, ["top1", *others])
-
-    def _tops(self, key: str) -> dict[int, float]:
-        return {int(seed): run["top1"] for seed, run in self._known.get(f"runs:{key}", {}).items()}
-
-    def _has(self, key: str, seed: int) -> bool:
-        return str(seed) in self._known.get(f"runs:{key}", {}) or self._is_running(key, seed)
-
-    def _is_running(self, key: str, seed: int) -> bool:
-        return any(job["key"] == key and job["run"]["seed"] == seed for job in self._running.values())
-
-    def _set(self, name: str, value: Any) -> None:
-        self._known[name] = value
-        self._study.study.set_user_attr(name, value)
-
-    def _keep(self, facts: dict[str, Any]) -> None:
-        """Keep what the study is, or hold it against what it was.
+    def _give_up(self, job: Job, message: str) -> None:
+        """Do without a run that is no trial; a resumed study tries it again.
 
         Raises:
-            ReductionError: the study goes on with something else than it began with.
+            ReductionError: trials were to start from its weights.
         """
-        names = {"names": {name: point.to_json() for name, point in self._references.items()}}
-        if "settings" in self._known:
-            before = StudySettings.model_validate(self._known["settings"])
-            wrong = [*changes(before, self._settings), *differences(self._known["recipe"], facts["recipe"])]
-            if self._known["space"] != facts["space"]:
-                wrong.append(f"space: was {self._known['space']}, is {facts['space']}")
-            if wrong:
-                self._held.close()
-                raise ReductionError(
-                    "--resume: the study is another one; repeat its settings, or give another --output:\n  "
-                    + "\n  ".join(wrong)
-                )
-        for name, value in {**facts, **names, "settings": self._settings.model_dump(mode="json")}.items():
-            self._set(name, json.loads(json.dumps(value)))
+        self._failed.add((job["key"], job["run"]["seed"]))
+        if job["key"] in self._aliases:
+            self._study.fail(self._aliases.pop(job["key"]), message)
+        if job["name"] == "baseline" and self._waits():
+            raise ReductionError(f"--inherit baseline: the baseline failed: {message}")
 
-
-def references_of(settings: StudySettings, recipe: Recipe, pricer: Pricer) -> dict[str, Point]:
-    """The points that a study is compared with: variants of the recipe, or the paper's where it has none of that name.
-
-    Raises:
-        ReductionError: there is none of a name, or it cannot be carried out.
-    """
-    found: dict[str, Point] = {}
-    for name in settings.references:
-        if name not in recipe.variants and name not in REFERENCES:
-            raise ReductionError(
-                f"--references {name}: neither a variant of {recipe.name} nor one of {', '.join(REFERENCES)}"
-            )
-        steps = recipe.variants[name] if name in recipe.variants else REFERENCES[name]
-        try:
-            found[name] = pricer.price(Suggestion(tuple(steps), {}))
-        except ReductionError as error:
-            raise ReductionError(
-                f"--references {name}: {error}; leave it out, or give others by --references"
-            ) from error
-    return found
-
-
-def _result(record: dict[str, Any]) -> dict[str, Any]:
-    """What a study keeps of a run."""
-    return {**summary(record), "latency": record["profile"].get("latency"), "mlflow_run_id": record["mlflow_run_id"]}
+    def _is_busy(self, key: str, seed: int) -> bool:
+        """Whether a run is being trained, or is to be trained again, or failed."""
+        waiting = [*self._running.values(), *self._again]
+        return (key, seed) in self._failed or any(job["key"] == key and job["run"]["seed"] == seed for job in waiting)

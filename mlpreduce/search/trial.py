@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from mlpreduce.errors import ReductionError
@@ -15,7 +16,7 @@ class _Ended(Exception):
     """The owner ends the run after an epoch; its checkpoint is kept."""
 
 
-def carry_out(call: Call, job: Job) -> dict[str, str]:
+def carry_out(call: Call, job: Job) -> dict[str, Any]:
     """Train the run of a job.
 
     Args:
@@ -23,10 +24,11 @@ def carry_out(call: Call, job: Job) -> dict[str, str]:
         job: its `run`; `launch`: how it is trained; `screen`: images on which it is tried before, or 0.
 
     Returns:
-        "status" ("finished", "screened", "stopped" or "failed") and "message".
+        "status" ("finished", "screened", "stopped" or "failed"), "message", and where it was trained "training": when that
+        began and ended, in seconds since 1970.
     """
     run, launch = Run.model_validate(job["run"]), LaunchSettings.model_validate(job["launch"])
-    outcome = {"status": "finished", "message": ""}
+    outcome: dict[str, Any] = {"status": "finished", "message": ""}
 
     def receive(event: dict[str, Any]) -> None:
         if event["event"] == "progress":
@@ -43,7 +45,11 @@ def carry_out(call: Call, job: Job) -> dict[str, str]:
             change = sensitivity(run, job["screen"])
             if call("screened", job["id"], change):
                 return {"status": "screened", "message": f"the edit raises the loss by {change:.3g}"}
-        _train(run, launch, receive)
+        began = time.time()
+        try:
+            _train(run, launch, receive)
+        finally:
+            outcome["training"] = [began, time.time()]
     except _Ended:
         outcome.update(status="stopped")
     except ReductionError as error:

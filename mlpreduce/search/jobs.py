@@ -1,0 +1,87 @@
+"""Jobs: a point and a seed, as what a worker needs to train it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mlpreduce.errors import ReductionError
+from mlpreduce.launch import Job
+from mlpreduce.recipe import Recipe, changed, runs
+from mlpreduce.search.points import Point, Pricer, distance
+from mlpreduce.search.settings import REFERENCES, StudySettings
+from mlpreduce.search.spaces import Suggestion
+
+__all__ = ["job_of", "nearest", "references_of"]
+
+
+def references_of(settings: StudySettings, recipe: Recipe, pricer: Pricer) -> dict[str, Point]:
+    """The points that a study is compared with: variants of the recipe, or the paper's where it has none of that name.
+
+    Raises:
+        ReductionError: there is none of a name, or it cannot be carried out.
+    """
+    found: dict[str, Point] = {}
+    for name in settings.references:
+        if name not in recipe.variants and name not in REFERENCES:
+            raise ReductionError(
+                f"--references {name}: neither a variant of {recipe.name} nor one of {', '.join(REFERENCES)}"
+            )
+        steps = recipe.variants[name] if name in recipe.variants else REFERENCES[name]
+        try:
+            found[name] = pricer.price(Suggestion(tuple(steps), {}))
+        except ReductionError as error:
+            raise ReductionError(
+                f"--references {name}: {error}; leave it out, or give others by --references"
+            ) from error
+    return found
+
+
+def job_of(
+    kind: str,
+    name: str,
+    point: Point,
+    seed: int,
+    *,
+    settings: StudySettings,
+    recipe: Recipe,
+    folder: Path,
+    weights: str = "",
+    inherit: str = "",
+) -> Job:
+    """A job: JSON values.
+
+    Args:
+        kind: "reference", "trial" or "seed".
+        name: as it is shown.
+        point: what is trained.
+        seed: of the training.
+        settings: of the study.
+        recipe: how a point is trained.
+        folder: under which all runs lie.
+        weights: of the unreduced model, to start from, if not the recipe's.
+        inherit: folder of a run whose weights are copied as far as they fit.
+    """
+    changed_recipe = changed(recipe, point.settings)
+    processes = settings.trial_workers if settings.trial_workers > 1 else 0
+    launch = changed_recipe.launch.model_copy(update={"workers": processes, "min_workers": 0})
+    model = changed_recipe.model.model_copy(update={"weights": weights} if weights else {})
+    update = {"variants": {point.key: point.steps}, "seeds": (seed,), "launch": launch, "model": model}
+    (run,) = runs(changed_recipe.model_copy(update=update), folder)
+    return {
+        "kind": kind,
+        "name": name,
+        "number": None,
+        "fixed": False,
+        "key": point.key,
+        "point": point.to_json(),
+        "run": run.model_copy(update={"inherit": inherit}).model_dump(mode="json"),
+        "launch": launch.model_dump(mode="json"),
+        "screen": settings.screen if kind == "trial" else 0,
+        "retries": 0,
+    }
+
+
+def nearest(point: Point, others: Iterable[Point]) -> Point | None:
+    """The point whose pattern is nearest; None where there are no others."""
+    return min(others, key=lambda other: distance(other, point), default=None)
