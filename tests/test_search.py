@@ -136,6 +136,16 @@ class TestSpaces:
             ([("shallow", {"criterion": "first"})], [("shallow", {"criterion": "last"})], False),
             ([("shallow", {"criterion": "first"})], [("shallow", {"criterion": "l2"})], False),
             ([("thin", {"mlp_ratio": 2.0})], [("shallow", {"ratio": 0.5})], False),
+            (
+                [("shallow", {"criterion": "l2"}), ("grouped", {"pattern": "cycle", "group": 6})],
+                [("shallow", {"criterion": "l2"}), ("grouped", {"pattern": "cycle_reverse", "group": 6})],
+                True,
+            ),
+            (
+                [("shallow", {"criterion": "l2"}), ("grouped", {"group": 2})],
+                [("shallow", {"criterion": "l2"}), ("grouped", {"group": 2, "keep": "mean"})],
+                False,
+            ),
         ],
     )
     def test_equal_reductions_have_one_key(self, one: list, other: list, equal: bool, pricer: Pricer) -> None:

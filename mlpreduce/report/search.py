@@ -12,7 +12,7 @@ from mlpreduce.report import search_points as points
 from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.pages import as_html, as_markdown, for_console
 from mlpreduce.report.search_figures import FILES, pictures
-from mlpreduce.report.tables import FEW, mean_std
+from mlpreduce.report.tables import mean_std
 from mlpreduce.values import flatten
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ _COUNTS = (
 )
 _TOP1 = (
     "Top-1 in percent, that of the best epoch, chosen on the validation set: mean ± standard deviation (ddof=1) over the n "
-    "runs of a point, which differ in their seeds. 95 % interval: of the mean, by Student's t with n - 1 degrees of freedom. "
-    "Peak-to-final: top-1 of the best epoch minus that of the last, in points."
+    "runs of a point, which differ in their seeds. 95 % interval: of the mean of three runs or more, by Student's t with "
+    "n - 1 degrees of freedom. Peak-to-final: top-1 of the best epoch minus that of the last, in points."
 )
 _FRONT = (
     "Front: trials within the budgets that no other such trial beats in one objective without losing in another. Pruned trials "
@@ -172,8 +172,9 @@ def _interval(point: points.Point) -> str:
     if not runs:
         return ""
     found = points.spread(runs)
-    interval = "not defined" if found.low is None else f"[{found.low:.2f}, {found.high:.2f}]"
-    return f"{interval} {FEW}" if found.n < 3 else interval
+    if found.n < 3:
+        return "n below 3"
+    return "not defined" if found.low is None else f"[{found.low:.2f}, {found.high:.2f}]"
 
 
 def _peak_to_final(point: points.Point) -> str:

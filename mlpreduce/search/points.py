@@ -125,27 +125,27 @@ class Pricer:
         steps = tuple(json.loads(json.dumps(suggestion.steps)))
         try:
             plans, cost, after = self._plans(recipe, steps, "meta")
-            exact = True
+            others = plans
         except ReductionError:  # some choose by weights; which units those are changes no count
             plans, cost, after = self._plans(recipe, steps, None)
-            exact = False
+            others, _, _ = self._plans(recipe, steps, None, seed=1)
         index = {name: number for number, name in enumerate(after)}
         pattern: dict[str, list[Any]] = {
             "blocks": list(after),
             "owners": [index[owner] for _, owner in after.values()],
             "widths": [hidden for hidden, _ in after.values()],
         }
-        identity = [[_identity(plan, exact) for plan in plans], sorted(suggestion.settings.items())]
+        identity = [list(map(_identity, plans, others)), sorted(suggestion.settings.items())]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         return Point(steps, suggestion.settings, cost, pattern, key)
 
     def _plans(
-        self, recipe: Recipe, steps: Sequence[Step], device: str | None
+        self, recipe: Recipe, steps: Sequence[Step], device: str | None, seed: int = 0
     ) -> tuple[list[Plan], Cost, dict[str, tuple[int, str]]]:
         """The plans of all steps, and after them the cost, and of each MLP its hidden features and owner, by name."""
         rest = [dict(step) for step in steps]
         first = rest.pop(0) if rest and is_construction(rest[0]["transform"]) else None
-        known = self._unreduced(recipe, first, device)
+        known = self._unreduced(recipe, first, device, seed)
         model, found, measured = known.model, replace(known.found, tree=None), known.measured
         plans = [] if first is None else mlpreduce.history(model)
         if not rest:
@@ -162,12 +162,12 @@ class Pricer:
                 measured = Baseline(cost, tuple(found.mlps), measured.positions)
         return plans, cost, after
 
-    def _unreduced(self, recipe: Recipe, first: Step | None, device: str | None) -> _Known:
-        """The model before all steps that act on a built model."""
+    def _unreduced(self, recipe: Recipe, first: Step | None, device: str | None, seed: int = 0) -> _Known:
+        """The model before all steps that act on a built model; `seed` is of its random weights."""
         run: Run = runs(recipe, ".")[0].model_copy(update={"steps": (first,) if first else ()})
         if device is None:  # random weights stand for given ones, which may lie elsewhere
-            run = run.model_copy(update={"model": run.model.model_copy(update={"weights": ""})})
-        key = json.dumps([run.model.model_dump(mode="json"), first, device], sort_keys=True, default=str)
+            run = run.model_copy(update={"model": run.model.model_copy(update={"weights": ""}), "seed": seed})
+        key = json.dumps([run.model.model_dump(mode="json"), first, device, seed], sort_keys=True, default=str)
         if key not in self._known:
             if len(self._known) >= _KEPT:
                 self._known.pop(next(iter(self._known)))
@@ -177,11 +177,15 @@ class Pricer:
         return self._known[key]
 
 
-def _identity(plan: Plan, exact: bool) -> Any:
-    """What of a plan decides the reduced model: its edits; where those hold weights, or depend on them, its config too."""
-    whole = exact and not plan.of(Assign)
+def _identity(plan: Plan, other: Plan) -> Any:
+    """What of a plan decides the reduced model: its edits; where they depend on weights or hold some, its config too.
+
+    Args:
+        plan: the plan.
+        other: the same for a model of other weights.
+    """
     edits = json.loads(plan.to_json())["edits"]
-    if whole and edits:
+    if edits and plan.edits == other.edits and not plan.of(Assign):
         return edits
     for edit, entry in zip(plan.edits, edits, strict=True):
         if isinstance(edit, Slice):
