@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlpreduce.data.settings import AugmentSettings, DataSettings, NonNegative
 from mlpreduce.errors import ReductionError
 
-__all__ = ["FREE", "LATER", "ModelSettings", "Run", "Step", "TrainSettings"]
+__all__ = ["FREE", "LATER", "ModelSettings", "Run", "Step", "SupernetSettings", "TrainSettings"]
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -83,6 +83,16 @@ class TrainSettings(AugmentSettings):
     probe_images: Count = 64  # images of the validation set they use
 
 
+class SupernetSettings(BaseModel):
+    """Sub-models that are trained together, with the weights of one model: see `mlpreduce.train.supernet`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    points: Annotated[tuple[tuple[Step, ...], ...], Field(min_length=1)]  # reductions that updates draw from
+    smallest: tuple[Step, ...]  # part of every update, as is the whole model
+    per_update: Annotated[int, Field(ge=0)] = 2  # drawn from the points, besides the largest and the smallest
+
+
 class Run(BaseModel):
     """One variant trained with one seed: everything `mlpreduce.train.fit` needs, as plain data."""
 
@@ -97,6 +107,7 @@ class Run(BaseModel):
     train: TrainSettings = TrainSettings()
     workers: Count = 1  # processes that train together
     inherit: str = ""  # folder of another run, reduced or not, whose weights are copied as far as they fit; "" = none
+    supernet: SupernetSettings | None = None  # train sub-models of the whole model together; `steps` are then empty
     directory: str  # absolute; checkpoints and the best model lie here
 
     @property
@@ -175,6 +186,8 @@ class Run(BaseModel):
         document = self.model_dump(mode="json", exclude={"recipe", "variant", "directory", "workers", "inherit"})
         if self.model.weights_path is not None:
             document["model"]["weights"] = "path"
+        if self.supernet is None:
+            del document["supernet"]  # earlier versions know no such key
         for section, key in (name.split(".") for name in LATER):
             if document[section][key] == type(getattr(self, section)).model_fields[key].default:
                 del document[section][key]

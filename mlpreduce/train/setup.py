@@ -20,6 +20,7 @@ from mlpreduce.train.parts import build_model, create_ema, create_loss, create_o
 from mlpreduce.train.runtime import Runtime, environment
 from mlpreduce.train.settings import Run
 from mlpreduce.train.state import Saved, restore_rng, seed_everything
+from mlpreduce.train.supernet import Supernet, check_supernet, entangle
 from mlpreduce.train.weights import start_digest
 from mlpreduce.verification import reentrant_problem
 
@@ -42,6 +43,7 @@ class Setup:
     scaler: torch.amp.GradScaler
     loss: nn.Module  # of the task, from logits and targets
     teacher: nn.Module | None  # the unreduced model, for distillation
+    supernet: Supernet | None  # the sub-models that are trained together
     facts: dict[str, Any]
     plans: list[str]  # the reductions of the model, as JSON
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -56,6 +58,8 @@ class Setup:
     def training_loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """What is minimised, of one micro-batch: the loss of the task, with distillation blended with the teacher's.
 
+        Of a supernet it is the mean over the sub-models of this update.
+
         Args:
             images: (batch, channels, height, width), mixed already.
             targets: labels (batch,), or class probabilities (batch, classes).
@@ -65,9 +69,14 @@ class Setup:
         """
         with torch.no_grad():  # before the student, whose activations are kept for the backward pass
             aims = None if self.teacher is None else self.teacher(images)
-        logits = self.model(images)
-        task: torch.Tensor = self.loss(logits, targets)
-        return task if aims is None else distillation.blend(task, logits, aims, self.run.train)
+
+        def loss(logits: torch.Tensor) -> torch.Tensor:
+            task: torch.Tensor = self.loss(logits, targets)
+            return task if aims is None else distillation.blend(task, logits, aims, self.run.train)
+
+        if self.supernet is None:
+            return loss(self.model(images))
+        return torch.stack([loss(logits) for logits in self.supernet.logits(images)]).mean()
 
 
 def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
@@ -77,6 +86,8 @@ def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
         ReductionError: a setting that cannot be carried out, a checkpoint of another model, or other initial weights.
     """
     train, device = run.train, runtime.device
+    if run.supernet is not None:
+        check_supernet(run, runtime)
     loaders = load(run.data, train, micro_batch=run.micro_batch, rank=runtime.rank, world=runtime.world, device=device)
     updates_per_epoch = run.updates_per_epoch(loaders.train_samples, runtime.world)
     digest, teacher = _start(run, runtime, saved) if run.model.weights else (None, None)
@@ -122,6 +133,7 @@ def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
         scaler=torch.amp.GradScaler(device.type, enabled=train.amp == "float16"),
         loss=create_loss(train),
         teacher=torch.compile(teacher) if train.compile and teacher is not None else teacher,  # type: ignore[arg-type]
+        supernet=None if run.supernet is None else entangle(core, run),
         facts=facts,
         plans=plans,
     )
