@@ -1,7 +1,7 @@
 """How fast this library is, beside a peer that does the same job on the same machine, in turns: `python -m mlpreduce bench`.
 
-Jobs: `apply` (planning and applying a reduction), `train` (the training loop). Each is a module with `main`, which takes the
-arguments that follow the job.
+Jobs: `apply` (planning and applying a reduction), `train` (the training loop), `search` (the driver of a search). Each is a
+module with `main`, which takes the arguments that follow the job.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ __all__ = ["JOBS", "main"]
 JOBS = {
     "apply": "plan and apply shallow(ratio=0.5)",
     "train": "images per second of the training loop",
+    "search": "what the driver of a search adds to a trial",
 }
 
 

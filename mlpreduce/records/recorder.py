@@ -85,8 +85,7 @@ class Recorder:
         """End the parent run, with what the study came to."""
         if self._parent is None:
             return
-        for key, value in metrics.items():
-            self._client.log_metric(self._parent, key, float(value))
+        self._log_metrics(self._parent, metrics)
         for path in files:
             self._client.log_artifact(self._parent, str(path))
         self._client.set_terminated(self._parent, "FINISHED" if whole else "KILLED")
@@ -186,13 +185,9 @@ class Recorder:
                 )
 
     def _add(self, record: dict[str, Any], entry: dict[str, Any]) -> None:
-        from mlflow.entities import Metric
-
         record["epochs"].append(entry)
-        now = int(time.time() * 1000)
         values = {name: entry[name] for name in _METRICS} | _probed(entry.get("probes", {}))
-        metrics = [Metric(name, float(value), now, entry["epoch"]) for name, value in values.items()]
-        self._client.log_batch(record["mlflow_run_id"], metrics=metrics)
+        self._log_metrics(record["mlflow_run_id"], values, step=entry["epoch"])
 
     def _end(self, key: tuple[str, int], status: str, message: str) -> None:
         record = self._records[key]
@@ -200,8 +195,7 @@ class Recorder:
         self._store(key)
         run_id = record["mlflow_run_id"]
         if status == "finished":
-            for name, value in summary(record).items():
-                self._client.log_metric(run_id, f"final/{name}", float(value))
+            self._log_metrics(run_id, {f"final/{name}": float(value) for name, value in summary(record).items()})
         self._client.log_dict(run_id, record, "record.json")
         self._client.set_terminated(run_id, _ENDED[status])
 
@@ -220,11 +214,18 @@ class Recorder:
         run_id: str = self._client.create_run(self._experiment, tags=tags).info.run_id
         settings = run.model_dump(mode="json", include={"model", "data", "train", "workers", "seed", "variant"})
         self._log_params(run_id, {**flatten(settings), "steps": json.dumps(run.steps)})
-        for name in COUNTS:
-            self._client.log_metric(run_id, f"model/{name}", float(facts["profile"][name]))
+        self._log_metrics(run_id, {f"model/{name}": float(facts["profile"][name]) for name in COUNTS})
         for number, plan in enumerate(facts["plans"]):
             self._client.log_text(run_id, plan, f"plan{number}.json")
         return run_id
+
+    def _log_metrics(self, run_id: str, values: dict[str, float], step: int = 0) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            run_id, metrics=[Metric(name, float(value), now, step) for name, value in values.items()]
+        )
 
     def _log_params(self, run_id: str, values: dict[str, Any]) -> None:
         from mlflow.entities import Param
