@@ -91,6 +91,7 @@ def test_recipes_are_found_from_a_wheel(tmp_path: Path) -> None:
     assert "mlpreduce/recipes/digits.toml" in names
     assert "mlpreduce/py.typed" in names
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "mlpreduce").rglob("*.py")}
+    modules |= {f"mlpreduce/search_spaces/{path.name}" for path in (ROOT / "search_spaces").glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert {name.split("/")[0] for name in names} == {
         "mlpreduce",
@@ -100,6 +101,7 @@ def test_recipes_are_found_from_a_wheel(tmp_path: Path) -> None:
     code = "from mlpreduce.recipe import list_recipes; print(*list_recipes().values())"
     text = run(["-c", code], tmp_path, tmp_path / "site")
     assert str(tmp_path / "site" / "mlpreduce" / "recipes" / "digits.toml") in text
+    assert "joint" in run(["-m", "mlpreduce.search", "--list"], tmp_path, tmp_path / "site")
 
 
 def test_recipes_are_found_from_a_checkout(tmp_path: Path) -> None:

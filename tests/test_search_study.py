@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 import pytest
 from mlflow import MlflowClient
+from scipy.stats import spearmanr
 
 from mlpreduce import recipe as recipes
 from mlpreduce.__main__ import main as command
@@ -216,6 +217,32 @@ def test_screening_and_inherited_weights(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "nearest" / "points" / others[-1]["key"] / "seed1" / "record.json").read_text())
     assert record["epochs"][0]["train_loss"] < 2.0  # not that of random weights
     assert first["runs"]
+
+
+def test_a_supernet_says_what_is_trained(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"supernet": 2, "supernet_points": 30, "references": ("baseline",), "seeds": (1,)}
+    document = search(tmp_path, "width_per_block", trials=8, **settings)
+    trials = [point for point in document["points"] if point["kind"] == "trial"]
+    drawn = [trial for trial in trials if trial.get("drawn") == "random"]
+    assert len(trials) == 8
+    assert len(drawn) == 5
+    assert all(trial["state"] == "complete" for trial in drawn)  # or the agreement would be that of the good ones
+    assert sum(trial.get("drawn") == "front" for trial in trials) == 3
+    told = document["supernet"]
+    assert (told["points"], told["n"]) == (30, 5)
+    top1 = [trial["runs"][0]["top1"] for trial in drawn]
+    loss = [trial["estimate"]["loss"] for trial in drawn]
+    assert told["spearman"] == pytest.approx(spearmanr([-one for one in loss], top1).statistic)
+    assert f"Spearman {told['spearman']:.2f}" in document["verdicts"][-1]
+    assert document["verdicts"][-1] in (tmp_path / "report.md").read_text()
+    (record,) = (tmp_path / "points" / "supernet").glob("seed1/record.json")
+    assert len(json.loads(record.read_text())["epochs"]) == 2
+    again = search(tmp_path, "width_per_block", trials=9, resume=True, **settings)
+    assert again["supernet"]["n"] == 5  # it is neither trained nor drawn from again
+    with pytest.raises(ReductionError, match='choose units by "first" or "last"'):
+        search(tmp_path / "joint", **settings)
+    with pytest.raises(ReductionError, match="the space also sets"):
+        search(tmp_path / "training", "training", **settings)
 
 
 def test_settings_are_searched(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ A search has a pool of workers instead, whose jobs are trials.
 
 from __future__ import annotations
 
-from mlpreduce.launch.execution import execute, train_all
+from mlpreduce.launch.execution import device_of, execute, train_all
 from mlpreduce.launch.pool import Call, Job, Lost, Pool, pool
 from mlpreduce.launch.settings import LaunchSettings
 
-__all__ = ["Call", "Job", "LaunchSettings", "Lost", "Pool", "execute", "pool", "train_all"]
+__all__ = ["Call", "Job", "LaunchSettings", "Lost", "Pool", "device_of", "execute", "pool", "train_all"]

@@ -14,9 +14,11 @@ from mlpreduce.launch.sharing import check_sharing
 from mlpreduce.train.settings import Run
 
 if TYPE_CHECKING:
+    import torch
+
     from mlpreduce.train.runtime import Runtime
 
-__all__ = ["execute", "train_all"]
+__all__ = ["device_of", "execute", "train_all"]
 
 Consume = Callable[[dict[str, Any]], None]
 
@@ -81,16 +83,26 @@ def train_all(
                 runtime.report({**failed, "variant": run.variant, "seed": run.seed, "epochs": run.train.epochs})
 
 
+def device_of(launch: LaunchSettings) -> torch.device:
+    """Where this process trains.
+
+    Raises:
+        ReductionError: a GPU is asked for, and there is none.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if launch.device == "cuda" and not cuda:
+        raise ReductionError("launch.device='cuda': torch finds no GPU here; use launch.device='cpu'")
+    return torch.device("cuda" if cuda and launch.device != "cpu" else "cpu")
+
+
 def _in_process(runs: Sequence[Run], launch: LaunchSettings, receive: Consume) -> None:
     import torch
 
     from mlpreduce.train import Runtime
 
-    cuda = torch.cuda.is_available()
-    if launch.device == "cuda" and not cuda:
-        raise ReductionError("launch.device='cuda': torch finds no GPU here; use launch.device='cpu'")
-    device = torch.device("cuda" if cuda and launch.device != "cpu" else "cpu")
-    threads = torch.get_num_threads()
+    device, threads = device_of(launch), torch.get_num_threads()
     try:
         train_all(runs, Runtime(device=device, report=receive, threads=launch.threads))
     finally:

@@ -13,8 +13,11 @@
     owner       decides what is trained next; a Ray actor
     stopping    which trials are ended early
     racing      which points are trained with further seeds
+    supernet    candidates for a supernet, and how well it ranks
+    ranking     the supernet in a study
     trial       what a worker does
     driver      keeps the workers busy
+    bare        the same points in plain Optuna, for the bench
     answer      what a study came to
     export      its points as recipes
 

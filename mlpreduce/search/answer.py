@@ -16,6 +16,7 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.search.front import dominates, front, hypervolume, losses
 from mlpreduce.search.goals import OBJECTIVES, read_budgets
 from mlpreduce.search.points import Point
+from mlpreduce.search.ranking import told_agreement
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.told import counts, finished
 
@@ -39,6 +40,7 @@ def describe(study: optuna.Study) -> dict[str, Any]:
     trials = [_trial(trial, known, settings) for trial in finished(study)]
     baseline = next((point for point in references if not point["steps"]), None)
     points = [*references, *trials]
+    ranked = told_agreement(trials) if settings.supernet else None
     for name in _front_of(trials, settings):
         next(point for point in trials if point["name"] == name)["front"] = True
     costs = None if baseline is None else Cost(**baseline["cost"])
@@ -59,7 +61,8 @@ def describe(study: optuna.Study) -> dict[str, Any]:
         "points": points,
         "hypervolume": _hypervolume(trials, study, settings) if baseline is not None and baseline["values"] else None,
         "importance": _importance(study, settings),
-        "verdicts": _verdicts(references, trials, settings),
+        "supernet": None if ranked is None else {**known.get("supernet", {}), **ranked},
+        "verdicts": [*_verdicts(references, trials, settings), *([] if ranked is None else [ranked["text"]])],
     }
 
 
@@ -104,7 +107,10 @@ def _trial(trial: FrozenTrial, known: Mapping[str, Any], settings: StudySettings
     point = Point.from_json(trial.user_attrs["point"])
     state = "complete" if trial.state is TrialState.COMPLETE else "pruned"
     shown = _point(f"trial {trial.number}", "trial", point, known, settings)
-    return {**shown, "number": trial.number, "state": state, "params": dict(trial.params)}
+    estimated: dict[str, Any] = {
+        name: trial.user_attrs[name] for name in ("drawn", "estimate") if name in trial.user_attrs
+    }
+    return {**shown, "number": trial.number, "state": state, "params": dict(trial.params), **estimated}
 
 
 def _reference(name: str, point: Point, known: Mapping[str, Any], settings: StudySettings) -> dict[str, Any]:

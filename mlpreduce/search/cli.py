@@ -89,6 +89,8 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         "gpus",
         "first_rung",
         "screen",
+        "supernet",
+        "supernet_points",
     )
     found = {name: getattr(options, name) for name in names}
     for name in ("objectives", "references"):
@@ -137,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--screen", type=int, help="images on which trained weights are tried before a trial trains (default: 0)"
     )
+    parser.add_argument(
+        "--supernet",
+        type=int,
+        metavar="EPOCHS",
+        help="train sub-models together before, and begin with those that look best (default: 0, none)",
+    )
+    parser.add_argument("--supernet-points", type=int, help="that are estimated so (default: 1000)")
     parser.add_argument("--trial-workers", type=int, help="processes that train one trial together (default: 1)")
     parser.add_argument("--cpus", type=float, help="that Ray reserves for each process (default: 1)")
     parser.add_argument("--gpus", type=float, help="likewise, parts too (default: 0)")

@@ -20,6 +20,7 @@ from mlpreduce.search.goals import Budget, check_objectives, read_budgets
 from mlpreduce.search.jobs import references_of
 from mlpreduce.search.owner import Owner
 from mlpreduce.search.points import Pricer
+from mlpreduce.search.ranking import Ranking, check_space
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Space, Suggestion, load_space
 from mlpreduce.search.storage import folder_of
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 _BEGUN = "study.json"
+_SOME = 20  # points that are tried as sub-models before a study begins
 
 
 def run(
@@ -141,6 +143,8 @@ def _settings(space: Space, recipe: Recipe, given: dict[str, Any]) -> StudySetti
         raise ReductionError(
             f"--screen {settings.screen}: untrained weights tell nothing; add --inherit baseline, or give model.weights"
         )
+    if settings.supernet and settings.trial_workers > 1:
+        raise ReductionError(f"--supernet {settings.supernet}: it is trained by one process; leave --trial-workers out")
     if recipe.sweep:
         raise ReductionError(
             f"--recipe {recipe.name}: it is a sweep; search one of its points: 'sweep={{}}' leaves the recipe itself"
@@ -180,6 +184,9 @@ def _check(space: Space, recipe: Recipe, settings: StudySettings) -> tuple[Budge
                 f"--budget {over[0].text!r}: no point of {space.name} was found that keeps all budgets; the nearest has "
                 f"{near}: {_text(least.steps)}"
             )
+    if settings.supernet:
+        some = settings.model_copy(update={"supernet_points": min(settings.supernet_points, _SOME)})
+        check_space(Ranking(some, recipe, space, pricer, budgets, Path()))
     return budgets
 
 
@@ -231,7 +238,7 @@ def _line(told: dict[str, Any], counts: dict[str, int], settings: StudySettings)
         "failed": ", failed",
         "lost": ", its worker was lost; once more",
     }
-    what = f": {_text(told['steps'])}" if "steps" in told else ""
+    what = f": {_text(told['steps'])}" if "steps" in told and told["kind"] != "supernet" else ""
     seed = f", seed {told['seed']}" if told["kind"] != "trial" and "seed" in told else ""
     message = f" ({told['message']})" if told["message"] else ""
     return f"[{counts['trained']}/{settings.trials}] {told['name']}{seed}{what}{top1}{how[told['status']]}{message}"

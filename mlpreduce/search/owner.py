@@ -19,6 +19,7 @@ from mlpreduce.search.goals import read_budgets
 from mlpreduce.search.jobs import job_of, nearest, references_of
 from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.racing import next_runs, pooled_deviation
+from mlpreduce.search.ranking import Ranking
 from mlpreduce.search.results import Results
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Suggestion, load_space
@@ -61,10 +62,9 @@ class Owner:
         self._study = Study(self._settings, found, self._pricer, budgets, storage, rungs)
         self._results = Results(self._study.study, self._settings)
         names = {name: point.to_json() for name, point in self._references.items()}
+        known = {"recipe": recipe, "space": {"name": found.name, "digest": found.digest}, "names": names}
         try:
-            self._results.keep(
-                {"recipe": recipe, "space": {"name": found.name, "digest": found.digest}, "names": names}
-            )
+            self._results.keep(known)
         except ReductionError:
             self._held.close()
             raise
@@ -72,12 +72,10 @@ class Owner:
         self._recorder = Recorder(
             self._output / "points", document, [], home=self._output, experiment="mlpreduce search"
         )
-        parent = self._recorder.nest(
-            self._settings.name,
-            {**settings, "space": found.name, "recipe": recipe["name"]},
-            self._results.get("mlflow_run_id"),
-        )
+        facts = {**settings, "space": found.name, "recipe": recipe["name"]}
+        parent = self._recorder.nest(self._settings.name, facts, self._results.get("mlflow_run_id"))
         self._results.set("mlflow_run_id", parent)
+        self._ranking = Ranking(self._settings, self._recipe, found, self._pricer, budgets, self._output / "points")
         self._halving = self._remembered()
         self._pending: deque[dict[str, Any]] = deque()  # events that are not recorded yet
         self._running: dict[int, Job] = {}
@@ -88,8 +86,13 @@ class Owner:
         self._exhausted = self._closed = False
 
     def next_job(self) -> Job | None:
-        """What to train now: references, then trials, then further seeds for the front; None where nothing is to begin."""
-        job = self._again.pop() if self._again else self._reference() or self._trial() or self._race()
+        """What to train now; None where nothing is to begin.
+
+        A supernet if one is asked for, references, then trials, then further seeds for the front.
+        """
+        job = (
+            self._again.pop() if self._again else self._supernet() or self._reference() or self._trial() or self._race()
+        )
         if job is not None:
             self._running[job["id"]] = job
             run = Run.model_validate(job["run"])
@@ -132,6 +135,9 @@ class Owner:
             self._end_trial(job, outcome, top1)
         elif top1 is None:
             self._give_up(job, outcome["message"])
+        elif job["kind"] == "supernet":
+            self._ranking.enqueue(outcome["estimates"], self._study)
+            self._results.set("supernet", {"points": len(outcome["estimates"]), "seconds": outcome["seconds"]})
         elif job["key"] in self._aliases:
             self._study.tell(self._aliases.pop(job["key"]), self._results.values(Point.from_json(job["point"])))
         shown = {"name": job["name"], "kind": job["kind"], "seed": run.seed, "steps": job["point"]["steps"]}
@@ -181,10 +187,16 @@ class Owner:
             self._recorder.interrupt()
             self._held.close()
 
+    def _supernet(self) -> Job | None:
+        """The supernet, if its estimates are missing."""
+        if not self._lacks_estimates() or self._is_busy("supernet", self._settings.seeds[0]):
+            return None
+        return {**self._ranking.job(), "id": self._number()}
+
     def _reference(self) -> Job | None:
         """A run of a reference that is missing."""
         for name, point in self._references.items():
-            if self._waits() and name != "baseline":
+            if self._lacks_baseline() and name != "baseline":
                 return None
             for seed in self._settings.seeds:
                 if seed not in self._results.top1(point.key) and not self._is_busy(point.key, seed):
@@ -194,7 +206,7 @@ class Owner:
     def _trial(self) -> Job | None:
         """A trial, if there are not enough yet."""
         names = {point.key: name for name, point in self._references.items()}
-        while not self._exhausted and not self._waits():
+        while not (self._exhausted or self._lacks_baseline() or self._lacks_estimates()):
             running = sum(job["kind"] == "trial" for job in self._running.values())
             if len(finished(self._study.study)) + running >= self._settings.trials:
                 return None
@@ -260,7 +272,10 @@ class Owner:
             self._results.set(name, "" if found is None else found.key)
         return str(self._results.get(name))
 
-    def _waits(self) -> bool:
+    def _lacks_estimates(self) -> bool:
+        return self._settings.supernet > 0 and self._results.get("supernet") is None
+
+    def _lacks_baseline(self) -> bool:
         """Whether what is to be inherited is not trained yet."""
         if self._settings.inherit != "baseline":
             return False
@@ -317,13 +332,15 @@ class Owner:
         """Do without a run that is no trial; a resumed study tries it again.
 
         Raises:
-            ReductionError: trials were to start from its weights.
+            ReductionError: trials need what it gives.
         """
         self._failed.add((job["key"], job["run"]["seed"]))
         if job["key"] in self._aliases:
             self._study.fail(self._aliases.pop(job["key"]), message)
-        if job["name"] == "baseline" and self._waits():
+        if job["name"] == "baseline" and self._lacks_baseline():
             raise ReductionError(f"--inherit baseline: the baseline failed: {message}")
+        if job["kind"] == "supernet":
+            raise ReductionError(f"--supernet {self._settings.supernet}: it failed: {message}")
 
     def _is_busy(self, key: str, seed: int) -> bool:
         """Whether a run is being trained, or is to be trained again, or failed."""

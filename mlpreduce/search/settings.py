@@ -41,6 +41,8 @@ class StudySettings(BaseModel):
     references: tuple[str, ...] = ("baseline", "grouped", "shallow")
     inherit: Literal["none", "baseline", "nearest"] = "none"  # weights that a trial starts from: docs/search.md
     screen: Annotated[int, Field(ge=0)] = 0  # images on which trained weights are tried after the edit; 0 = none
+    supernet: Annotated[int, Field(ge=0)] = 0  # epochs of a supernet that says which points to train; 0 = none
+    supernet_points: Count = 1000  # that it estimates
     workers: Annotated[int, Field(ge=0)] = 2  # trials at a time; 0 = one, in this process, without Ray
     trial_workers: Count = 1  # processes that train one trial together (DDP)
     cpus: Annotated[float, Field(gt=0)] = 1.0  # that Ray reserves for each process of a trial

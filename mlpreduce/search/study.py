@@ -126,6 +126,10 @@ class Study:
                 self.study.enqueue_trial(choices)
         return None
 
+    def enqueue(self, choices: Mapping[str, Any], **attributes: Any) -> None:
+        """Let choices be asked for before any others; `attributes` are kept with the trial."""
+        self.study.enqueue_trial(dict(choices), user_attrs=attributes)
+
     def report(self, number: int, epoch: int, top1: float) -> bool:
         """Hand an epoch's accuracy to Optuna's pruner, with one objective; whether to end the trial."""
         trial = self._asked[number]
@@ -163,7 +167,9 @@ class Study:
 
     def _give_up(self, trial: FrozenTrial, message: str, *, retry: bool, retries: int = 0, why: str = "lost") -> None:
         kept: dict[str, Any] = {
-            name: trial.user_attrs[name] for name in ("fixed", "retries") if name in trial.user_attrs
+            name: trial.user_attrs[name]
+            for name in ("fixed", "drawn", "estimate", "retries")
+            if name in trial.user_attrs
         }
         self._mark(trial.number, why, message)
         self.study.tell(trial.number, state=TrialState.FAIL)
