@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "search":
+        return importlib.import_module("mlpreduce.search")
     if name not in _NAMES:
         raise AttributeError(f"module 'mlpreduce' has no attribute {name!r}")
     return getattr(importlib.import_module(f"mlpreduce.{_NAMES[name]}"), name)

@@ -97,19 +97,21 @@ def _parser() -> argparse.ArgumentParser:
 def _list(options: argparse.Namespace) -> str:
     from mlpreduce.criteria import list_criteria
     from mlpreduce.recipe import list_recipes
+    from mlpreduce.search import list_spaces
     from mlpreduce.transforms import get_transform, list_transforms
 
     transforms = [get_transform(name) for name in list_transforms()]
     defaults = {t.name: {key: p.default for key, p in t.parameters.items()} for t in transforms}
     if options.json:
-        return json.dumps({"transforms": defaults, "criteria": list_criteria(), "recipes": sorted(list_recipes())})
+        every = {"criteria": list_criteria(), "recipes": sorted(list_recipes()), "search_spaces": sorted(list_spaces())}
+        return json.dumps({"transforms": defaults, **every})
     lines = ["transforms"]
     for transform in transforms:
         given = ", ".join(f"{key}={value!r}" for key, value in defaults[transform.name].items())
         lines += [f"  {transform.name}({given})", f"      {transform.summary}"]
-    return "\n".join(
-        [*lines, "criteria", f"  {', '.join(list_criteria())}", "recipes", f"  {', '.join(sorted(list_recipes()))}"]
-    )
+    for title, names in (("criteria", list_criteria()), ("recipes", list_recipes()), ("search spaces", list_spaces())):
+        lines += [title, f"  {', '.join(sorted(names))}"]
+    return "\n".join(lines)
 
 
 def _plan(options: argparse.Namespace) -> str:

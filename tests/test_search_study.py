@@ -51,6 +51,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_counts_values_and_front(study: Path) -> None:
+    assert open_study(str(study)).metric_names == ["top1", "params"]
     document = json.loads((study / "study.json").read_text())
     assert document["counts"]["trained"] == 5 == document["counts"]["complete"] + document["counts"]["pruned"]
     points = document["points"]

@@ -79,6 +79,9 @@ class Study:
             directions=[OBJECTIVES[name][0] for name in settings.objectives],
             load_if_exists=True,
         )
+        with warnings.catch_warnings():  # Optuna's tools show them; marked experimental since long
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self.study.set_metric_names(list(settings.objectives))
         before = self.study.get_trials(deepcopy=False)
         # a sampler made again from the same seed would suggest the same again
         self.study.sampler = create_sampler(settings, seed=settings.seed + len(before))
