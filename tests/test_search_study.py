@@ -265,6 +265,15 @@ def test_on_ray_two_at_a_time(tmp_path: Path) -> None:
         assert runs[0]["top1"] == runs[1]["top1"]  # a worker trains as this process does
 
 
+@pytest.mark.ray
+def test_a_trial_may_be_trained_by_a_group(tmp_path: Path) -> None:
+    document = search(tmp_path, "width", workers=1, trial_workers=2, trials=1, references=(), seeds=(1,))
+    (point,) = document["points"]
+    (record,) = tmp_path.glob("points/*/seed1/record.json")
+    assert {entry["workers"] for entry in json.loads(record.read_text())["epochs"]} == {2}
+    assert point["front"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -195,7 +195,7 @@ def _on_ray(
     call = _caller(made)
     # A group of processes reserves for itself. The process that starts it serves once: its group ends with it.
     alone = {"num_cpus": cpus, "num_gpus": gpus} if processes == 1 else {"num_cpus": 0, "max_calls": 1}
-    remote = ray.remote(_task).options(max_retries=0, **alone)
+    remote = ray.remote(max_retries=0, **alone)(_task)
 
     def guarded(method: str, *given: Any) -> Any:
         try:
