@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -220,11 +221,19 @@ def _options(distribution: BaseDistribution, all_of: int = 0) -> list[Any]:
 
 
 def any_of(distribution: BaseDistribution, generator: random.Random) -> Any:
-    """A choice at random."""
-    if isinstance(distribution, (IntDistribution, FloatDistribution)) and not distribution.step:
-        return generator.uniform(distribution.low, distribution.high)
-    options = _options(distribution, all_of=10_000)
-    return generator.choice(options)
+    """A choice at random, on a logarithmic scale where the distribution has one."""
+    if isinstance(distribution, CategoricalDistribution):
+        return generator.choice(distribution.choices)
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    low, high, step = distribution.low, distribution.high, distribution.step
+    whole = isinstance(distribution, IntDistribution)
+    if distribution.log:
+        value = math.exp(generator.uniform(math.log(low), math.log(high)))
+        return min(high, max(low, round(value) if whole else value))
+    if not step:
+        return generator.uniform(low, high)
+    value = low + generator.randint(0, round((high - low) / step)) * step
+    return value if whole else float(value)
 
 
 def _contains(distribution: BaseDistribution, value: Any) -> bool:
