@@ -51,7 +51,7 @@ def as_recipe(point: Mapping[str, Any], document: Mapping[str, Any], recipe: Rec
 
 
 def as_toml(document: Mapping[str, Any]) -> str:
-    """A document as TOML: plain values, then a table for each dictionary.
+    """A document as TOML: plain values, then a table for each dictionary. What is None is left out: TOML has no such value.
 
     Example:
         >>> print(as_toml({"seeds": [1, 2], "train": {"lr": 0.001, "kwargs": {"depth": 4}}}), end="")
@@ -67,7 +67,8 @@ def as_toml(document: Mapping[str, Any]) -> str:
 
 
 def _table(document: Mapping[str, Any], place: str) -> Iterable[str]:
-    yield from (f"{_key(key)} = {_value(value)}" for key, value in document.items() if not isinstance(value, dict))
+    plain = {key: value for key, value in document.items() if value is not None and not isinstance(value, dict)}
+    yield from (f"{_key(key)} = {_value(value)}" for key, value in plain.items())
     for key, value in document.items():
         if isinstance(value, dict):
             name = f"{place}.{_key(key)}" if place else _key(key)
@@ -82,7 +83,7 @@ def _key(key: str) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_key(key)} = {_value(entry)}" for key, entry in value.items()) + " }"
+        return "{ " + ", ".join(f"{_key(key)} = {_value(v)}" for key, v in value.items() if v is not None) + " }"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_value, value))}]"
     return json.dumps(value)  # strings, numbers and booleans are written alike
