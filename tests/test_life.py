@@ -782,10 +782,12 @@ def test_timms_export_comes_back_by_its_name(name: str, tmp_path: Path, images: 
             timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=classes)
 
 
+@pytest.mark.usefixtures("one_thread")  # with more, the order of sums may differ between processes
 def test_the_papers_names_in_a_fresh_process(tmp_path: Path, images: torch.Tensor) -> None:
     script = tmp_path / "train.py"
     script.write_text(
         "import sys, timm, torch, mlpreduce\n"
+        "torch.set_num_threads(1)\n"
         "images = torch.load('images.pt', weights_only=True)\n"
         "for kind in ('grouped', 'shallow', 'thin'):\n"
         "    model = timm.create_model(sys.argv[1] + kind, img_size=16, patch_size=4, depth=2).eval()\n"
