@@ -83,5 +83,6 @@ def job_of(
 
 
 def nearest(point: Point, others: Iterable[Point]) -> Point | None:
-    """The point whose pattern is nearest; None where there are no others."""
-    return min(others, key=lambda other: distance(other, point), default=None)
+    """The point whose pattern is nearest; None where no other has as many blocks."""
+    alike = [other for other in others if len(other.pattern["blocks"]) == len(point.pattern["blocks"])]
+    return min(alike, key=lambda other: distance(other, point), default=None)

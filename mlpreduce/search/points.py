@@ -63,7 +63,7 @@ class Point:
 
 
 def distance(one: Point, other: Point) -> float:
-    """How unlike two patterns are: 1 for each block that uses another MLP, and its part of the width where that differs."""
+    """How unlike two patterns of equal depth are: 1 for each block with another MLP, and its part of the width that differs."""
     here, there = one.pattern, other.pattern
     largest = max(*here["widths"], *there["widths"])
     owners = sum(a != b for a, b in zip(here["owners"], there["owners"], strict=True))
@@ -135,7 +135,10 @@ class Pricer:
             "owners": [index[owner] for _, owner in after.values()],
             "widths": [hidden for hidden, _ in after.values()],
         }
-        identity = [list(map(_identity, plans, others)), sorted(suggestion.settings.items())]
+        pairs = [
+            pair for pair in zip(plans, others, strict=True) if pair[0].edits or is_construction(pair[0].transform)
+        ]
+        identity = [[_identity(*pair) for pair in pairs], sorted(suggestion.settings.items())]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         return Point(steps, suggestion.settings, cost, pattern, key)
 
