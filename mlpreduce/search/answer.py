@@ -74,7 +74,7 @@ def history(study: optuna.Study) -> list[tuple[float, tuple[float, ...]]]:
     """
     known = study.user_attrs
     settings = StudySettings.model_validate(known["settings"])
-    whole = next(Point.from_json(point) for point in known["names"].values() if not point["steps"]).cost.macs
+    whole = _whole(study).cost.macs
     found, total = [], 0.0
     for trial in sorted(finished(study), key=lambda trial: trial.datetime_complete or datetime.min):
         point = Point.from_json(trial.user_attrs["point"])
@@ -95,12 +95,17 @@ def reference_values(study: optuna.Study) -> dict[str, float]:
     """
     known = study.user_attrs
     settings = StudySettings.model_validate(known["settings"])
-    points = {name: Point.from_json(point) for name, point in known["names"].items() if not point["steps"]}
-    for name, point in points.items():
-        values = _point(name, "reference", point, known, settings)["values"]
-        if values:
-            return {**values, "top1": 0.0}
-    raise ReductionError(f"study {study.study_name}: no baseline has been trained beside it")
+    values = _point("baseline", "reference", _whole(study), known, settings)["values"]
+    if not values:
+        raise ReductionError(f"study {study.study_name}: its baseline has not been trained")
+    return {**values, "top1": 0.0}
+
+
+def _whole(study: optuna.Study) -> Point:
+    for point in study.user_attrs["names"].values():
+        if not point["steps"]:
+            return Point.from_json(point)
+    raise ReductionError(f"study {study.study_name}: it has no baseline among its --references to measure costs by")
 
 
 def _trial(trial: FrozenTrial, known: Mapping[str, Any], settings: StudySettings) -> dict[str, Any]:
@@ -119,7 +124,9 @@ def _reference(name: str, point: Point, known: Mapping[str, Any], settings: Stud
 
 
 def _point(name: str, kind: str, point: Point, known: Mapping[str, Any], settings: StudySettings) -> dict[str, Any]:
-    runs = sorted(known.get(f"runs:{point.key}", {}).values(), key=lambda run: settings.seeds.index(run["seed"]))
+    every = known.get(f"runs:{point.key}", {})  # also of seeds that were asked for earlier
+    order = {seed: number for number, seed in enumerate(settings.seeds)}
+    runs = sorted(every.values(), key=lambda run: order.get(run["seed"], len(order)))
     values = {
         objective: fmean(run[objective] for run in runs) if objective in runs[0] else getattr(point.cost, objective)
         for objective in (settings.objectives if runs else ())

@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+        from mlpreduce.search.storage import hidden
+
+        again = [*map(hidden, arguments), *([] if "--resume" in arguments else ["--resume"])]
         print(
             f"\ninterrupted; all workers have ended. To go on: python -m mlpreduce.search {shlex.join(again)}",
             file=sys.stderr,

@@ -23,7 +23,7 @@ from mlpreduce.search.points import Pricer
 from mlpreduce.search.ranking import Ranking, check_space
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Space, Suggestion, load_space
-from mlpreduce.search.storage import folder_of
+from mlpreduce.search.storage import folder_of, hidden
 from mlpreduce.search.trial import carry_out
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _SOME = 20  # points that are tried as sub-models before a study begins
 
 
 def run(
-    space: str | Callable[..., Any],
+    space: str | Path | Callable[..., Any],
     recipe: str | Recipe = "digits",
     *,
     overrides: Sequence[str] = (),
@@ -91,8 +91,8 @@ def run(
         soft_wrap=True,
     )
     folders = [str(place), *(str(folder) for folder in [folder_of(url)] if folder not in (None, place))]
-    given = space if callable(space) else str(Path(space).resolve()) if space.endswith(".py") else space
-    arguments = (wanted.model_dump(mode="json"), recipe.model_dump(mode="json"), given, url, str(place))
+    given = space if callable(space) else str(Path(space).resolve()) if str(space).endswith(".py") else str(space)
+    arguments = (wanted.model_dump(mode="json"), recipe.model_dump(mode="json"), given, url, str(place), resume)
     launch = recipe.launch.model_copy(update={"workers": wanted.trial_workers, "min_workers": 0})
     started = time.monotonic()
     with pool(
@@ -139,6 +139,8 @@ def _settings(space: Space, recipe: Recipe, given: dict[str, Any]) -> StudySetti
         raise ReductionError(f"--seeds {','.join(map(str, settings.seeds))}: give at least one, each once")
     if settings.inherit == "baseline" and "baseline" not in settings.references:
         raise ReductionError("--inherit baseline: the baseline is not trained; add it to --references")
+    if settings.inherit == "baseline" and recipe.model.weights:
+        raise ReductionError("--inherit baseline: model.weights are given, and trials start from those; leave one out")
     if settings.screen and settings.inherit != "baseline" and not recipe.model.weights:
         raise ReductionError(
             f"--screen {settings.screen}: untrained weights tell nothing; add --inherit baseline, or give model.weights"
@@ -278,7 +280,7 @@ def _show(document: dict[str, Any], place: Path, url: str, console: Console) -> 
         f"report   {place / 'report.html'}",
         f"         {place / 'report.md'}",
         *(f"recipes  {place / 'best'}/: {len(best)} that run as they are" for _ in best[:1]),
-        f"study    {place / _BEGUN}; Optuna: {url}, {json.dumps(document['study'])}",
+        f"study    {place / _BEGUN}; Optuna: {hidden(url)}, {json.dumps(document['study'])}",
         f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri.startswith("sqlite:") else f"MLflow: {uri}",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)

@@ -24,7 +24,7 @@ from mlpreduce.search.results import Results
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Suggestion, load_space
 from mlpreduce.search.stopping import Halving
-from mlpreduce.search.storage import opened
+from mlpreduce.search.storage import claim_problem, opened
 from mlpreduce.search.study import Study
 from mlpreduce.search.told import counts, finished, key_of, point_of
 from mlpreduce.train.settings import Run
@@ -44,10 +44,17 @@ class Owner:
         space: name, path or function of the search space.
         url: of Optuna's storage.
         output: directory of the study.
+        resume: whether the storage may have the study already.
     """
 
     def __init__(
-        self, settings: dict[str, Any], recipe: dict[str, Any], space: str | Callable[..., Any], url: str, output: str
+        self,
+        settings: dict[str, Any],
+        recipe: dict[str, Any],
+        space: str | Callable[..., Any],
+        url: str,
+        output: str,
+        resume: bool,
     ) -> None:
         self._settings, self._recipe = StudySettings.model_validate(settings), Recipe.model_validate(recipe)
         self._output, self._held = Path(output), ExitStack()
@@ -55,6 +62,9 @@ class Owner:
         self._rungs = ((0,) if self._settings.screen else ()) + (rungs if self._settings.pruner == "asha" else ())
         self._pricer = Pricer(self._recipe)
         storage = self._held.enter_context(opened(url, self._settings.name))
+        if (problem := claim_problem(storage, self._settings.name, resume)) is not None:
+            self._held.close()
+            raise ReductionError(problem)
         self._references = references_of(self._settings, self._recipe, self._pricer)
         baseline = self._pricer.price(Suggestion((), {}))
         budgets = read_budgets(self._settings.budgets, baseline.cost)
@@ -83,7 +93,7 @@ class Owner:
         self._failed: set[tuple[str, int]] = set()  # runs besides trials that failed: their points and seeds
         self._aliases: dict[str, int] = {}  # trials that are references, by their key
         self._jobs = self._failures = 0
-        self._exhausted = self._closed = False
+        self._exhausted = self._closed = self._published = False
 
     def next_job(self) -> Job | None:
         """What to train now; None where nothing is to begin.
@@ -138,7 +148,7 @@ class Owner:
         elif job["kind"] == "supernet":
             self._ranking.enqueue(outcome["estimates"], self._study)
             self._results.set("supernet", {"points": len(outcome["estimates"]), "seconds": outcome["seconds"]})
-        elif job["key"] in self._aliases:
+        elif job["key"] in self._aliases and run.seed == self._settings.seeds[0]:
             self._study.tell(self._aliases.pop(job["key"]), self._results.values(Point.from_json(job["point"])))
         shown = {"name": job["name"], "kind": job["kind"], "seed": run.seed, "steps": job["point"]["steps"]}
         return {**shown, "status": status, "message": outcome["message"], "top1": top1}
@@ -149,6 +159,8 @@ class Owner:
         job = self._running.pop(job_id)
         if job["kind"] == "trial":
             self._study.fail(job["number"], message, lost=True)
+            self._exhausted = False  # its point is tried again
+            self._fails(message)
         elif job["retries"] < _RETRIES:
             self._again.append({**job, "id": self._number(), "retries": job["retries"] + 1})
         else:
@@ -177,6 +189,7 @@ class Owner:
     def publish(self, metrics: dict[str, float], files: list[str], whole: bool) -> None:
         """Attach the report to the study's MLflow run."""
         self._recorder.close(metrics, [Path(file) for file in files], whole=whole)
+        self._published = True
 
     def close(self) -> None:
         """Leave nothing running, and let go of the storage."""
@@ -185,6 +198,8 @@ class Owner:
             self.flush()
             self._study.release()
             self._recorder.interrupt()
+            if not self._published:
+                self._recorder.close({}, [], whole=False)
             self._held.close()
 
     def _supernet(self) -> Job | None:
@@ -197,7 +212,7 @@ class Owner:
         """A run of a reference that is missing."""
         for name, point in self._references.items():
             if self._lacks_baseline() and name != "baseline":
-                return None
+                continue
             for seed in self._settings.seeds:
                 if seed not in self._results.top1(point.key) and not self._is_busy(point.key, seed):
                     return self._job("reference", name, point, seed)
@@ -234,8 +249,8 @@ class Owner:
         tops = {key: self._results.top1(key) for key in points}
         others = [self._results.top1(point.key) for point in self._references.values()]
         every = {str(n): list(t.values()) for n, t in enumerate([*tops.values(), *others])}
-        costs = {key: self._results.losses(point)[1:] for key, (_, point) in points.items()}
-        wanted = next_runs(tops, costs, self._settings.seeds, pooled_deviation(every))
+        costs = {key: self._results.costs(point) for key, (_, point) in points.items()}
+        wanted = next_runs(tops, costs, self._settings.seeds, pooled_deviation(every), self._failed)
         for key, seed in wanted:
             if not self._is_busy(key, seed):
                 number, point = points[key]
@@ -290,13 +305,15 @@ class Owner:
         if job["kind"] != "trial" or self._settings.pruner == "none":
             return False
         if len(self._settings.objectives) == 1:
-            return self._study.report(job["number"], epoch, top1) and not job["fixed"]
-        self._at_rung(job, epoch, top1)
-        return epoch < self._recipe.train.epochs and self._halving.stops(job["key"], epoch) and not job["fixed"]
+            stops = self._study.report(job["number"], epoch, top1)
+        else:
+            self._at_rung(job, epoch, top1)
+            stops = self._halving.stops(job["key"], epoch)
+        return stops and epoch < self._recipe.train.epochs and not job["fixed"]
 
     def _at_rung(self, job: Job, epoch: int, top1: float) -> None:
         if job["kind"] == "trial" and epoch in self._halving.rungs:
-            self._halving.add(job["key"], epoch, self._results.losses(Point.from_json(job["point"]), top1))
+            self._halving.add(job["key"], epoch, self._results.early_losses(Point.from_json(job["point"]), top1))
 
     def _remembered(self) -> Halving:
         """The rungs, as the trials of earlier processes have reached them."""
@@ -304,11 +321,11 @@ class Owner:
         for trial in self._study.study.get_trials(deepcopy=False):
             if "sensitivity" in trial.user_attrs:
                 change = trial.user_attrs["sensitivity"]
-                halving.add(key_of(trial), 0, self._results.losses(point_of(trial), -change))
+                halving.add(key_of(trial), 0, self._results.early_losses(point_of(trial), -change))
         for trial in finished(self._study.study):
             record = self._recorder.record(key_of(trial), self._settings.seeds[0])
             for entry in record["epochs"] if record is not None else ():
-                halving.add(key_of(trial), entry["epoch"], self._results.losses(point_of(trial), entry["top1"]))
+                halving.add(key_of(trial), entry["epoch"], self._results.early_losses(point_of(trial), entry["top1"]))
         return halving
 
     def _end_trial(self, job: Job, outcome: dict[str, Any], top1: float | None) -> None:
@@ -318,15 +335,19 @@ class Owner:
         if status == "screened":
             self._study.screened(number, message)
         elif top1 is None:
-            self._failures += 1
-            self._study.fail(number, message or "it ended before its first epoch")
-            if self._failures >= _FAILURES:
-                raise ReductionError(f"search: {self._failures} trials failed one after the other; the last: {message}")
+            message = message or "it ended before its first epoch"
+            self._study.fail(number, message)
+            self._fails(message)
         else:
             self._failures = 0
             self._study.tell(
                 number, None if status == "stopped" else self._results.values(Point.from_json(job["point"]))
             )
+
+    def _fails(self, message: str) -> None:
+        self._failures += 1
+        if self._failures >= _FAILURES:
+            raise ReductionError(f"search: {self._failures} trials failed one after the other; the last: {message}")
 
     def _give_up(self, job: Job, message: str) -> None:
         """Do without a run that is no trial; a resumed study tries it again.
@@ -335,7 +356,7 @@ class Owner:
             ReductionError: trials need what it gives.
         """
         self._failed.add((job["key"], job["run"]["seed"]))
-        if job["key"] in self._aliases:
+        if job["key"] in self._aliases and job["run"]["seed"] == self._settings.seeds[0]:
             self._study.fail(self._aliases.pop(job["key"]), message)
         if job["name"] == "baseline" and self._lacks_baseline():
             raise ReductionError(f"--inherit baseline: the baseline failed: {message}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, variance
 
 from mlpreduce.search.front import front
@@ -28,6 +28,7 @@ def next_runs(
     costs: Mapping[str, Sequence[float]],
     seeds: Sequence[int],
     deviation: float,
+    failed: Collection[tuple[str, int]] = (),
 ) -> list[tuple[str, int]]:
     """The runs that tell most about the front: one more seed for each point that may belong to it.
 
@@ -38,6 +39,7 @@ def next_runs(
         costs: the other objectives of each point, less is better.
         seeds: which seeds a point of the front is trained with, in order.
         deviation: standard deviation over seeds.
+        failed: keys and seeds that are not tried again.
 
     Returns:
         Keys and seeds; empty when all points that may belong to the front have all seeds.
@@ -47,7 +49,7 @@ def next_runs(
     for key, values in top1.items():
         margin = deviation * math.sqrt(1 / len(values) + 1 / max(map(len, top1.values())))
         raised = {name: (-(mean + margin * (name == key)), *costs[name]) for name, mean in means.items()}
-        missing = [seed for seed in seeds if seed not in values]
+        missing = [seed for seed in seeds if seed not in values and (key, seed) not in failed]
         if missing and key in front(raised):
             chosen.append((key, missing[0]))
     fewest = min((len(top1[key]) for key, _ in chosen), default=0)

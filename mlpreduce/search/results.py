@@ -12,6 +12,7 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.recipe import differences
 from mlpreduce.records import summary
 from mlpreduce.search.front import losses
+from mlpreduce.search.goals import COSTS
 from mlpreduce.search.points import Point
 from mlpreduce.search.settings import StudySettings, changes
 
@@ -79,9 +80,13 @@ class Results:
         run = self.runs(point.key)[str(self._settings.seeds[0])]
         return [run[name] if name in run else float(getattr(point.cost, name)) for name in self._settings.objectives]
 
-    def losses(self, point: Point, top1: float = 0.0) -> tuple[float, ...]:
-        """Top-1 and the other objectives, less is better; a latency that is not measured yet counts as none."""
-        run: dict[str, Any] = next(iter(self.runs(point.key).values()), {})
-        values = {name: run.get(name, getattr(point.cost, name, 0.0)) for name in self._settings.objectives}
+    def costs(self, point: Point) -> tuple[float, ...]:
+        """The other objectives of a point that was trained, less is better."""
         others = [name for name in self._settings.objectives if name != "top1"]
-        return losses({**values, "top1": top1}, ["top1", *others])
+        run: dict[str, Any] = next(iter(self.runs(point.key).values()), {})
+        return losses({name: run[name] if name in run else getattr(point.cost, name) for name in others}, others)
+
+    def early_losses(self, point: Point, top1: float) -> tuple[float, ...]:
+        """Top-1 and what a point costs, less is better, without the latency, which is measured in a trial only."""
+        known = [name for name in self._settings.objectives if name in COSTS]
+        return losses({"top1": top1, **{name: getattr(point.cost, name) for name in known}}, ["top1", *known])

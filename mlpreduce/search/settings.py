@@ -72,4 +72,7 @@ def changes(before: StudySettings, now: StudySettings) -> Iterable[str]:
         ["sampler: was 'auto', is 'gp'"]
     """
     old, new = before.model_dump(), now.model_dump()
-    return [f"{key}: was {old[key]!r}, is {new[key]!r}" for key in new if key not in _FREE and old[key] != new[key]]
+    first = [f"seeds: the first was {before.seeds[0]}, is {now.seeds[0]}"] if before.seeds[0] != now.seeds[0] else []
+    return first + [
+        f"{key}: was {old[key]!r}, is {new[key]!r}" for key in new if key not in _FREE and old[key] != new[key]
+    ]

@@ -118,7 +118,7 @@ def list_spaces() -> dict[str, Path]:
     return {path.stem: path for path in sorted(shipped("search_spaces").glob("*.py"))}
 
 
-def load_space(given: str | Callable[..., Any]) -> Space:
+def load_space(given: str | Path | Callable[..., Any]) -> Space:
     """A search space: a name of `list_spaces`, a path to a .py, or a function `suggest`.
 
     Raises:
@@ -133,11 +133,13 @@ def load_space(given: str | Callable[..., Any]) -> Space:
     path = Path(given)
     if path.suffix != ".py":
         known = list_spaces()
-        if given not in known:
-            raise ReductionError(f"unknown search space {given!r}{did_you_mean(given, known)}, or a path to a .py")
-        path = known[given]
+        if str(given) not in known:
+            raise ReductionError(
+                f"unknown search space {str(given)!r}{did_you_mean(str(given), known)}, or a path to a .py"
+            )
+        path = known[str(given)]
     if not path.is_file():
-        raise ReductionError(f"search space {given!r}: no such file; names: {', '.join(list_spaces())}")
+        raise ReductionError(f"search space {str(given)!r}: no such file; names: {', '.join(list_spaces())}")
     return _read(path.resolve())
 
 

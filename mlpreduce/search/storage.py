@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["folder_of", "opened", "read_only"]
+__all__ = ["claim_problem", "folder_of", "hidden", "opened", "read_only"]
 
 _PATIENCE = 60  # seconds that SQLite waits for another process, such as a reader
 
@@ -60,12 +61,29 @@ def read_only(url: str) -> optuna.storages.RDBStorage:
     return _storage(url, place)
 
 
+def claim_problem(storage: optuna.storages.RDBStorage, study: str, resume: bool) -> str | None:
+    """Why a study of this name cannot be begun, or gone on with; None where it can."""
+    if study not in {summary.study_name for summary in optuna.get_all_study_summaries(storage)}:
+        return None
+    if not resume:
+        return f"--study {study}: the storage has a study of this name; go on with --resume, or give another name"
+    known = optuna.load_study(study_name=study, storage=storage)
+    if known.trials and "settings" not in known.user_attrs:
+        return f"--study {study}: the study of this name was not made by mlpreduce search; give another name"
+    return None
+
+
+def hidden(url: str) -> str:
+    """A URL without its password."""
+    return re.sub(r"(?<=:)[^:@/]+(?=@)", "***", url)
+
+
 def _parse(url: str) -> sqlalchemy.URL:
     try:
         return sqlalchemy.engine.make_url(url)
     except ArgumentError as error:
         raise ReductionError(
-            f"--storage {url!r}: no URL of a database; for instance sqlite:////home/me/optuna.db or "
+            f"--storage {hidden(url)!r}: no URL of a database; for instance sqlite:////home/me/optuna.db or "
             f"postgresql+psycopg://user@host/database"
         ) from error
 
@@ -100,10 +118,10 @@ def _held(place: sqlalchemy.URL, url: str, study: str) -> Iterator[None]:
         "mysql": ("SELECT GET_LOCK(:name, 0)", "SELECT GET_LOCK(:name, -1)"),
     }
     if kind not in asks:
-        raise ReductionError(f"--storage {url}: {kind} is not supported; use sqlite, postgresql or mysql")
+        raise ReductionError(f"--storage {hidden(url)}: {kind} is not supported; use sqlite, postgresql or mysql")
     attempt, wait = asks[kind]
     try:
-        engine = sqlalchemy.create_engine(url)
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)  # a closed connection lets its locks go
         connection = engine.connect()
     except (SQLAlchemyError, ImportError) as error:
         raise _unreachable(place, error) from error

@@ -159,9 +159,8 @@ class Study:
         """End a trial that failed; of one whose worker was lost, the point is tried again."""
         frozen = next(trial for trial in self.study.get_trials(deepcopy=False) if trial.number == number)
         retries = frozen.user_attrs.get("retries", 0)
-        self._give_up(
-            frozen, message, retry=lost and retries < _RETRIES, retries=retries + 1, why="lost" if lost else "failed"
-        )
+        retry = lost and retries < _RETRIES
+        self._give_up(frozen, message, retry=retry, retries=retries + 1, why="lost" if retry else "failed")
 
     def release(self) -> None:
         """Give up all trials that are being trained, so that none is left running; they are the first of a resumed study."""
