@@ -17,18 +17,24 @@ from hypothesis import strategies as st
 import mlpreduce
 from mlpreduce import recipe as recipes
 from mlpreduce.errors import ReductionError
-from mlpreduce.search.choices import Walker
+from mlpreduce.search.choices import Walker, any_of
 from mlpreduce.search.driver import run
 from mlpreduce.search.front import dominates, front, hypervolume
 from mlpreduce.search.goals import COSTS, Budget, check_objectives, read_budgets
+from mlpreduce.search.jobs import nearest
+from mlpreduce.search.owner import Owner
 from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.racing import next_runs
-from mlpreduce.search.settings import StudySettings
+from mlpreduce.search.settings import StudySettings, changes
 from mlpreduce.search.spaces import Suggestion, list_spaces, load_space
 from mlpreduce.search.stopping import Halving
+from mlpreduce.search.storage import hidden
 from mlpreduce.search.study import Study
 from mlpreduce.search.told import counts
 from mlpreduce.train import build_model
+
+# SQLAlchemy about mlflow's own tables
+pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "search_spaces").glob("*.py"))
@@ -432,3 +438,111 @@ class TestRacing:
     def test_those_with_the_fewest_seeds_come_first(self) -> None:
         top1 = {"a": {1: 90.0, 2: 90.0}, "b": {1: 90.0}}
         assert next_runs(top1, {"a": (1,), "b": (1,)}, (1, 2, 3), deviation=0.0) == [("b", 2)]
+
+    def test_a_run_that_failed_gives_way_to_the_next_seed(self) -> None:
+        top1, costs = {"a": {1: 90.0}}, {"a": (1,)}
+        assert next_runs(top1, costs, (1, 2, 3), deviation=0.0, failed={("a", 2)}) == [("a", 3)]
+        assert next_runs(top1, costs, (1, 2), deviation=0.0, failed={("a", 2)}) == []
+
+
+class TestOwner:
+    """Nothing is trained here: what becomes of the workers is told to the owner."""
+
+    @pytest.fixture
+    def owner(self, tmp_path: Path) -> Iterator[Owner]:
+        space = tmp_path / "space.py"
+        space.write_text(
+            "def suggest(trial):\n    return [('shallow', {'ratio': trial.suggest_float('r', 0.3, 0.3)})]\n"
+        )
+        recipe = recipes.load("digits_tiny", DEPTH6)
+        settings = StudySettings(name="any", trials=9, references=(), seeds=(1,))
+        document, storage = recipe.model_dump(mode="json"), f"sqlite:///{tmp_path}/optuna.db"
+        found = Owner(settings.model_dump(mode="json"), document, str(space), storage, str(tmp_path), False)
+        yield found
+        found.close()
+
+    def test_the_last_point_is_tried_again_when_its_worker_is_lost(self, owner: Owner) -> None:
+        first = owner.next_job()
+        assert first is not None
+        assert owner.next_job() is None  # there is no other
+        owner.lost(first["id"], "the worker died")
+        again = owner.next_job()
+        assert again is not None
+        assert again["key"] == first["key"]
+        for _ in range(2):  # a third loss is one too many
+            owner.lost(again["id"], "the worker died")
+            again = owner.next_job() or again
+        assert owner.next_job() is None
+        assert owner.counts()["failed"] == 1
+        assert owner.counts()["lost"] == 2
+
+    def test_a_study_of_this_name_is_gone_on_with_only_if_asked(self, owner: Owner, tmp_path: Path) -> None:
+        owner.close()
+        recipe, space = recipes.load("digits_tiny", DEPTH6).model_dump(mode="json"), "width"
+        known = {"trials": 9, "references": (), "seeds": (1,)}
+        url = f"sqlite:///{tmp_path}/optuna.db"
+        with pytest.raises(ReductionError, match="has a study of this name; go on with --resume"):
+            Owner({"name": "any", **known}, recipe, space, url, str(tmp_path / "other"), False)
+        foreign = optuna.create_study(study_name="foreign", storage=url)
+        foreign.add_trial(optuna.trial.create_trial(value=1.0))
+        with pytest.raises(ReductionError, match="not made by mlpreduce search"):
+            Owner({"name": "foreign", **known}, recipe, space, url, str(tmp_path / "other"), True)
+        assert len(foreign.trials) == 1
+        assert not foreign.user_attrs
+
+
+def test_lost_workers_end_a_study_that_only_loses(tmp_path: Path) -> None:
+    recipe = recipes.load("digits_tiny", DEPTH6).model_dump(mode="json")
+    settings = StudySettings(name="any", trials=9, references=(), seeds=(1,)).model_dump(mode="json")
+    owner = Owner(settings, recipe, "width", f"sqlite:///{tmp_path}/optuna.db", str(tmp_path), False)
+
+    def lose() -> None:
+        job = owner.next_job()
+        assert job is not None
+        owner.lost(job["id"], "no memory")
+
+    for _ in range(4):
+        lose()
+    with pytest.raises(ReductionError, match="5 trials failed one after the other; the last: no memory"):
+        lose()
+    owner.close()
+
+
+def test_near_choices_are_on_the_scale_of_their_distribution() -> None:
+    generator = random.Random(0)
+    wide = optuna.distributions.FloatDistribution(1e-6, 1.0, log=True)
+    small = sum(any_of(wide, generator) < 1e-3 for _ in range(400))
+    assert 150 < small < 250  # half of the decades
+    for distribution in (
+        wide,
+        optuna.distributions.FloatDistribution(0.1, 0.9, step=0.2),
+        optuna.distributions.FloatDistribution(0.0, 1.0),
+        optuna.distributions.IntDistribution(1, 10**12),  # never listed
+        optuna.distributions.IntDistribution(2, 1024, log=True),
+        optuna.distributions.CategoricalDistribution(["a", "b"]),
+    ):
+        for _ in range(50):
+            value = any_of(distribution, generator)
+            assert distribution._contains(distribution.to_internal_repr(value))
+            assert isinstance(value, int) == isinstance(distribution, optuna.distributions.IntDistribution)
+
+
+def test_weights_are_inherited_from_a_point_of_equal_depth_only(pricer: Pricer) -> None:
+    deep = pricer.price(Suggestion((), {}))
+    shallower = pricer.price(Suggestion((), {"model.kwargs.depth": 4}))
+    half = pricer.price(Suggestion(({"transform": "shallow", "ratio": 0.5},), {}))
+    assert nearest(deep, [shallower]) is None
+    assert nearest(deep, []) is None
+    assert nearest(deep, [shallower, half]) == half
+
+
+def test_a_password_is_not_shown() -> None:
+    assert hidden("postgresql+psycopg://me:s3:cr/et@host:5432/db") == "postgresql+psycopg://me:***@host:5432/db"
+    for url in ("postgresql://me@host:5432/db", "sqlite:////tmp/a@b:c@d.db", "--budget", "params<=0.7"):
+        assert hidden(url) == url
+
+
+def test_a_study_goes_on_with_other_seeds_but_the_first() -> None:
+    before = StudySettings(name="any", seeds=(1, 2))
+    assert not changes(before, before.model_copy(update={"seeds": (1, 3, 2)}))
+    assert list(changes(before, before.model_copy(update={"seeds": (2, 1)}))) == ["seeds: the first was 1, is 2"]

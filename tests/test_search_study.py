@@ -185,6 +185,9 @@ def test_it_goes_on_with_more_trials_and_with_nothing_else(study: Path) -> None:
     for key, point in before.items():
         assert after[key]["runs"][: len(point["runs"])] == point["runs"]
     assert len(after) == len(before) + 2
+    document = search(study, resume=True, trials=7, seeds=(1, 3))  # what was trained with seed 2 stays
+    baseline = next(point for point in document["points"] if point["name"] == "baseline")
+    assert [one["seed"] for one in baseline["runs"]] == [1, 3, 2]
 
 
 def test_a_space_with_fewer_points_than_trials_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,6 +196,10 @@ def test_a_space_with_fewer_points_than_trials_ends(tmp_path: Path, capsys: pyte
 
     document = search(tmp_path, suggest, references=("baseline",))
     assert document["counts"]["trained"] == 2
+    lonely = search(tmp_path / "lonely", suggest, references=(), trials=1, seeds=(1,))
+    assert lonely["hypervolume"] is None  # there is no baseline to measure it by
+    with pytest.raises(ReductionError, match="it has no baseline among its --references"):
+        compare([open_study(str(tmp_path / "lonely"))], [open_study(str(tmp_path / "lonely"))])
     assert "the space has no other point" in " ".join(capsys.readouterr().out.split())
 
 
@@ -286,6 +293,7 @@ def test_a_trial_may_be_trained_by_a_group(tmp_path: Path) -> None:
         (["joint", "--seeds", "a"], "write whole numbers"),
         (["joint", "--references", "thinn"], "neither a variant of"),
         (["joint", "--inherit", "baseline", "--references", "grouped"], "the baseline is not trained"),
+        (["joint", "--inherit", "baseline", "model.weights='pretrained'"], "trials start from those; leave one out"),
         (["joint", "--screen", "64"], "untrained weights tell nothing"),
         (["jont"], "did you mean 'joint'"),
         (["joint", "train.lrr=1"], "unknown key 'lrr'"),
@@ -317,3 +325,5 @@ def test_toml_is_what_it_was_made_of() -> None:
         "t": {"k v": {"x": "ü"}, "steps": [{"transform": "grouped", "p": [[0, 1]]}]},
     }
     assert tomllib.loads(as_toml(document)) == document
+    empty = {"a": None, "t": {"x": None, "steps": [{"transform": "shallow", "ratio": 0.5, "width": None}]}}
+    assert tomllib.loads(as_toml(empty)) == {"t": {"steps": [{"transform": "shallow", "ratio": 0.5}]}}

@@ -135,10 +135,7 @@ class Pricer:
             "owners": [index[owner] for _, owner in after.values()],
             "widths": [hidden for hidden, _ in after.values()],
         }
-        pairs = [
-            pair for pair in zip(plans, others, strict=True) if pair[0].edits or is_construction(pair[0].transform)
-        ]
-        identity = [[_identity(*pair) for pair in pairs], sorted(suggestion.settings.items())]
+        identity = [list(map(_identity, plans, others)), sorted(suggestion.settings.items())]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         return Point(steps, suggestion.settings, cost, pattern, key)
 

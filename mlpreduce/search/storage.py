@@ -75,7 +75,7 @@ def claim_problem(storage: optuna.storages.RDBStorage, study: str, resume: bool)
 
 def hidden(url: str) -> str:
     """A URL without its password."""
-    return re.sub(r"(?<=:)[^:@/]+(?=@)", "***", url)
+    return re.sub(r"(://[^:/]*):[^@]*@", r"\1:***@", url)
 
 
 def _parse(url: str) -> sqlalchemy.URL:
