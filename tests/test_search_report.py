@@ -191,7 +191,7 @@ def test_few_runs_are_too_few_to_conclude(tmp_path: Path) -> None:
     table = rows(text, "Pareto front and references")
     assert table["trial 1"]["95 % interval"] == table["trial 2"]["95 % interval"] == "n below 3"
     assert table["trial 2"]["top-1 %"] == "94.00"
-    assert "2 of the 3 points of the front have fewer than 3 runs" in text
+    assert "Points of the front with fewer than 3 runs: 2 of 3." in text
     equal = [make_trial(0, 100_000, 97.0, 97.0, 97.0, front=True)]
     text = markdown_of(make_document(points=equal), tmp_path)
     assert rows(text, "Pareto front")["trial 0"]["95 % interval"] == "not defined"

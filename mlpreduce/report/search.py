@@ -257,7 +257,7 @@ def _remarks(document: dict[str, Any]) -> Iterator[str]:
     few = [p["name"] for p in on_front if len(points.measured(p, "top1")) < 3]
     if few:
         yield (
-            f"{len(few)} of the {len(on_front)} points of the front have fewer than 3 runs: small differences between them may "
+            f"Points of the front with fewer than 3 runs: {len(few)} of {len(on_front)}. Small differences between them may "
             "be chance."
         )
 

@@ -21,9 +21,9 @@ from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.racing import next_runs, pooled_deviation
 from mlpreduce.search.ranking import Ranking
 from mlpreduce.search.results import Results
+from mlpreduce.search.rungs import Rungs
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Suggestion, load_space
-from mlpreduce.search.stopping import Halving
 from mlpreduce.search.storage import claim_problem, opened
 from mlpreduce.search.study import Study
 from mlpreduce.search.told import counts, finished, key_of, point_of
@@ -58,8 +58,6 @@ class Owner:
     ) -> None:
         self._settings, self._recipe = StudySettings.model_validate(settings), Recipe.model_validate(recipe)
         self._output, self._held = Path(output), ExitStack()
-        rungs = self._settings.rungs(self._recipe.train.epochs, self._recipe.train.warmup_epochs)
-        self._rungs = ((0,) if self._settings.screen else ()) + (rungs if self._settings.pruner == "asha" else ())
         self._pricer = Pricer(self._recipe)
         storage = self._held.enter_context(opened(url, self._settings.name))
         if (problem := claim_problem(storage, self._settings.name, resume)) is not None:
@@ -69,6 +67,7 @@ class Owner:
         baseline = self._pricer.price(Suggestion((), {}))
         budgets = read_budgets(self._settings.budgets, baseline.cost)
         found = load_space(space)
+        rungs = self._settings.rungs(self._recipe.train.epochs, self._recipe.train.warmup_epochs)
         self._study = Study(self._settings, found, self._pricer, budgets, storage, rungs)
         self._results = Results(self._study.study, self._settings)
         names = {name: point.to_json() for name, point in self._references.items()}
@@ -86,7 +85,7 @@ class Owner:
         parent = self._recorder.nest(self._settings.name, facts, self._results.get("mlflow_run_id"))
         self._results.set("mlflow_run_id", parent)
         self._ranking = Ranking(self._settings, self._recipe, found, self._pricer, budgets, self._output / "points")
-        self._halving = self._remembered()
+        self._rungs = Rungs(self._settings, self._recipe, self._study, self._results, self._recorder)
         self._pending: deque[dict[str, Any]] = deque()  # events that are not recorded yet
         self._running: dict[int, Job] = {}
         self._again: list[Job] = []  # runs whose workers were lost
@@ -118,8 +117,8 @@ class Owner:
         self._pending.append(event)
         if event["event"] == "start":
             for entry in event["history"]:  # a trial that is gone on with
-                self._at_rung(job, entry["epoch"], entry["top1"])
-        return event["event"] == "epoch" and self._stops(job, event["epoch"], event["top1"])
+                self._rungs.reached(job, entry["epoch"], entry["top1"])
+        return event["event"] == "epoch" and self._rungs.stops(job, event["epoch"], event["top1"])
 
     def screened(self, job_id: int, change: float) -> bool:
         """Take by how much an edit raises the loss of trained weights; whether the trial ends before it is trained."""
@@ -127,8 +126,8 @@ class Owner:
         if job is None or self._closed:
             return False
         self._study.note(job["number"], "sensitivity", change)
-        self._at_rung(job, 0, -change)
-        return self._halving.stops(job["key"], 0) and not job["fixed"]
+        self._rungs.reached(job, 0, -change)
+        return self._rungs.stops_screened(job)
 
     def done(self, job_id: int, outcome: dict[str, Any]) -> dict[str, Any]:
         """A job has ended; tells what it came to: "name", "status", "top1", "message"."""
@@ -299,34 +298,6 @@ class Owner:
     def _number(self) -> int:
         self._jobs += 1
         return self._jobs
-
-    def _stops(self, job: Job, epoch: int, top1: float) -> bool:
-        """Whether a run is to end now: a trial that others leave behind, but for those of the space's own points."""
-        if job["kind"] != "trial" or self._settings.pruner == "none":
-            return False
-        if len(self._settings.objectives) == 1:
-            stops = self._study.report(job["number"], epoch, top1)
-        else:
-            self._at_rung(job, epoch, top1)
-            stops = self._halving.stops(job["key"], epoch)
-        return stops and epoch < self._recipe.train.epochs and not job["fixed"]
-
-    def _at_rung(self, job: Job, epoch: int, top1: float) -> None:
-        if job["kind"] == "trial" and epoch in self._halving.rungs:
-            self._halving.add(job["key"], epoch, self._results.early_losses(Point.from_json(job["point"]), top1))
-
-    def _remembered(self) -> Halving:
-        """The rungs, as the trials of earlier processes have reached them."""
-        halving = Halving(self._rungs, self._settings.reduction)
-        for trial in self._study.study.get_trials(deepcopy=False):
-            if "sensitivity" in trial.user_attrs:
-                change = trial.user_attrs["sensitivity"]
-                halving.add(key_of(trial), 0, self._results.early_losses(point_of(trial), -change))
-        for trial in finished(self._study.study):
-            record = self._recorder.record(key_of(trial), self._settings.seeds[0])
-            for entry in record["epochs"] if record is not None else ():
-                halving.add(key_of(trial), entry["epoch"], self._results.early_losses(point_of(trial), entry["top1"]))
-        return halving
 
     def _end_trial(self, job: Job, outcome: dict[str, Any], top1: float | None) -> None:
         number, status, message = job["number"], outcome["status"], outcome["message"]
