@@ -329,6 +329,23 @@ class TestStudy:
         assert told["duplicate"] > 0
         assert not study.study.get_trials(states=[optuna.trial.TrialState.RUNNING])
 
+    def test_a_study_ends_when_nearly_every_point_within_the_budget_was_trained(self, pricer: Pricer) -> None:
+        space, axes = load_space("joint"), ("none", "sequence", "cycle", "cycle_reverse")
+        grid = itertools.product(axes, range(2, 7), [eighth / 8 for eighth in range(1, 9)], ("first", "l2"))
+        names = ("share", "group", "ratio", "criterion")
+        every = [pricer.price(Walker(space, pricer).ask(dict(zip(names, one, strict=True)))[0]) for one in grid]
+        budgets = read_budgets(["params<=0.7"], pricer.price(Suggestion((), {})).cost)
+        within = {point.key for point in every if not budgets[0].excess(point.cost) > 0}
+        settings = StudySettings(name="any", trials=999)
+        study = Study(settings, space, pricer, budgets, optuna.storages.InMemoryStorage(), rungs=())
+        keys = []
+        while (trial := study.ask({})) is not None:  # TPE suggests what it found best again and again
+            keys.append(trial.point.key)
+            study.tell(trial.number, None if len(keys) % 3 else [97.0, float(trial.point.cost.params)])
+        assert len(keys) == len(set(keys))
+        assert set(keys) <= within
+        assert len(keys) >= 0.97 * len(within)  # the last ones are sought at random
+
     def test_a_lost_trial_is_tried_again_and_counted_once(self, pricer: Pricer) -> None:
         storage = optuna.storages.InMemoryStorage()
         settings = StudySettings(name="any", sampler="random")

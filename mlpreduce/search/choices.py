@@ -19,6 +19,7 @@ __all__ = ["Walker", "any_of"]
 
 _RANDOM = 20  # points that a check tries at random, besides all single changes
 _NEAR = 200  # points that are tried near another one
+_ANYWHERE = 2000  # points that are tried beyond, before none is said to be left; most were priced before
 _MANY = 12  # choices of one parameter of which a check tries all
 
 
@@ -177,13 +178,13 @@ class Walker:
         generator: random.Random,
         cheap: Mapping[str, Any] | None = None,
     ) -> dict[str, Any] | None:
-        """Choices near others whose point is wanted: few are changed at first, then more and more.
+        """Choices near others whose point is wanted: few are changed at first, then more and more, then all.
 
         Args:
             choices: where to begin.
             wanted: whether a point is.
             generator: decides what is changed.
-            cheap: choices of a cheap point; the more is changed, the more to these.
+            cheap: choices of a cheap point; the more is changed, the more to these, and any part of them when all is.
 
         Returns:
             The choices, or None where none were found.
@@ -192,13 +193,14 @@ class Walker:
         def other(distribution: BaseDistribution) -> Any:
             return any_of(distribution, generator)
 
-        for attempt in range(_NEAR):
+        for attempt in range(_NEAR + _ANYWHERE):
             _, taken, seen = self.ask(choices, other)
-            far = attempt / (_NEAR - 1)
+            far = min(1.0, attempt / (_NEAR - 1))
+            pull = far if attempt < _NEAR else generator.random()
             names = generator.sample(sorted(seen), max(1, round(far * len(seen)))) if seen else []
             given = {**taken, **{name: other(seen[name]) for name in names}}
             if cheap is not None:
-                given |= {name: cheap[name] for name in names if name in cheap and generator.random() < far}
+                given |= {name: cheap[name] for name in names if name in cheap and generator.random() < pull}
             suggestion, taken, _ = self.ask(given, other)
             try:
                 if wanted(self._pricer.price(suggestion)):

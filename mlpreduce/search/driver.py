@@ -214,7 +214,9 @@ def _drive(workers: Pool, settings: StudySettings, console: Console) -> None:
                     progress.update(bar, description=f"{job['name']}, seed {job['run']['seed']}")
             if not running:
                 if counts["trained"] < settings.trials:
-                    console.print(f"the space has no other point: {counts['trained']} were trained", style="yellow")
+                    console.print(
+                        f"no other point of the space was found: {counts['trained']} were trained", style="yellow"
+                    )
                 return
             ended = workers.wait()
             if not ended:

@@ -95,7 +95,7 @@ class Study:
                 self.study.enqueue_trial(choices, user_attrs={"fixed": True})
 
     def ask(self, references: Mapping[str, str]) -> Asked | None:
-        """The next point to train; None where the space has no other.
+        """The next point to train; None where no other was found in the space.
 
         Args:
             references: names of the references by the keys of their points.
