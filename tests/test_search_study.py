@@ -138,6 +138,8 @@ def test_show_export_compare(study: Path, capsys: pytest.CaptureFixture[str], tm
     text = capsys.readouterr().out
     (tmp_path / "one.toml").write_text(text)
     assert f"trial-{number}" in recipes.load(str(tmp_path / "one.toml")).variants
+    assert main(["export", str(study), "shallow"]) == 0
+    assert "shallow of the study joint-digits_tiny: not of its front" in capsys.readouterr().out
     assert main(["export", str(study), "999"]) == 2
     assert "no such trial was trained; there are" in capsys.readouterr().err
     assert main(["compare", str(study), str(study)]) == 0
@@ -185,9 +187,14 @@ def test_it_goes_on_with_more_trials_and_with_nothing_else(study: Path) -> None:
     for key, point in before.items():
         assert after[key]["runs"][: len(point["runs"])] == point["runs"]
     assert len(after) == len(before) + 2
+    mine, stale = study / "best" / "mine.toml", study / "best" / "shallow.toml"
+    for path in (mine, stale):
+        path.write_text("")
     document = search(study, resume=True, trials=7, seeds=(1, 3))  # what was trained with seed 2 stays
     baseline = next(point for point in document["points"] if point["name"] == "baseline")
     assert [one["seed"] for one in baseline["runs"]] == [1, 3, 2]
+    assert mine.is_file()
+    assert not stale.exists()  # it is not of the front
 
 
 def test_a_space_with_fewer_points_than_trials_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,9 @@ __all__ = ["as_recipe", "as_toml", "write_best"]
 
 
 def write_best(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> list[Path]:
-    """Write the front of a study as `trial-N.toml`, each with the baseline beside it; other files in the folder stay.
+    """Write the front of a study as `trial-N.toml`, each with the baseline beside it.
+
+    Points that were of the front before go; files of other names stay.
 
     Args:
         document: what `describe` gives.
@@ -23,8 +25,10 @@ def write_best(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> lis
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for point in document["points"]:
-        if point["front"]:
-            path = folder / f"{point['name'].replace(' ', '-')}.toml"
+        path = folder / f"{point['name'].replace(' ', '-')}.toml"
+        if not point["front"]:
+            path.unlink(missing_ok=True)
+        else:
             path.write_text(as_recipe(point, document, recipe, str(path)), encoding="utf-8")
             paths.append(path)
     return paths
@@ -36,8 +40,15 @@ def as_recipe(point: Mapping[str, Any], document: Mapping[str, Any], recipe: Rec
     found = changed(recipe, point["settings"]).model_dump(mode="json", exclude_defaults=True)
     variants = {"baseline": [], point["name"].replace(" ", "-"): point["steps"]}
     tops = ", ".join(f"{run['top1']:.2f} (seed {run['seed']})" for run in point["runs"])
+    what = (
+        "a point of its front"
+        if point["front"]
+        else "ended early"
+        if point["state"] == "pruned"
+        else "not of its front"
+    )
     heads = [
-        f"{point['name']} of the study {document['study']}: a point of its front ({document['space']}, {document['recipe']}).",
+        f"{point['name']} of the study {document['study']}: {what} ({document['space']}, {document['recipe']}).",
         f"Command:  python -m mlpreduce.recipe {path}",
         f"Cost:     {2 * len(seeds)} runs of {recipe.train.epochs} epochs.",
         f"Expected: {point['cost']['params']:,} parameters, {point['cost']['macs']:,} MACs; top-1 % in the study: {tops}.",
