@@ -15,7 +15,7 @@ __all__ = ["as_recipe", "as_toml", "write_best"]
 def write_best(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> list[Path]:
     """Write the front of a study as `trial-N.toml`, each with the baseline beside it.
 
-    Points that were of the front before go; files of other names stay.
+    Trials that were of the front before go; files of other names stay.
 
     Args:
         document: what `describe` gives.
@@ -26,9 +26,9 @@ def write_best(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> lis
     paths = []
     for point in document["points"]:
         path = folder / f"{point['name'].replace(' ', '-')}.toml"
-        if not point["front"]:
+        if point["kind"] == "trial" and not point["front"]:
             path.unlink(missing_ok=True)
-        else:
+        elif point["front"]:
             path.write_text(as_recipe(point, document, recipe, str(path)), encoding="utf-8")
             paths.append(path)
     return paths
