@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.func import functional_call
 
-from mlpreduce.criteria import get_criterion, needs_weights, unit_weights
-from mlpreduce.edits import Slice, as_units
+from mlpreduce.budget import Baseline, measure
+from mlpreduce.calibration import Loss, Measured, measure_gates, measure_scores
+from mlpreduce.criteria import Choice, HiddenUnits, as_order, choose
+from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import MLP, Leaf, chains, module_at, structural_copy
+from mlpreduce.graph import MLP, Inputs, Leaf, chains, module_at, slice_edit, structural_copy
 
 __all__ = ["Parts"]
 
@@ -21,11 +25,32 @@ class Parts(Sequence[MLP]):
 
     Attributes:
         chains: the MLPs that may share with each other, each chain in order of execution.
+        notes: what the transform wants to be printed with its plan.
+
+    Args:
+        model: the model.
+        mlps: its MLPs in scope.
+        every: all its MLPs, in order of execution; by default those in scope.
+        data: calibration data, for criteria that look at it.
+        loss: of what the model gives and labels; by default the cross entropy.
+        example_inputs: what the model is called with, to count MACs.
     """
 
-    def __init__(self, model: nn.Module, mlps: Sequence[MLP], others: Sequence[MLP] = ()) -> None:
-        self._model, self._mlps, self._others = model, list(mlps), list(others)
+    def __init__(
+        self,
+        model: nn.Module,
+        mlps: Sequence[MLP],
+        every: Sequence[MLP] = (),
+        *,
+        data: Any = None,
+        loss: Loss | None = None,
+        example_inputs: Inputs | None = None,
+    ) -> None:
+        self._model, self._mlps, self._every = model, list(mlps), list(every or mlps)
+        self._data, self._loss, self._inputs = data, loss, example_inputs
+        self._measured: dict[str, Measured] = {}
         self.chains = chains(self._mlps)
+        self.notes: list[str] = []
 
     def __getitem__(self, index: int) -> MLP:  # type: ignore[override]
         return self._mlps[index]
@@ -38,7 +63,7 @@ class Parts(Sequence[MLP]):
 
     def uses(self, mlp: MLP) -> list[MLP]:
         """All calls of the MLP's weights in the model, in scope or not; just itself unless it is tied."""
-        return [other for other in [*self._mlps, *self._others] if other.owner == mlp.owner]
+        return [other for other in self._every if other.owner == mlp.owner]
 
     def tensor(self, path: str) -> torch.Tensor:
         """The values of a parameter or buffer.
@@ -89,43 +114,91 @@ class Parts(Sequence[MLP]):
         named = [*module.named_parameters(), *module.named_buffers()] if module is not None else []
         return [f"{leaf.path}.{name}" for name, tensor in named if tensor.is_floating_point()]
 
-    def order(self, mlp: MLP, criterion: str, seed: int = 0) -> list[int]:
-        """Hidden units of an MLP by importance, the most important first.
+    @cached_property
+    def baseline(self) -> Baseline:
+        """What the model costs as it is.
 
         Raises:
-            ReductionError: unknown criterion, or it needs weights and there are none.
+            ReductionError: what it is called with is not known.
         """
-        function = get_criterion(criterion)
-        if needs_weights(criterion):
-            weights = unit_weights(mlp, self.tensor)
-        else:
-            weights = torch.empty(mlp.hidden_features, 0, device="cpu")
+        return measure(structural_copy(self._model, device="meta"), self._inputs, self._every)
+
+    @property
+    def data(self) -> dict[str, Any] | None:
+        """Number and fingerprint of the examples that were looked at, if any were."""
+        known = next(iter(self._measured.values()), None)
+        return None if known is None else {"samples": known.samples, "fingerprint": known.fingerprint}
+
+    def scores(self, mlp: MLP, criterion: str | Mapping[str, Any], seed: int = 0) -> torch.Tensor:
+        """Scores of the hidden units of an MLP, (hidden units,), which can be compared between MLPs.
+
+        Raises:
+            ReductionError: as `order`; the criterion gives an order alone.
+        """
+        answer = self._answer(mlp, choose(criterion), seed, None)
+        if not answer.is_floating_point():
+            raise ReductionError(
+                f"criterion {choose(criterion)} orders the units of each MLP, and gives no scores to compare MLPs by; use "
+                f'scope="uniform", or a criterion such as "l2" or "taylor"'
+            )
+        return answer.detach().cpu().double()
+
+    def order(
+        self, mlp: MLP, criterion: str | Mapping[str, Any], seed: int = 0, wanted: int | None = None
+    ) -> list[int]:
+        """Hidden units of an MLP by importance, the most important first.
+
+        Args:
+            mlp: the MLP.
+            criterion: its name, or a dictionary with `name` and options.
+            seed: for criteria that draw random numbers.
+            wanted: how many of the order matter.
+
+        Raises:
+            ReductionError: unknown criterion, or it needs weights or data and there are none.
+        """
+        return as_order(self._answer(mlp, choose(criterion), seed, wanted))
+
+    def _answer(self, mlp: MLP, choice: Choice, seed: int, wanted: int | None) -> torch.Tensor:
+        """What a criterion says of an MLP: scores or an order."""
+        criterion = choice.criterion
+        if criterion.of_data:
+            if str(choice) not in self._measured:
+                if criterion.needs == "gates":
+                    self._measured[str(choice)] = measure_gates(
+                        self._model, self._every, choice, self._data, self._loss
+                    )
+                else:
+                    found = measure_scores(self._model, self._every, choice, self._data, self._loss, seed)
+                    self._measured[str(choice)] = found
+            return self._measured[str(choice)].scores[mlp.owner]
         index = next(i for i, other in enumerate(self._mlps) if other.name == mlp.name)
-        order: list[int] = function(weights, seed + index).tolist()
-        return order
+        units = HiddenUnits(mlp, self.tensor, seed + index, wanted)
+        answer = criterion.function(units, **choice.options)
+        if tuple(answer.shape) != (len(units),) or not answer.isfinite().all():
+            raise ReductionError(
+                f"criterion {choice} gave {tuple(answer.shape)} values for the {len(units)} hidden units of {mlp.name}, or "
+                f"some that are not finite; are its weights?"
+            )
+        return answer
 
     def slice(self, mlp: MLP, units: Sequence[int]) -> Slice:
         """The edit that keeps `units` of an MLP, in all tensors that its uses run through."""
-        axes = list(mlp.axes)
-        for other in self.uses(mlp):
-            if other.name != mlp.name:  # what is tied is sliced once; norms of each depth are its own
-                own = {leaf.path for leaf in other.leaves if not leaf.shareable}
-                axes += [axis for axis in other.axes if axis.tensor.rpartition(".")[0] in own]
-        return Slice(mlp.name, mlp.hidden_features, as_units(units), tuple(dict.fromkeys(axes)), mlp.settings)
+        return slice_edit(mlp, self.uses(mlp), units)
 
-    def keep(self, mlp: MLP, width: int, criterion: str, seed: int = 0) -> Slice:
+    def keep(self, mlp: MLP, width: int, criterion: str | Mapping[str, Any], seed: int = 0) -> Slice:
         """The edit that keeps the most important units of an MLP; of one with groups, as many of each group.
 
         Raises:
-            ReductionError: unknown criterion, no weights for it, or a width that its groups do not divide.
+            ReductionError: unknown criterion, no weights or data for it, or a width that its groups do not divide.
         """
         if width % mlp.groups:
             raise ReductionError(
                 f"{mlp.name} has a convolution in {mlp.groups} groups and would keep {width} hidden units; the width must "
                 f"be a multiple of {mlp.groups}"
             )
-        order, size = self.order(mlp, criterion, seed), mlp.hidden_features // mlp.groups
         if mlp.groups == 1:
-            return self.slice(mlp, order[:width])
+            return self.slice(mlp, self.order(mlp, criterion, seed, width)[:width])
+        order, size = self.order(mlp, criterion, seed), mlp.hidden_features // mlp.groups
         groups = [[unit for unit in order if unit // size == group] for group in range(mlp.groups)]
         return self.slice(mlp, [unit for units in groups for unit in units[: width // mlp.groups]])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mlpreduce.budget import Baseline, Cost, measure, outcome
+from mlpreduce.calibration import Loss
 from mlpreduce.edits import Assign, Plan, Row, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import (
@@ -27,6 +28,7 @@ from mlpreduce.graph import (
     structural_copy,
 )
 from mlpreduce.parts import Parts
+from mlpreduce.repair import repaired
 from mlpreduce.surgery import rehearse
 from mlpreduce.transforms import Transform, check_config
 
@@ -41,6 +43,8 @@ def plan(
     *,
     include: Globs = None,
     exclude: Globs = None,
+    data: Any = None,
+    loss: Loss | None = None,
     example_inputs: Inputs | None = None,
     **config: Any,
 ) -> Plan:
@@ -51,11 +55,17 @@ def plan(
         transform: a name of `list_transforms`.
         include: glob or globs over MLP names; others are left out.
         exclude: glob or globs over MLP names to leave out.
+        data: calibration data, for criteria and repairs that look at it: any iterable of batches, of images or (images,
+            labels); read a few examples at a time, in evaluation mode. In a torch.distributed group every process gives its
+            share, and all make the same plan.
+        loss: `(what the model gives, labels) -> scalar`, the mean over the examples, for criteria that need one; by
+            default the cross entropy of logits.
         example_inputs: what the model is called with, as for `find_mlps`.
         **config: keyword parameters of the transform.
 
     Raises:
-        ReductionError: unknown names, values out of range, nothing to reduce, or nothing would change.
+        ReductionError: unknown names, values out of range, nothing to reduce, nothing would change, or data that is missing,
+            empty or not finite.
 
     Example:
         >>> import timm
@@ -63,7 +73,8 @@ def plan(
         >>> [row.owner for row in plan(vit, "grouped", group=2).rows]
         ['blocks.0.mlp', 'blocks.0.mlp', 'blocks.2.mlp', 'blocks.2.mlp']
     """
-    made, found = make_plan(model, transform, config, include=include, exclude=exclude, example_inputs=example_inputs)
+    scope: dict[str, Any] = {"include": include, "exclude": exclude, "data": data, "loss": loss}
+    made, found = make_plan(model, transform, config, **scope, example_inputs=example_inputs)
     return replace(made, costs=_costs(structural_copy(model, device="meta"), found.mlps, made, example_inputs))
 
 
@@ -74,6 +85,8 @@ def make_plan(
     *,
     include: Globs = None,
     exclude: Globs = None,
+    data: Any = None,
+    loss: Loss | None = None,
     example_inputs: Inputs | None = None,
     found: Survey | None = None,
 ) -> tuple[Plan, Survey]:
@@ -101,8 +114,8 @@ def make_plan(
         if not scope:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
             raise ReductionError(f"none of {len(mlps)} MLPs is in scope ({reasons})")
-        others = [mlp for mlp in mlps if mlp.name in left_out]
-        edits = tuple(entry.function(Parts(model, scope, others), **config) or ())
+        parts = Parts(model, scope, mlps, data=data, loss=loss, example_inputs=example_inputs)
+        edits = tuple(entry.function(parts, **config) or ())
         strange = [edit for edit in edits if not isinstance(edit, Slice | Share | Assign | Scale)]
         if strange:
             raise ReductionError(f"the transform gave {strange[0]!r}; edits are Slice, Share, Assign and Scale")
@@ -114,7 +127,13 @@ def make_plan(
     _check_whole(model, mlps, edits, call)
     if any(mlp.reshapes for mlp in mlps if mlp.name in {edit.mlp for edit in draft.of(Slice)}):
         _check_runs(model, draft, example_inputs, call)
-    notes = (*_notes(edits), *_look_alikes(found.others))
+    draft = replace(draft, data=parts.data)
+    if config.get("repair", "none") != "none":
+        try:
+            draft = repaired(model, mlps, draft, data)
+        except ReductionError as error:
+            raise ReductionError(str(error) if str(error).startswith(call) else f"{call}: {error}") from error
+    notes = (*parts.notes, *draft.notes, *_notes(edits, chosen="criterion" in config), *_look_alikes(found.others))
     return replace(draft, rows=_rows(scope, mlps, draft), notes=notes), found
 
 
@@ -202,14 +221,14 @@ def _costs(model: nn.Module, mlps: list[MLP], made: Plan, inputs: Inputs | None)
     return costs
 
 
-def _notes(edits: Sequence[object]) -> tuple[str, ...]:
+def _notes(edits: Sequence[object], *, chosen: bool) -> tuple[str, ...]:
     notes = []
     if any(isinstance(edit, Share) for edit in edits):
         notes.append(
             'scale and keep are for training from scratch; for trained weights use scale="none" with keep="mean" or '
             '"align_mean". Sharing saves parameters and memory, not compute.'
         )
-    if any(isinstance(edit, Slice) for edit in edits):
+    if any(isinstance(edit, Slice) for edit in edits) and not chosen:
         notes.append(
             "units are chosen for training from scratch; for trained weights choose a criterion, then fine-tune."
         )

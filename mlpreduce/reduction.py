@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
+from mlpreduce.calibration import Loss
 from mlpreduce.edits import Assign, Edit, Plan, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Inputs, find_mlps, module_at, refuse_wrapped
@@ -25,6 +26,8 @@ def apply(
     *,
     include: Globs = None,
     exclude: Globs = None,
+    data: Any = None,
+    loss: Loss | None = None,
     example_inputs: Inputs | None = None,
     **config: Any,
 ) -> Model:
@@ -38,6 +41,8 @@ def apply(
         transform: a name of `list_transforms`, or a plan made before.
         include: glob or globs over MLP names; others are left out.
         exclude: glob or globs over MLP names to leave out.
+        data: calibration data, as of `plan`.
+        loss: of what the model gives and labels, as of `plan`.
         example_inputs: what the model is called with, as for `find_mlps`.
         **config: keyword parameters of the transform.
 
@@ -52,14 +57,14 @@ def apply(
         True
     """
     if isinstance(transform, Plan):
-        if config or include or exclude:
+        if config or include or exclude or data is not None or loss is not None:
             raise ReductionError("apply(model, plan): a plan is applied as it is; give it no further arguments")
         refuse_wrapped(model, "apply(model, plan)")
         made, tree = transform, None
         _check_same(model, made, example_inputs)
     else:
-        scope: dict[str, Any] = {"include": include, "exclude": exclude, "example_inputs": example_inputs}
-        made, found = make_plan(model, transform, config, **scope)
+        scope: dict[str, Any] = {"include": include, "exclude": exclude, "data": data, "loss": loss}
+        made, found = make_plan(model, transform, config, **scope, example_inputs=example_inputs)
         tree = found.tree
     carry_out(model, made, rehearsal=tree)
     remember(model, made)

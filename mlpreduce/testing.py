@@ -32,7 +32,12 @@ def tiny_vit(**kwargs: Any) -> nn.Module:
 
 
 def check_transform(
-    name: str, make: Callable[[], nn.Module] = tiny_vit, inputs: torch.Tensor | None = None, **config: Any
+    name: str,
+    make: Callable[[], nn.Module] = tiny_vit,
+    inputs: torch.Tensor | None = None,
+    *,
+    data: Any = None,
+    **config: Any,
 ) -> Plan:
     """Check one transform with one config on one model, and return its plan.
 
@@ -40,6 +45,7 @@ def check_transform(
         name: the transform.
         make: builds the model, with equal weights at each call.
         inputs: a batch of images; by default of the tiny ViT's size.
+        data: calibration data, if the config asks for it; read several times.
         **config: keyword parameters of the transform.
 
     Raises:
@@ -48,10 +54,10 @@ def check_transform(
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) if inputs is None else inputs
     before, model = make().eval(), make().eval()
     state = torch.random.get_rng_state()
-    made = mlpreduce.plan(model, name, **config)
+    made = mlpreduce.plan(model, name, data=data, **config)
     _same_tensors(before, model, "plan")
     expected = measure(model).after(made)
-    returned = mlpreduce.apply(model, name, **config)
+    returned = mlpreduce.apply(model, name, data=data, **config)
     _must(torch.equal(state, torch.random.get_rng_state()), "plan and apply consume no random numbers")
     _must(returned is model and type(model) is type(before), "apply returns the same object, of the same class")
     _must(mlpreduce.history(model) == [made], "apply does what plan says, each time the same")
@@ -69,7 +75,7 @@ def check_transform(
     graph = mlpreduce.to_graph(model)
     _same_output(graph, images, output, "to_graph")
     _must(_count(graph) == _count(model), "the graph has the parameters of the model, and no dead ones")
-    reduced_graph = mlpreduce.apply(mlpreduce.to_graph(make().eval()), name, **config)
+    reduced_graph = mlpreduce.apply(mlpreduce.to_graph(make().eval()), name, data=data, **config)
     _same_output(reduced_graph, images, output, "the transform applied to a GraphModule")
     _must(_count(reduced_graph) == _count(model), "a GraphModule comes back with as many parameters")
     with tempfile.TemporaryDirectory() as directory:
@@ -77,7 +83,7 @@ def check_transform(
         _same_output(mlpreduce.load(directory).eval(), images, output, "a saved model")
     if made.of(Share):
         _same_output(mlpreduce.untie(copy.deepcopy(model)), images, output, "untie")
-        _refused(copy.deepcopy(model), name, config)
+        _refused(copy.deepcopy(model), name, {"data": data, **config})
     model(images).sum().backward()
     idle = [path for path, parameter in model.named_parameters() if parameter.grad is None]
     _must(not idle, f"every parameter gets a gradient, not {idle[:3]}")

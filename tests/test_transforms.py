@@ -31,6 +31,16 @@ SETTINGS = [
     ("shallow", {"width": 40, "criterion": "last"}),
     ("shallow", {"widths": [8, 128, 24, 1], "criterion": "l2"}),
     ("shallow", {"widths": {"blocks.2.mlp": 5}, "criterion": "random", "seed": 3}),
+    ("shallow", {"criterion": "l1", "target_params": 0.7, "scope": "global"}),
+    ("shallow", {"criterion": {"name": "gram_schmidt", "source": "fc1+fc2"}, "target_macs": 0.7}),
+    ("shallow", {"criterion": "taylor", "scope": "per_stage", "ratio": 0.25, "round_to": 8}),
+    ("shallow", {"criterion": {"name": "nvit", "site": "both"}, "scope": "global", "target_params": 0.6}),
+    ("shallow", {"criterion": "fisher", "repair": "least_squares"}),
+    ("shallow", {"criterion": "hessian_diag"}),
+    ("shallow", {"criterion": {"name": "activation", "statistic": "frequency"}}),
+    ("shallow", {"criterion": "entropy_taylor"}),
+    ("shallow", {"criterion": {"name": "gate", "epochs": 2}}),
+    ("grouped", {"keep": "mean", "scale": "none", "repair": "least_squares"}),
 ]
 
 
@@ -40,13 +50,15 @@ def test_every_transform_has_a_row() -> None:
 
 
 def test_every_criterion_has_a_row() -> None:
-    used = {config.get("criterion", "first") for name, config in SETTINGS if name == "shallow"}
-    assert used == set(mlpreduce.list_criteria())
+    used = [config.get("criterion", "first") for name, config in SETTINGS if name == "shallow"]
+    assert {c["name"] if isinstance(c, dict) else c for c in used} == set(mlpreduce.list_criteria())
 
 
 @pytest.mark.parametrize(("name", "config"), SETTINGS)
 def test_contract(name: str, config: dict) -> None:
-    check_transform(name, **config)
+    generator = torch.Generator().manual_seed(4)
+    data = [(torch.randn(n, 3, 16, 16, generator=generator), torch.arange(n) % 5) for n in (5, 20)]
+    check_transform(name, data=data, **config)
 
 
 def test_contract_sees_a_broken_transform() -> None:
@@ -277,9 +289,9 @@ def test_a_third_party_transform_and_criterion() -> None:
         for a, b in zip(first.leaves, final.leaves, strict=True):
             yield Share(a.path, b.path)
 
-    @register_criterion("odd_first_for_test", weights=False)
-    def odd_first(weights, seed):
-        return torch.tensor([*range(1, len(weights), 2), *range(0, len(weights), 2)])
+    @register_criterion("odd_first_for_test", needs="nothing")
+    def odd_first(units):
+        return torch.tensor([*range(1, len(units), 2), *range(0, len(units), 2)])
 
     try:
         check_transform("tie_ends_for_test")

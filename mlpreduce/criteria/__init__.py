@@ -1,52 +1,181 @@
 """Importance criteria: which hidden units of an MLP stay. One criterion a file, all of them an order of the units.
 
-A criterion is a function `(weights, seed) -> order`: `weights` is a matrix (hidden units, weights of the unit), the
-result the unit indices, the most important first. An order serves every width, so narrower choices are nested.
+A criterion is a function of one MLP. Its keyword parameters are its options, written `criterion={"name": "taylor",
+"site": "fc1"}`. It is given
+
+- `HiddenUnits`, if it needs nothing or the weights, and returns scores of the units (floating point, the larger the more
+  important) or their order (integers, the most important first);
+- `Seen`, if it needs images or a loss: what the units did for a few examples. It returns a value of each unit for each
+  example; the score is the mean over all examples;
+- gates of the units, learned on data, if it needs gates.
+
+An order serves every width, so narrower choices are nested. Only scores can be compared between MLPs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.errors import ReductionError, call_text, did_you_mean
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from mlpreduce.graph import MLP
 
-__all__ = ["get_criterion", "list_criteria", "needs_weights", "register_criterion", "unit_weights"]
+__all__ = [
+    "SITES",
+    "Choice",
+    "Criterion",
+    "HiddenUnits",
+    "Seen",
+    "as_order",
+    "choose",
+    "get_criterion",
+    "list_criteria",
+    "register_criterion",
+    "unit_weights",
+]
 
-_CRITERIA: dict[str, Callable[..., torch.Tensor]] = {}
-_NEED_WEIGHTS: set[str] = set()
+Needs = Literal["nothing", "weights", "images", "loss", "gates"]
+Objective = Callable[["nn.Module", "torch.Tensor"], "torch.Tensor"]
+
+# where a unit is looked at, and the leaves at which that is: what comes out of fc1, or goes into fc2
+SITES = {"fc1": ("fc1",), "act": ("fc2",), "fc2": ("fc2",), "both": ("fc1", "fc2")}
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A registered criterion.
+
+    Attributes:
+        name: what users write.
+        function: `(units, *, ...)` or `(seen, *, ...)`.
+        needs: what it looks at.
+        objective: `(model, images) -> scalar`, the mean over the images, where its loss needs no labels; else None.
+        probes: random sign vectors along which it looks at the second derivative of the loss; 0 for none.
+    """
+
+    name: str
+    function: Callable[..., torch.Tensor]
+    needs: Needs
+    objective: Objective | None = None
+    probes: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its options with their defaults."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    @property
+    def of_data(self) -> bool:
+        """Whether it looks at calibration data."""
+        return self.needs in ("images", "loss", "gates")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A criterion with the options that a user has given."""
+
+    criterion: Criterion
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        return call_text(self.criterion.name, self.options)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Leaves at which it looks."""
+        site = (self.criterion.options | self.options).get("site", "act")
+        if site not in SITES:
+            raise ReductionError(f"criterion {self}: site is {site!r}{did_you_mean(str(site), SITES)}")
+        return SITES[site]
+
+
+@dataclass(frozen=True)
+class HiddenUnits:
+    """The hidden units of one MLP.
+
+    Attributes:
+        mlp: the MLP.
+        tensor: gives the values of a parameter or buffer by its path.
+        seed: for random choices.
+        wanted: how many units of the order matter.
+    """
+
+    mlp: MLP
+    tensor: Callable[[str], torch.Tensor]
+    seed: int = 0
+    wanted: int | None = None
+
+    def __len__(self) -> int:
+        return self.mlp.hidden_features
+
+    def weights(self, *names: str) -> torch.Tensor:
+        """What each unit is made of: see `unit_weights`."""
+        return unit_weights(self.mlp, self.tensor, names)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the hidden units of one MLP did for a few examples; of a tied MLP, in all its uses.
+
+    Attributes:
+        hidden: what fc2 was given, (examples, positions, hidden units); None unless images alone are needed.
+        change: at each site, (examples, hidden units): the derivative of an example's loss by a factor on all a unit puts
+            out there. By Euler's identity it is the sum over positions of z dL/dz at `fc1`, which equals the sum of w dL/dw
+            over the unit's fc1 row and bias, and the sum of a dL/da at `fc2`, which equals that over its fc2 column.
+        bend: at each site, an estimate of the second derivative by that factor, if the criterion asks for probes.
+    """
+
+    hidden: torch.Tensor | None
+    change: Mapping[str, torch.Tensor]
+    bend: Mapping[str, torch.Tensor]
+
+    def at(self, site: str) -> torch.Tensor:
+        """The change at `fc1`, `act` or `fc2`, or the sum over `both`: that over all weights of a unit."""
+        return sum(self.change[leaf] for leaf in SITES[site])  # type: ignore[return-value]
+
+
+_CRITERIA: dict[str, Criterion] = {}
 
 
 def register_criterion(
-    name: str, *, weights: bool = True
+    name: str, *, needs: Needs = "weights", objective: Objective | None = None, probes: int = 0
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Add a criterion under `name`.
 
     Args:
         name: what users write in `criterion=`.
-        weights: whether the order depends on the weights; if not, it works on the meta device.
+        needs: `nothing` (it then works on the meta device), `weights`, `images`, `loss` (images, their labels unless
+            there is an `objective`, and a backward pass), or `gates` (the same; its options are `coefficient`, `lr` and
+            `epochs`).
+        objective: `(model, images) -> scalar`: a loss that needs no labels.
+        probes: random sign vectors along which the second derivative is estimated.
 
     Raises:
-        ReductionError: the name is taken.
+        ReductionError: the name is taken, or an option has no default.
     """
 
     def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if name in _CRITERIA:
             raise ReductionError(f"register_criterion({name!r}): there is a criterion of this name already")
-        _CRITERIA[name] = function
-        if weights:
-            _NEED_WEIGHTS.add(name)
+        criterion = Criterion(name, function, needs, objective, probes)
+        for key, default in criterion.options.items():
+            if default is inspect.Parameter.empty or key == "name":
+                raise ReductionError(f"register_criterion({name!r}): option {key!r} needs a default and another name")
+        _CRITERIA[name] = criterion
         return function
 
     return decorate
 
 
-def get_criterion(name: str) -> Callable[..., torch.Tensor]:
+def get_criterion(name: str) -> Criterion:
     """The criterion of this name.
 
     Raises:
@@ -57,32 +186,68 @@ def get_criterion(name: str) -> Callable[..., torch.Tensor]:
     return _CRITERIA[name]
 
 
+def choose(criterion: str | Mapping[str, Any]) -> Choice:
+    """A criterion by its name, or by `{"name": ..., option: value}`.
+
+    Raises:
+        ReductionError: there is no such criterion or option.
+    """
+    given = {"name": criterion} if isinstance(criterion, str) else criterion
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+        raise ReductionError(
+            f"criterion is {criterion!r}; it must be a name, or a name with options: "
+            f'{{"name": "taylor", "site": "fc1"}}'
+        )
+    found = get_criterion(given["name"])
+    options = {key: value for key, value in given.items() if key != "name"}
+    for key in options:
+        if key not in found.options:
+            raise ReductionError(f"criterion {found.name} has no option {key!r}{did_you_mean(key, found.options)}")
+    choice = Choice(found, options)
+    if found.of_data:
+        _ = choice.sites
+    return choice
+
+
 def list_criteria() -> list[str]:
     """Names of all criteria.
 
     Example:
-        >>> list_criteria()
-        ['first', 'l2', 'last', 'random']
+        >>> "l2" in list_criteria()
+        True
     """
     return sorted(_CRITERIA)
 
 
-def needs_weights(name: str) -> bool:
-    """Whether the criterion looks at the weights."""
-    get_criterion(name)
-    return name in _NEED_WEIGHTS
+def as_order(answer: torch.Tensor) -> list[int]:
+    """Units by importance from what a criterion returns; where scores are equal, the lower index first."""
+    import torch
+
+    if answer.is_floating_point():
+        answer = torch.sort(answer, descending=True, stable=True).indices
+    order: list[int] = answer.tolist()
+    return order
 
 
-def unit_weights(mlp: MLP, tensor: Callable[[str], torch.Tensor]) -> torch.Tensor:
+def unit_weights(mlp: MLP, tensor: Callable[[str], torch.Tensor], names: Sequence[str] = ()) -> torch.Tensor:
     """What each hidden unit is made of: fc1 rows (both halves of a gate), biases, fc2 columns, in float32 or wider.
+
+    Args:
+        mlp: the MLP.
+        tensor: gives the values of a tensor by its path.
+        names: such as "fc1.weight"; all by default. Those that the MLP lacks are left out.
 
     Returns:
         A matrix (hidden units, values).
     """
     import torch
 
+    roles = {leaf.path: leaf.role for leaf in mlp.leaves}
     parts = []
     for axis in mlp.axes:
+        path, _, name = axis.tensor.rpartition(".")
+        if names and f"{roles.get(path)}.{name}" not in names:
+            continue
         values = tensor(axis.tensor).detach()
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         if axis.groups > 1:  # the input axis of a grouped convolution, once for each group
@@ -90,7 +255,21 @@ def unit_weights(mlp: MLP, tensor: Callable[[str], torch.Tensor]) -> torch.Tenso
         else:
             values = values.movedim(axis.dim, 0).reshape(values.shape[axis.dim], -1)
         parts += [values[offset : offset + mlp.hidden_features] for offset in axis.offsets]
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-from mlpreduce.criteria import first, l2, last, random  # noqa: E402, F401  (they register themselves)
+from mlpreduce.criteria import (  # noqa: E402, F401  (they register themselves)
+    activation,
+    entropy_taylor,
+    first,
+    fisher,
+    gate,
+    gram_schmidt,
+    hessian_diag,
+    l1,
+    l2,
+    last,
+    nvit,
+    random,
+    taylor,
+)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from mlpreduce.criteria import register_criterion
+from mlpreduce.criteria import HiddenUnits, register_criterion
 
 
-@register_criterion("first", weights=False)
-def first(weights: torch.Tensor, seed: int) -> torch.Tensor:
+@register_criterion("first", needs="nothing")
+def first(units: HiddenUnits) -> torch.Tensor:
     """Units 0, 1, 2, ...; at random initialisation as good as any choice."""
-    return torch.arange(weights.shape[0], device="cpu")
+    return torch.arange(len(units), device="cpu")

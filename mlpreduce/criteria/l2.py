@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from mlpreduce.criteria import register_criterion
+from mlpreduce.criteria import HiddenUnits, register_criterion
 
 
 @register_criterion("l2")
-def l2(weights: torch.Tensor, seed: int) -> torch.Tensor:
-    """Decreasing Euclidean norm of the unit's weights; the lower index first where norms are equal."""
-    return torch.sort(weights.norm(dim=1), descending=True, stable=True).indices
+def l2(units: HiddenUnits) -> torch.Tensor:
+    """The Euclidean norm of the unit's weights."""
+    norms: torch.Tensor = torch.linalg.vector_norm(units.weights(), dim=1)
+    return norms

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mlpreduce.criteria import register_criterion
+from mlpreduce.criteria import HiddenUnits, register_criterion
 
 
-@register_criterion("last", weights=False)
-def last(weights: torch.Tensor, seed: int) -> torch.Tensor:
+@register_criterion("last", needs="nothing")
+def last(units: HiddenUnits) -> torch.Tensor:
     """The last unit, the one before it, ..."""
-    return torch.arange(weights.shape[0], device="cpu").flip(0)
+    return torch.arange(len(units), device="cpu").flip(0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mlpreduce.criteria import register_criterion
+from mlpreduce.criteria import HiddenUnits, register_criterion
 
 
-@register_criterion("random", weights=False)
-def random(weights: torch.Tensor, seed: int) -> torch.Tensor:
+@register_criterion("random", needs="nothing")
+def random(units: HiddenUnits) -> torch.Tensor:
     """A permutation from a generator of its own: the global random state is not touched."""
-    return torch.randperm(weights.shape[0], generator=torch.Generator().manual_seed(seed), device="cpu")
+    return torch.randperm(len(units), generator=torch.Generator().manual_seed(units.seed), device="cpu")

@@ -13,11 +13,11 @@ from torch import fx, nn
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph.describe import describe_mlp
 from mlpreduce.graph.flow import Flow
-from mlpreduce.graph.inputs import Inputs, call_with, example_inputs, map_tensors, tensors_in
+from mlpreduce.graph.inputs import INPUTS, Inputs, call_with, example_inputs, map_tensors, tensors_in
 from mlpreduce.graph.match import match_mlps
-from mlpreduce.graph.mlp import MLP, Leaf, chains, select
+from mlpreduce.graph.mlp import MLP, Leaf, chains, select, slice_edit
 from mlpreduce.graph.places import Place, locate
-from mlpreduce.graph.record import INPUTS, read, record
+from mlpreduce.graph.record import read, record
 from mlpreduce.graph.rules import projection, says_mlp
 from mlpreduce.graph.trace import forget, is_meta_twin, module_at, refuse_wrapped, structural_copy, trace
 
@@ -37,6 +37,7 @@ __all__ = [
     "record",
     "refuse_wrapped",
     "select",
+    "slice_edit",
     "structural_copy",
     "survey",
     "tensors_in",

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["Inputs", "call_with", "example_inputs", "map_tensors", "tensors_in"]
+__all__ = ["INPUTS", "Inputs", "call_with", "example_inputs", "map_tensors", "tensors_in"]
+
+INPUTS = "mlpreduce_inputs"  # where a GraphModule keeps what it is called with
 
 Inputs: TypeAlias = "torch.Tensor | tuple[Any, ...] | Mapping[str, Any]"
 
@@ -46,6 +48,9 @@ def example_inputs(model: nn.Module, batch: int = 1) -> Inputs:
         ReductionError: it does not say.
     """
     parameter = next(model.parameters(), torch.empty(0))
+    if isinstance(model, fx.GraphModule) and INPUTS in model.meta:
+        kept: Inputs = model.meta[INPUTS]
+        return map_tensors(kept, lambda t: torch.zeros(batch, *t.shape[1:], dtype=t.dtype, device=parameter.device))
     config = getattr(model, "config", None)
     if hasattr(model, "main_input_name") and config is not None:
         named = _of_config(config, str(model.main_input_name), batch, parameter)

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mlpreduce.edits import Axis, Setting
+from mlpreduce.edits import Axis, Setting, Slice, as_units
 from mlpreduce.errors import ReductionError, did_you_mean
 
-__all__ = ["MLP", "Leaf", "chains", "select"]
+__all__ = ["MLP", "Leaf", "chains", "select", "slice_edit"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,16 @@ class MLP:
     def leaf(self, role: str) -> Leaf:
         """Its first leaf of this role."""
         return next(leaf for leaf in self.leaves if leaf.role == role)
+
+
+def slice_edit(mlp: MLP, uses: Sequence[MLP], units: Sequence[int]) -> Slice:
+    """The edit that keeps `units` of an MLP, in all tensors that its `uses` run through."""
+    axes = list(mlp.axes)
+    for other in uses:
+        if other.name != mlp.name:  # what is tied is sliced once; norms of each depth are its own
+            own = {leaf.path for leaf in other.leaves if not leaf.shareable}
+            axes += [axis for axis in other.axes if axis.tensor.rpartition(".")[0] in own]
+    return Slice(mlp.name, mlp.hidden_features, as_units(units), tuple(dict.fromkeys(axes)), mlp.settings)
 
 
 def chains(mlps: Sequence[MLP]) -> list[list[MLP]]:

@@ -22,13 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph.inputs import Inputs, call_with, example_inputs, map_tensors
+from mlpreduce.graph.inputs import INPUTS, Inputs, call_with, example_inputs, map_tensors
 from mlpreduce.graph.rules import IDLE, is_of_library
 from mlpreduce.graph.trace import NORMS, is_leaf, path_below, structural_copy, trace
 
-__all__ = ["INPUTS", "read", "record"]
-
-INPUTS = "mlpreduce_inputs"  # where a GraphModule keeps what it is called with
+__all__ = ["read", "record"]
 
 
 class _Recorder(TorchFunctionMode):

@@ -34,6 +34,7 @@ def grouped(
     scale: str | float | Mapping[str, float] = "inv_sqrt",
     keep: str = "first",
     remainder: str = "error",
+    repair: str = "none",
 ) -> Iterator[Edit]:
     """Share MLP weights between blocks of one stage.
 
@@ -51,6 +52,8 @@ def grouped(
         keep: whose weights stay: `first`, `last`, their `mean`, or `align_mean`, the mean after the hidden units of
             each are matched with those of the first.
         remainder: of `sequence`, when blocks are left over: `error`, `own` (a smaller group), `merge` (into the last).
+        repair: `least_squares` refits the shared fc2 and its bias on the data, so that it best gives what the MLPs gave that
+            it stands for; or `none`.
 
     Raises:
         ReductionError: the blocks do not split so, are tied already, or an option is out of range.

@@ -1,4 +1,4 @@
-"""`shallow`: slice the hidden width of every MLP out of the full initialisation.
+"""`shallow`: slice hidden units out of every MLP.
 
 Source: ShallowMLP, Krishna Kumar, "Parameter Reduction Improves Vision Transformers", arXiv 2512.01059, equation 2:
 W_fc1 <- W_fc1[:k, :], W_fc2 <- W_fc2[:, :k] with k = h / 2. The name is the paper's: MLPs become narrower, not fewer.
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.graph import MLP
 from mlpreduce.parts import Parts
 from mlpreduce.transforms import register
+from mlpreduce.transforms.targets import SCOPES, UNITS, solved_widths
 
 
 @register("shallow")
@@ -24,8 +26,15 @@ def shallow(
     ratio: float | None = None,
     width: int | None = None,
     widths: Sequence[int] | Mapping[str, int] | None = None,
-    criterion: str = "first",
+    target_params: float | None = None,
+    target_macs: float | None = None,
+    target_latency: float | None = None,
+    criterion: str | Mapping[str, Any] = "first",
+    scope: str = "uniform",
     round_to: int = 1,
+    latency_table: str | None = None,
+    latency_weight: float = 0.0,
+    repair: str = "none",
     seed: int = 0,
 ) -> Iterator[Slice]:
     """Keep part of the hidden units of every MLP.
@@ -35,37 +44,68 @@ def shallow(
     Args:
         parts: the MLPs in scope.
         ratio: fraction of the hidden units to keep, in (0, 1]; the realised width is int(hidden * ratio). 0.5 if no
-            size is given.
-        width: the width to keep, the same for all.
+            size is given. With a scope beyond one MLP, the fraction of all their hidden units.
+        width: the width to keep, the same for all, which must be alike.
         widths: the width of each MLP that is not tied to an earlier one, in order of execution, or by name.
-        criterion: which units to keep, see `list_criteria`.
+        target_params: the most parameters the model may have; at most 1: a fraction of those it has.
+        target_macs: the most multiply-accumulates, in the convention of `Cost.macs`; at most 1: a fraction.
+        target_latency: the most milliseconds by `latency_table`; at most 1: a fraction.
+        criterion: which units to keep, see `list_criteria`; or a dictionary with its name and options.
+        scope: `uniform` (all MLPs keep the same fraction), or the scores of the criterion tell how many units each MLP
+            keeps, `per_stage` (each stage keeps the same fraction) or `global`.
         round_to: widths become multiples of this, and of the groups of a grouped convolution, rounded down, at least
             one multiple.
+        latency_table: path of a table that `budget.LatencyTable` has saved.
+        latency_weight: of the milliseconds that a unit costs, which are taken from its score (the eta of NViT, 5e-4 there).
+        repair: `least_squares` refits fc2 and its bias on the data, so that each MLP best gives what it gave; or `none`.
         seed: of the criterion `random`.
 
     Raises:
-        ReductionError: more than one size, a size out of range, an unknown criterion.
+        ReductionError: more than one size, a size out of range or that cannot be reached, an unknown criterion, or one that
+            needs data and there is none.
     """
     given = {"ratio": ratio, "width": width, "widths": widths}
-    sizes = [name for name, value in given.items() if value is not None]
+    targets = {"target_params": target_params, "target_macs": target_macs, "target_latency": target_latency}
+    sizes = [name for name, value in {**given, **targets}.items() if value is not None]
     if len(sizes) > 1:
-        raise ReductionError(f"{len(sizes)} sizes are given ({', '.join(sizes)}); give one of ratio, width, widths")
+        raise ReductionError(
+            f"{len(sizes)} sizes are given ({', '.join(sizes)}); give one of {', '.join([*given, *targets])}"
+        )
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ReductionError(f"round_to is {round_to!r}; it must be a whole number from 1")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(criterion, str):
+    if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(criterion, (str, Mapping)):
         raise ReductionError(f"criterion is {criterion!r} with seed {seed!r}; it must be a name with a whole number")
+    if scope not in SCOPES:
+        raise ReductionError(f"scope is {scope!r}{did_you_mean(str(scope), SCOPES)}")
     owners = _owners(parts)
-    targets = _widths(parts, owners, ratio, width, widths)
-    for mlp, target in zip(owners, targets, strict=True):
-        step = math.lcm(round_to, mlp.groups)
-        kept = target if target == mlp.hidden_features else max(target // step, 1) * step
-        if not 1 <= target <= mlp.hidden_features or kept > mlp.hidden_features:
-            raise ReductionError(
-                f"{mlp.name} would keep {target if target < 1 else kept} of {mlp.hidden_features} hidden units; "
-                f"it must be 1 to {mlp.hidden_features}"
-            )
-        if kept < mlp.hidden_features:
-            yield parts.keep(mlp, kept, criterion, seed)
+    size = sizes[0] if sizes else "ratio"
+    if size in UNITS or (size == "ratio" and scope != "uniform"):
+        target = targets[size] if size in UNITS else _fraction(owners, ratio)
+        kept = solved_widths(
+            parts, owners, size, target, scope, criterion, round_to, latency_table, latency_weight, seed
+        )
+    elif scope != "uniform":
+        raise ReductionError(
+            f"{size} tells the width of each MLP, and scope={scope!r} would, too; give ratio or a target"
+        )
+    else:
+        asked = _widths(parts, owners, ratio, width, widths)
+        kept = {mlp.name: _rounded(mlp, count, round_to) for mlp, count in zip(owners, asked, strict=True)}
+    for mlp in owners:
+        if kept[mlp.name] < mlp.hidden_features:
+            yield parts.keep(mlp, kept[mlp.name], criterion, seed)
+
+
+def _rounded(mlp: MLP, target: int, round_to: int) -> int:
+    """The width that is realised."""
+    step = math.lcm(round_to, mlp.groups)
+    kept = target if target == mlp.hidden_features else max(target // step, 1) * step
+    if not 1 <= target <= mlp.hidden_features or kept > mlp.hidden_features:
+        raise ReductionError(
+            f"{mlp.name} would keep {target if target < 1 else kept} of {mlp.hidden_features} hidden units; "
+            f"it must be 1 to {mlp.hidden_features}"
+        )
+    return kept
 
 
 def _owners(parts: Parts) -> list[MLP]:
@@ -82,6 +122,20 @@ def _owners(parts: Parts) -> list[MLP]:
     return list(owners.values())
 
 
+def _fraction(owners: Sequence[MLP], ratio: float | None) -> float:
+    """The ratio, checked."""
+    ratio = 0.5 if ratio is None else ratio
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1 or math.isnan(ratio):
+        raise ReductionError(f"ratio is {ratio!r}; it is the fraction of hidden units to keep, above 0 and at most 1")
+    for mlp in owners:
+        if int(mlp.hidden_features * ratio) < 1:
+            raise ReductionError(
+                f"ratio {ratio} keeps none of the {mlp.hidden_features} hidden units of {mlp.name}; "
+                f"the smallest ratio here is {1 / mlp.hidden_features:.3g}"
+            )
+    return ratio
+
+
 def _widths(
     parts: Parts,
     owners: list[MLP],
@@ -92,16 +146,14 @@ def _widths(
     if widths is not None:
         return _given_widths(parts, owners, widths)
     if width is not None:
-        return [_whole("width", width)] * len(owners)
-    ratio = 0.5 if ratio is None else ratio
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1 or math.isnan(ratio):
-        raise ReductionError(f"ratio is {ratio!r}; it is the fraction of hidden units to keep, above 0 and at most 1")
-    for mlp in owners:
-        if int(mlp.hidden_features * ratio) < 1:
+        hidden = sorted({mlp.hidden_features for mlp in owners})
+        if len(hidden) > 1:
             raise ReductionError(
-                f"ratio {ratio} keeps none of the {mlp.hidden_features} hidden units of {mlp.name}; "
-                f"the smallest ratio here is {1 / mlp.hidden_features:.3g}"
+                f"width={width!r} for MLPs of {', '.join(map(str, hidden))} hidden units, which are unlike; give ratio, or "
+                f"widths by name"
             )
+        return [_whole("width", width)] * len(owners)
+    ratio = _fraction(owners, ratio)
     return [int(mlp.hidden_features * ratio) for mlp in owners]
 
 

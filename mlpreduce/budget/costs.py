@@ -13,7 +13,7 @@ Three conventions of multiply-accumulates for one image:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,13 +85,25 @@ class Baseline:
 
     def after(self, plan: Plan) -> Cost:
         """Exact cost of the model after a plan; nothing is changed."""
-        result = outcome(self.mlps, plan)
+        return self._cost(outcome(self.mlps, plan))
+
+    def with_widths(self, widths: Mapping[str, int]) -> Cost:
+        """Exact cost of the model with other hidden widths, by owner; those that are not given stay."""
+        return self._cost({m.name: (widths.get(m.owner, m.hidden_features), m.owner) for m in self.mlps})
+
+    def macs_gone(self, mlp: MLP, positions: int, hidden: int) -> int:
+        """What one use of an MLP, acting on that many positions, saves of `Cost.macs` with this width."""
+        norms = (mlp.hidden_features - hidden) * mlp.norms_per_unit * LAYER_NORM_MACS
+        return positions * (mlp.macs_gone(hidden) + norms)
+
+    def _cost(self, result: Mapping[str, tuple[int, str]]) -> Cost:
+        """The cost for a width and an owner of each MLP."""
         params, linear, norms = 0, 0, 0
         for mlp, positions in zip(self.mlps, self.positions, strict=True):
             hidden, owner = result[mlp.name]
             params += mlp.params(hidden, owned=owner == mlp.name)
             linear += positions * mlp.macs_gone(hidden)
-            norms += positions * (mlp.hidden_features - hidden) * mlp.norms_per_unit * LAYER_NORM_MACS
+            norms += self.macs_gone(mlp, positions, hidden) - positions * mlp.macs_gone(hidden)
         return Cost(
             params=self.cost.params - self.cost.mlp_params + params,
             mlp_params=params,

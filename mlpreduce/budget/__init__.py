@@ -1,0 +1,26 @@
+"""What reductions cost, before anything is changed, and the hidden widths that meet a budget.
+
+- `measure` counts a model once; a `Baseline` then has the exact `Cost` of every plan.
+- `uniform_widths` and `ranked_widths` solve for a target; `LatencyTable` predicts latency from measurements.
+"""
+
+from __future__ import annotations
+
+from mlpreduce.budget.costs import Baseline, Cost, measure, outcome
+from mlpreduce.budget.latency import LatencyTable
+from mlpreduce.budget.solve import Budget, Slot, number, price_of, ranked_widths, staged_widths, uniform_widths
+
+__all__ = [
+    "Baseline",
+    "Budget",
+    "Cost",
+    "LatencyTable",
+    "Slot",
+    "measure",
+    "number",
+    "outcome",
+    "price_of",
+    "ranked_widths",
+    "staged_widths",
+    "uniform_widths",
+]

@@ -1,0 +1,32 @@
+"""What hidden units do on calibration data: the scores of criteria that look at it.
+
+The data is any iterable of batches. It is read once, a few examples at a time, always as many whatever the batches, so that
+neither the answer nor the memory depends on them. Where torch.distributed is initialised, every process reads its share and all
+get the same answer; they have to call it together. Nothing of the model changes: a copy of its module tree runs, in evaluation
+mode and full precision, whose tensors are the model's own.
+"""
+
+from __future__ import annotations
+
+from mlpreduce.calibration.learn import measure_gates
+from mlpreduce.calibration.measure import Loss, Measured, measure_scores, running, telling
+from mlpreduce.calibration.quiet import check_twice_differentiable, full_precision, quiet_copy, undisturbed_randomness
+from mlpreduce.calibration.samples import CHUNK, Samples, logits_of
+from mlpreduce.calibration.taps import Taps
+
+__all__ = [
+    "CHUNK",
+    "Loss",
+    "Measured",
+    "Samples",
+    "Taps",
+    "check_twice_differentiable",
+    "full_precision",
+    "logits_of",
+    "measure_gates",
+    "measure_scores",
+    "quiet_copy",
+    "running",
+    "telling",
+    "undisturbed_randomness",
+]

@@ -1,0 +1,191 @@
+"""Scores of hidden units from what they do on calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mlpreduce.calibration.quiet import (
+    check_twice_differentiable,
+    full_precision,
+    quiet_copy,
+    undisturbed_randomness,
+)
+from mlpreduce.calibration.samples import Samples, logits_of
+from mlpreduce.calibration.taps import Gates, Taps
+from mlpreduce.criteria import Choice, Seen
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import MLP
+
+__all__ = ["Loss", "Measured", "measure_scores", "objective_of", "running", "telling"]
+
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores of the hidden units of each unique MLP.
+
+    Attributes:
+        scores: by owner, (hidden units,) in float64 on the CPU, the larger the more important.
+        samples: examples they are of.
+        fingerprint: of these examples.
+    """
+
+    scores: Mapping[str, torch.Tensor]
+    samples: int
+    fingerprint: str
+
+
+def measure_scores(
+    model: nn.Module, mlps: Sequence[MLP], choice: Choice, data: Any, loss: Loss | None = None, seed: int = 0
+) -> Measured:
+    """Scores by a criterion that looks at data.
+
+    Args:
+        model: the model; it is not changed.
+        mlps: its MLPs, all uses of each.
+        choice: the criterion with its options.
+        data: an iterable of images, or of (images, labels) for a criterion that needs a loss.
+        loss: `(what the model gives, labels) -> scalar`, the mean over the examples; by default the cross entropy.
+        seed: of random signs.
+
+    Raises:
+        ReductionError: the data is empty or not what is needed, or the model cannot be run on it.
+    """
+    criterion = choice.criterion
+    samples = Samples(data, model, labels=criterion.needs == "loss" and criterion.objective is None)
+    tree = quiet_copy(model)
+    taps = Taps(tree, mlps, choice.sites)
+    signs = _signs(taps, criterion.probes, seed)
+    sums = {mlp.owner: torch.zeros(mlp.hidden_features, dtype=torch.float64) for mlp in mlps}
+
+    def add(seen: Mapping[str, Seen]) -> None:
+        for owner, what in seen.items():
+            sums[owner] += criterion.function(what, **choice.options).detach().cpu().double().sum(0)
+
+    problem = None
+    with running(samples.device, gradients=criterion.needs == "loss"):
+        try:
+            for number, (images, labels) in enumerate(samples.chunks()):
+                with telling(images):
+                    if number == 0:
+                        taps.check_examples(tree, images)
+                    if criterion.needs == "images":
+                        add(_active(tree, taps, images))
+                    else:
+                        objective = objective_of(choice, tree, images, labels, loss)
+                        add(_changes(taps, objective, images, signs, criterion.name))
+        except ReductionError as error:
+            problem = error
+        sums = samples.finish(sums, problem)
+    for owner, total in sums.items():
+        if not total.isfinite().all():
+            raise ReductionError(f"criterion {choice}: the scores of {owner} are not finite; is the loss?")
+    return Measured({owner: total / samples.count for owner, total in sums.items()}, samples.count, samples.fingerprint)
+
+
+@contextmanager
+def running(device: torch.device, *, gradients: bool) -> Iterator[None]:
+    """Full precision, undisturbed random states, with or without gradients."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        stack.enter_context(full_precision(device))
+        stack.enter_context(undisturbed_randomness(device))
+        yield
+
+
+@contextmanager
+def telling(images: torch.Tensor) -> Iterator[None]:
+    """Tell what the model was given where its own code raises."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        if isinstance(error, ReductionError):
+            raise
+        raise ReductionError(
+            f"the model does not run on images {tuple(images.shape)} of the data: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no reason'}"
+        ) from error
+
+
+def _active(tree: nn.Module, taps: Taps, images: torch.Tensor) -> dict[str, Seen]:
+    with taps.recording(len(images)) as kept:
+        tree(images)
+    return {owner: Seen(torch.cat(calls, 1), {}, {}) for owner, calls in kept.items() if calls}
+
+
+def objective_of(
+    choice: Choice, tree: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, loss: Loss | None
+) -> Callable[[], torch.Tensor]:
+    """The mean loss of a few images."""
+    own = choice.criterion.objective
+
+    def value() -> torch.Tensor:
+        if own is not None:
+            return own(tree, images)
+        output = tree(images)
+        if loss is not None:
+            found = loss(output, labels)  # type: ignore[arg-type]
+            if not isinstance(found, torch.Tensor) or found.dim():
+                raise ReductionError(
+                    f"loss gave {type(found).__name__}, not the mean over the examples as a scalar tensor"
+                )
+            return found
+        return nn.functional.cross_entropy(logits_of(output), labels)  # type: ignore[arg-type]
+
+    return value
+
+
+def _changes(
+    taps: Taps, objective: Callable[[], torch.Tensor], images: torch.Tensor, signs: Sequence[Gates], name: str
+) -> dict[str, Seen]:
+    """Derivatives of the loss of each example by a factor on each unit, and along random signs the second ones."""
+    gates = taps.gates(len(images), images)
+    keys, values = list(gates), list(gates.values())
+    with ExitStack() as stack:
+        if signs:  # the fused kernels of attention have no second derivative
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(taps.multiplying(gates))
+        total = objective() * len(images)
+        slopes = torch.autograd.grad(total, values, create_graph=bool(signs), allow_unused=True, materialize_grads=True)
+        bend = {key: torch.zeros_like(value, requires_grad=False) for key, value in gates.items()}
+        for sign in signs:
+            along = torch.stack([(s * sign[key].to(s)).sum() for key, s in zip(keys, slopes, strict=True)]).sum()
+            try:
+                check_twice_differentiable(along)
+                products = torch.autograd.grad(along, values, retain_graph=True, materialize_grads=True)
+            except (RuntimeError, NotImplementedError) as error:
+                raise ReductionError(
+                    f"criterion {name}: an operation of the model has no second derivative ({str(error).splitlines()[0]})"
+                ) from error
+            for key, product in zip(keys, products, strict=True):
+                bend[key] += product.detach() * sign[key].to(product) / len(signs)
+    change = dict(zip(keys, (slope.detach() for slope in slopes), strict=True))
+    return {
+        owner: Seen(
+            None,
+            {site: value for (whose, site), value in change.items() if whose == owner},
+            {site: value for (whose, site), value in bend.items() if whose == owner},
+        )
+        for owner in {owner: None for owner, _ in keys}
+    }
+
+
+def _signs(taps: Taps, count: int, seed: int) -> list[Gates]:
+    """Random signs, (1, hidden units) for each key: the same for all examples, so that batches do not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            (owner, site): torch.randint(0, 2, (1, taps.hidden[owner]), generator=generator, device="cpu") * 2.0 - 1
+            for owner, site in taps.places()
+        }
+        for _ in range(count)
+    ]

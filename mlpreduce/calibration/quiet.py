@@ -1,0 +1,75 @@
+"""Running a model without a trace: in full precision, with the random states as they were, on a copy of its module tree."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from mlpreduce.graph import structural_copy
+
+__all__ = ["check_twice_differentiable", "full_precision", "quiet_copy", "undisturbed_randomness"]
+
+_CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # flags of timm and transformers
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32 within."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with torch.autocast(device.type, enabled=False):
+        try:
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@contextmanager
+def undisturbed_randomness(device: torch.device) -> Iterator[None]:
+    """Random states of torch, numpy and Python are afterwards as they were: a loader draws from them, even in order."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def quiet_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree in evaluation mode, without hooks and checkpointing, of frozen tensors in the same memory."""
+    tree = structural_copy(model)
+    frozen: dict[int, nn.Parameter] = {}
+    for module in tree.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                alike = frozen.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=False))
+                module._parameters[name] = alike
+        for name in _CHECKPOINTING:
+            if module.__dict__.get(name) is True:
+                setattr(module, name, False)
+    return tree.train().eval()  # anew: what modules keep in it, as timm's attention biases, may be of older weights
+
+
+def check_twice_differentiable(value: torch.Tensor) -> None:
+    """Raise where a function of one derivative was met: torch.autograd.grad passes its node by and leaves out what it gives.
+
+    Raises:
+        NotImplementedError: there is such a function.
+    """
+    seen, nodes = set(), [value.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise NotImplementedError("the derivative of a function marked once_differentiable is not implemented")
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]

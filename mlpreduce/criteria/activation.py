@@ -1,0 +1,31 @@
+"""`activation`: the units that are active most.
+
+Source: statistics of activations as in Hu et al., "Network Trimming", arXiv 1607.03250 (how often a unit is not zero), and the
+mean of absolute activations; of what fc2 is given, after gates and norms.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mlpreduce.criteria import Seen, register_criterion
+from mlpreduce.errors import ReductionError, did_you_mean
+
+
+@register_criterion("activation", needs="images")
+def activation(seen: Seen, *, statistic: str = "mean", threshold: float = 0.0) -> torch.Tensor:
+    """The mean of |a| over positions, or how often it is above a threshold.
+
+    Args:
+        seen: what the units did.
+        statistic: `mean`, or `frequency`: the share of positions with a > `threshold`.
+        threshold: of `frequency`. GELU is below 0 for all negative inputs, so 0 counts the positive ones.
+    """
+    if statistic not in ("mean", "frequency"):
+        raise ReductionError(
+            f"criterion activation: statistic is {statistic!r}{did_you_mean(str(statistic), ('mean', 'frequency'))}"
+        )
+    assert seen.hidden is not None
+    if statistic == "mean":
+        return seen.hidden.abs().mean(1)
+    return (seen.hidden > threshold).to(seen.hidden.dtype).mean(1)

@@ -1,0 +1,117 @@
+"""The hidden widths with which a model meets a target: what `shallow` asks of `mlpreduce.budget`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mlpreduce.budget import (
+    Budget,
+    LatencyTable,
+    Slot,
+    number,
+    price_of,
+    ranked_widths,
+    staged_widths,
+    uniform_widths,
+)
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import MLP
+from mlpreduce.parts import Parts
+
+__all__ = ["SCOPES", "UNITS", "solved_widths"]
+
+SCOPES = {"uniform": uniform_widths, "per_stage": staged_widths, "global": ranked_widths}
+UNITS = {"target_params": "parameters", "target_macs": "MACs", "target_latency": "ms"}
+
+
+def solved_widths(
+    parts: Parts,
+    owners: Sequence[MLP],
+    size: str,
+    target: Any,
+    scope: str,
+    criterion: str | Mapping[str, Any],
+    round_to: int,
+    latency_table: str | None,
+    latency_weight: float,
+    seed: int,
+) -> dict[str, int]:
+    """Width of each MLP to slice, by name, so that the model costs no more than a target; notes what is reached.
+
+    Raises:
+        ReductionError: the target is none or cannot be reached, the criterion gives no scores, or there is no table.
+    """
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < math.inf:
+        raise ReductionError(
+            f"{size} is {target!r}; it must be a positive number: at most 1 a fraction, above it absolute"
+        )
+    table = _table(size, latency_table, latency_weight)
+    present, prices = _prices(parts, owners, size, table)
+    slots = [
+        Slot(
+            owner=mlp.name,
+            hidden=mlp.hidden_features,
+            step=math.lcm(round_to, mlp.groups),
+            price=prices[mlp.name],
+            stage=mlp.stage,
+            scores=None if scope == "uniform" else _sorted_scores(parts, mlp, criterion, seed),
+            penalty=_penalty(table, mlp, latency_weight),
+        )
+        for mlp in owners
+    ]
+    base = present - sum(slot.price(slot.hidden) for slot in slots)
+    most = target * present if target <= 1 else target
+    unit = UNITS.get(size, "hidden units")
+    if size != "target_latency":
+        most = math.floor(most)
+    budget = Budget(slots, base, most, unit)
+    widths: dict[str, int] = SCOPES[scope](budget)
+    reached = budget.cost(widths)
+    parts.notes.append(
+        f"{size}={target!r}: {number(reached)} of at most {number(most)} {unit}, {number(present)} before"
+    )
+    return widths
+
+
+def _table(size: str, path: str | None, weight: float) -> LatencyTable | None:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise ReductionError(f"latency_weight is {weight!r}; it must be a number from 0")
+    if path is not None:
+        return LatencyTable.load(path)
+    if size == "target_latency" or weight:
+        wanted = "target_latency" if size == "target_latency" else "latency_weight"
+        raise ReductionError(
+            f"{wanted} needs latency_table, a path; write one with mlpreduce.budget.LatencyTable.measure(model).save(path)"
+        )
+    return None
+
+
+def _prices(
+    parts: Parts, owners: Sequence[MLP], size: str, table: LatencyTable | None
+) -> tuple[float, dict[str, Callable[[int], float]]]:
+    """What the model costs as it is, and the price of each MLP by width."""
+    if size == "target_latency" and table is not None:
+        return table.predict({}), {mlp.name: _latency(table, mlp.name) for mlp in owners}
+    if size == "ratio":
+        return sum(mlp.hidden_features for mlp in owners), {mlp.name: float for mlp in owners}
+    cost = parts.baseline.cost
+    present = cost.params if size == "target_params" else cost.macs
+    return present, {mlp.name: price_of(parts.baseline, mlp.name, UNITS[size]) for mlp in owners}
+
+
+def _latency(table: LatencyTable, owner: str) -> Callable[[int], float]:
+    return lambda width: table.of(owner, width)
+
+
+def _penalty(table: LatencyTable | None, mlp: MLP, weight: float) -> Callable[[int], float] | None:
+    return None if table is None or not weight else lambda width: weight * table.of(mlp.name, width)
+
+
+def _sorted_scores(parts: Parts, mlp: MLP, criterion: str | Mapping[str, Any], seed: int) -> Any:
+    """Scores of the units in the order in which they are kept; of an MLP with groups, in turns of the groups."""
+    scores = parts.scores(mlp, criterion, seed)
+    if mlp.groups == 1:
+        return scores.sort(descending=True, stable=True).values
+    return scores.unflatten(0, (mlp.groups, -1)).sort(1, descending=True, stable=True).values.T.flatten()
