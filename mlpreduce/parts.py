@@ -10,12 +10,12 @@ import torch
 from torch import fx, nn
 from torch.func import functional_call
 
-from mlpreduce.budget import Baseline, measure
-from mlpreduce.calibration import Loss, Measured, measure_gates, measure_scores
-from mlpreduce.criteria import Choice, HiddenUnits, as_order, choose
+from mlpreduce.budget import Baseline, counted, measure
+from mlpreduce.calibration import Answers, Loss
+from mlpreduce.criteria import as_order, choose
 from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import MLP, Inputs, Leaf, chains, module_at, slice_edit, structural_copy
+from mlpreduce.graph import MLP, Inputs, Leaf, chains, first_units, module_at, slice_edit, structural_copy
 
 __all__ = ["Parts"]
 
@@ -47,8 +47,7 @@ class Parts(Sequence[MLP]):
         example_inputs: Inputs | None = None,
     ) -> None:
         self._model, self._mlps, self._every = model, list(mlps), list(every or mlps)
-        self._data, self._loss, self._inputs = data, loss, example_inputs
-        self._measured: dict[str, Measured] = {}
+        self._answers, self._inputs = Answers(model, self._every, data, loss), example_inputs
         self.chains = chains(self._mlps)
         self.notes: list[str] = []
 
@@ -71,13 +70,7 @@ class Parts(Sequence[MLP]):
         Raises:
             ReductionError: the model is on the meta device and has no values.
         """
-        parent, _, name = path.rpartition(".")
-        value: torch.Tensor = getattr(module_at(self._model, parent), name)
-        if value.is_meta:
-            raise ReductionError(
-                f"needs the values of {path}, but the model is on the meta device; give it weights first"
-            )
-        return value
+        return self._answers.tensor(path)
 
     def output(self, mlp: MLP, inputs: torch.Tensor, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What an MLP makes of inputs `(batch, features)`, computed in their dtype, with other values of some tensors.
@@ -115,6 +108,11 @@ class Parts(Sequence[MLP]):
         return [f"{leaf.path}.{name}" for name, tensor in named if tensor.is_floating_point()]
 
     @cached_property
+    def counts(self) -> Baseline:
+        """The parameters of the model as it is, and no MACs."""
+        return counted(self._model, self._every)
+
+    @cached_property
     def baseline(self) -> Baseline:
         """What the model costs as it is.
 
@@ -126,8 +124,7 @@ class Parts(Sequence[MLP]):
     @property
     def data(self) -> dict[str, Any] | None:
         """Number and fingerprint of the examples that were looked at, if any were."""
-        known = next(iter(self._measured.values()), None)
-        return None if known is None else {"samples": known.samples, "fingerprint": known.fingerprint}
+        return self._answers.data
 
     def scores(self, mlp: MLP, criterion: str | Mapping[str, Any], seed: int = 0) -> torch.Tensor:
         """Scores of the hidden units of an MLP, (hidden units,), which can be compared between MLPs.
@@ -135,7 +132,7 @@ class Parts(Sequence[MLP]):
         Raises:
             ReductionError: as `order`; the criterion gives an order alone.
         """
-        answer = self._answer(mlp, choose(criterion), seed, None)
+        answer = self._answers.of(mlp, choose(criterion), seed + self._place(mlp))
         if not answer.is_floating_point():
             raise ReductionError(
                 f"criterion {choose(criterion)} orders the units of each MLP, and gives no scores to compare MLPs by; use "
@@ -157,30 +154,10 @@ class Parts(Sequence[MLP]):
         Raises:
             ReductionError: unknown criterion, or it needs weights or data and there are none.
         """
-        return as_order(self._answer(mlp, choose(criterion), seed, wanted))
+        return as_order(self._answers.of(mlp, choose(criterion), seed + self._place(mlp), wanted))
 
-    def _answer(self, mlp: MLP, choice: Choice, seed: int, wanted: int | None) -> torch.Tensor:
-        """What a criterion says of an MLP: scores or an order."""
-        criterion = choice.criterion
-        if criterion.of_data:
-            if str(choice) not in self._measured:
-                if criterion.needs == "gates":
-                    self._measured[str(choice)] = measure_gates(
-                        self._model, self._every, choice, self._data, self._loss
-                    )
-                else:
-                    found = measure_scores(self._model, self._every, choice, self._data, self._loss, seed)
-                    self._measured[str(choice)] = found
-            return self._measured[str(choice)].scores[mlp.owner]
-        index = next(i for i, other in enumerate(self._mlps) if other.name == mlp.name)
-        units = HiddenUnits(mlp, self.tensor, seed + index, wanted)
-        answer = criterion.function(units, **choice.options)
-        if tuple(answer.shape) != (len(units),) or not answer.isfinite().all():
-            raise ReductionError(
-                f"criterion {choice} gave {tuple(answer.shape)} values for the {len(units)} hidden units of {mlp.name}, or "
-                f"some that are not finite; are its weights?"
-            )
-        return answer
+    def _place(self, mlp: MLP) -> int:
+        return next(i for i, other in enumerate(self._mlps) if other.name == mlp.name)
 
     def slice(self, mlp: MLP, units: Sequence[int]) -> Slice:
         """The edit that keeps `units` of an MLP, in all tensors that its uses run through."""
@@ -197,8 +174,5 @@ class Parts(Sequence[MLP]):
                 f"{mlp.name} has a convolution in {mlp.groups} groups and would keep {width} hidden units; the width must "
                 f"be a multiple of {mlp.groups}"
             )
-        if mlp.groups == 1:
-            return self.slice(mlp, self.order(mlp, criterion, seed, width)[:width])
-        order, size = self.order(mlp, criterion, seed), mlp.hidden_features // mlp.groups
-        groups = [[unit for unit in order if unit // size == group] for group in range(mlp.groups)]
-        return self.slice(mlp, [unit for units in groups for unit in units[: width // mlp.groups]])
+        wanted = width if mlp.groups == 1 else None
+        return self.slice(mlp, first_units(mlp, self.order(mlp, criterion, seed, wanted), width))

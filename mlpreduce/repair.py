@@ -76,14 +76,14 @@ def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Pl
         raise ReductionError(
             f"repair={kind!r}: {fused[0]} shares a layer with attention, which would change too; exclude it"
         )
-    before, after = quiet_copy(model), _reduced(model, made)
     places = {share.target: share.source for share in made.of(Share)}  # a graph knows a tied leaf by one path only
     moved = [
         replace(m, leaves=tuple(replace(one, path=places.get(one.path, one.path)) for one in m.leaves)) for m in uses
     ]
-    fits = _fits(after, moved)
     problem = None
     with running(samples.device, gradients=False):
+        before, after = quiet_copy(model), _reduced(model, made)
+        fits = _fits(after, moved)
         try:
             for images, _ in samples.chunks():
                 with telling(images):
@@ -212,7 +212,8 @@ def _solved(fit: _Fit) -> tuple[dict[str, torch.Tensor], float, float]:
         means, rest = fit.square[-1, :-1] / count, fit.cross[:, -1] / count
         square = square - count * torch.outer(means, means)
         cross = cross - count * torch.outer(rest, means)
-    ridge = _RIDGE * square.diagonal().mean()
+    noise = torch.finfo(square.dtype).eps * len(square) * fit.square.diagonal()[:-1].max()  # of the means' subtraction
+    ridge = _RIDGE * square.diagonal().mean() + noise
     if not square.isfinite().all() or not cross.isfinite().all():
         raise ReductionError(f"repair: what {fit.path} is given is not finite; look at the model or the data")
     change = torch.zeros_like(cross)

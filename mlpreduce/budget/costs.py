@@ -14,7 +14,7 @@ Three conventions of multiply-accumulates for one image:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from mlpreduce.graph import (
     tensors_in,
 )
 
-__all__ = ["Baseline", "Cost", "measure", "outcome"]
+__all__ = ["Baseline", "Cost", "counted", "measure", "outcome"]
 
 LAYER_NORM_MACS = 5  # fvcore's per-element cost
 _LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution}
@@ -128,6 +128,19 @@ def outcome(mlps: Sequence[MLP], plan: Plan) -> dict[str, tuple[int, str]]:
     return result
 
 
+def counted(model: nn.Module, mlps: Sequence[MLP]) -> Baseline:
+    """Parameters alone, without running the model: its MACs are 0."""
+    cost = Cost(
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        mlp_params=sum(mlp.params(owned=mlp.owner == mlp.name) for mlp in mlps),
+        unique_mlps=len({mlp.owner for mlp in mlps}),
+        macs_linear=0,
+        macs=0,
+        macs_with_attention=0,
+    )
+    return Baseline(cost, tuple(mlps), (0,) * len(mlps))
+
+
 def measure(model: nn.Module, inputs: Inputs | None = None, mlps: Sequence[MLP] | None = None) -> Baseline:
     """Count parameters and MACs by dispatching one image on the meta device. Takes no memory and changes nothing.
 
@@ -170,11 +183,8 @@ def measure(model: nn.Module, inputs: Inputs | None = None, mlps: Sequence[MLP] 
     linear = sum(count for op, count in flops.items() if op in _LINEAR) // 2
     norms = flops.get(_NORM, 0) * LAYER_NORM_MACS
     attention = sum(count for op, count in flops.items() if op not in _LINEAR and op is not _NORM) // 2
-    mlp_params = sum(mlp.params(owned=mlp.owner == mlp.name) for mlp in mlps)
-    cost = Cost(
-        params=sum(parameter.numel() for parameter in model.parameters()),
-        mlp_params=mlp_params,
-        unique_mlps=len({mlp.owner for mlp in mlps}),
+    cost = replace(
+        counted(model, mlps).cost,
         macs_linear=linear,
         macs=linear + norms,
         macs_with_attention=linear + norms + attention,

@@ -16,7 +16,7 @@ import torch
 from mlpreduce.budget.costs import Baseline
 from mlpreduce.errors import ReductionError
 
-__all__ = ["Budget", "Slot", "price_of", "ranked_widths", "staged_widths", "uniform_widths"]
+__all__ = ["Budget", "Slot", "filled", "number", "price_of", "ranked_widths", "staged_widths", "uniform_widths"]
 
 Widths = dict[str, int]
 Price = Callable[[int], float]
@@ -162,7 +162,7 @@ def ranked_widths(budget: Budget) -> Widths:
             heapq.heappush(waiting, least(index))
         if cost <= budget.target or not waiting:  # free of the rounding of many sums
             cost = budget.cost(widths)
-    return _filled(budget, widths)
+    return filled(budget, widths)
 
 
 def staged_widths(budget: Budget) -> Widths:
@@ -177,10 +177,10 @@ def staged_widths(budget: Budget) -> Widths:
     for stage in {slot.stage: None for slot in budget.slots}:
         own = replace(budget, slots=[slot for slot in budget.slots if slot.stage == stage], base=0)
         widths = widths | ranked_widths(replace(own, target=own.cost(even)))
-    return _filled(budget, widths)
+    return filled(budget, widths)
 
 
-def _filled(budget: Budget, widths: Widths) -> Widths:
+def filled(budget: Budget, widths: Widths) -> Widths:
     """Widened where a step still fits, the best score first."""
     widths = dict(widths)
     gains = {slot.owner: _gain(slot) for slot in budget.slots}

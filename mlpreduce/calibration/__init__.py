@@ -8,23 +8,27 @@ mode and full precision, whose tensors are the model's own.
 
 from __future__ import annotations
 
+from mlpreduce.calibration.answers import Answers
 from mlpreduce.calibration.learn import measure_gates
-from mlpreduce.calibration.measure import Loss, Measured, measure_scores, running, telling
+from mlpreduce.calibration.measure import Loss, Measured, measure_scores, objective_of, running, telling
 from mlpreduce.calibration.quiet import check_twice_differentiable, full_precision, quiet_copy, undisturbed_randomness
-from mlpreduce.calibration.samples import CHUNK, Samples, logits_of
+from mlpreduce.calibration.samples import CHUNK, Samples, all_reduce, logits_of
 from mlpreduce.calibration.taps import Taps
 
 __all__ = [
     "CHUNK",
+    "Answers",
     "Loss",
     "Measured",
     "Samples",
     "Taps",
+    "all_reduce",
     "check_twice_differentiable",
     "full_precision",
     "logits_of",
     "measure_gates",
     "measure_scores",
+    "objective_of",
     "quiet_copy",
     "running",
     "telling",

@@ -42,10 +42,10 @@ def measure_gates(
         if not fits:
             raise ReductionError(f"criterion {choice}: {key} is {options[key]!r}, which is too small")
     samples = Samples(data, model, labels=True)
-    tree = quiet_copy(model)
-    taps = Taps(tree, mlps, ("fc2",))
     problem = None
     with running(samples.device, gradients=True):
+        tree = quiet_copy(model)
+        taps = Taps(tree, mlps, ("fc2",))
         gates = {
             key: gate[:1]
             for key, gate in taps.gates(1, torch.empty(0, device=samples.device, dtype=samples.dtype)).items()

@@ -61,34 +61,39 @@ def measure_scores(
     """
     criterion = choice.criterion
     samples = Samples(data, model, labels=criterion.needs == "loss" and criterion.objective is None)
-    tree = quiet_copy(model)
-    taps = Taps(tree, mlps, choice.sites)
-    signs = _signs(taps, criterion.probes, seed)
-    sums = {mlp.owner: torch.zeros(mlp.hidden_features, dtype=torch.float64) for mlp in mlps}
-
-    def add(seen: Mapping[str, Seen]) -> None:
-        for owner, what in seen.items():
-            sums[owner] += criterion.function(what, **choice.options).detach().cpu().double().sum(0)
-
-    problem = None
     with running(samples.device, gradients=criterion.needs == "loss"):
-        try:
-            for number, (images, labels) in enumerate(samples.chunks()):
-                with telling(images):
-                    if number == 0:
-                        taps.check_examples(tree, images)
-                    if criterion.needs == "images":
-                        add(_active(tree, taps, images))
-                    else:
-                        objective = objective_of(choice, tree, images, labels, loss)
-                        add(_changes(taps, objective, images, signs, criterion.name))
-        except ReductionError as error:
-            problem = error
-        sums = samples.finish(sums, problem)
+        sums = _sums(model, mlps, choice, samples, loss, seed)
     for owner, total in sums.items():
         if not total.isfinite().all():
             raise ReductionError(f"criterion {choice}: the scores of {owner} are not finite; is the loss?")
     return Measured({owner: total / samples.count for owner, total in sums.items()}, samples.count, samples.fingerprint)
+
+
+def _sums(
+    model: nn.Module, mlps: Sequence[MLP], choice: Choice, samples: Samples, loss: Loss | None, seed: int
+) -> dict[str, torch.Tensor]:
+    """Sums of a criterion's values over all examples, by owner."""
+    criterion = choice.criterion
+    tree = quiet_copy(model)
+    taps = Taps(tree, mlps, choice.sites)
+    signs = _signs(taps, criterion.probes, seed)
+    sums = {mlp.owner: torch.zeros(mlp.hidden_features, dtype=torch.float64, device="cpu") for mlp in mlps}
+    problem = None
+    try:
+        for number, (images, labels) in enumerate(samples.chunks()):
+            with telling(images):
+                if number == 0:
+                    taps.check_examples(tree, images)
+                if criterion.needs == "images":
+                    seen = _active(tree, taps, images)
+                else:
+                    objective = objective_of(choice, tree, images, labels, loss)
+                    seen = _changes(taps, objective, images, signs, criterion.name)
+                for owner, what in seen.items():
+                    sums[owner] += criterion.function(what, **choice.options).detach().cpu().double().sum(0)
+    except ReductionError as error:
+        problem = error
+    return samples.finish(sums, problem)
 
 
 @contextmanager

@@ -62,10 +62,14 @@ class Taps:
 
     @contextmanager
     def multiplying(self, gates: Gates) -> Iterator[None]:
-        """Within, units are multiplied by gates (examples, hidden units), or (1, hidden units) for all alike."""
+        """Within, units are multiplied by gates (examples, hidden units), or (1, hidden units) for all alike.
+
+        Those of MLPs without a gate stay as they are.
+        """
         handles = []
         for tap in self._taps.values():
-            gate = gates[tap.owner, tap.site]
+            if (gate := gates.get((tap.owner, tap.site))) is None:
+                continue
 
             def after(module: nn.Module, args: Any, output: Any, tap: _Tap = tap, gate: torch.Tensor = gate) -> Any:
                 return output * _factors(tap, gate, output)
@@ -110,9 +114,15 @@ class Taps:
             ReductionError: an MLP has not.
         """
         pair = torch.cat([images[:1], torch.full_like(images[:1], torch.nan)])
-        with self.recording(2) as kept:
+        with self.recording(2) as pairs:
             tree(pair)
-        for owner, calls in kept.items():
+        with self.recording(1) as alone:
+            tree(images[:1])
+        for owner, calls in pairs.items():
+            if not all(call.isfinite().all() for call in alone[owner]):
+                raise ReductionError(
+                    f"what {owner} makes of the first image is not finite; look at the weights and the data"
+                )
             if any(not call[0].isfinite().all() or call[1].isfinite().all() for call in calls):
                 raise ReductionError(
                     f"{owner} does not have the images one after the other along its first dimension, so that what a unit "

@@ -15,7 +15,7 @@ from mlpreduce.graph.describe import describe_mlp
 from mlpreduce.graph.flow import Flow
 from mlpreduce.graph.inputs import INPUTS, Inputs, call_with, example_inputs, map_tensors, tensors_in
 from mlpreduce.graph.match import match_mlps
-from mlpreduce.graph.mlp import MLP, Leaf, chains, select, slice_edit
+from mlpreduce.graph.mlp import MLP, Leaf, chains, first_units, select, slice_edit
 from mlpreduce.graph.places import Place, locate
 from mlpreduce.graph.record import read, record
 from mlpreduce.graph.rules import projection, says_mlp
@@ -30,6 +30,7 @@ __all__ = [
     "chains",
     "example_inputs",
     "find_mlps",
+    "first_units",
     "map_tensors",
     "mlps_or_raise",
     "module_at",

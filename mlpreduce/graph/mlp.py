@@ -10,7 +10,7 @@ from functools import cached_property
 from mlpreduce.edits import Axis, Setting, Slice, as_units
 from mlpreduce.errors import ReductionError, did_you_mean
 
-__all__ = ["MLP", "Leaf", "chains", "select", "slice_edit"]
+__all__ = ["MLP", "Leaf", "chains", "first_units", "select", "slice_edit"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,15 @@ class MLP:
     def leaf(self, role: str) -> Leaf:
         """Its first leaf of this role."""
         return next(leaf for leaf in self.leaves if leaf.role == role)
+
+
+def first_units(mlp: MLP, order: Sequence[int], width: int) -> list[int]:
+    """The first units of an order; of an MLP with groups, as many of each group."""
+    if mlp.groups == 1:
+        return list(order[:width])
+    size = mlp.hidden_features // mlp.groups
+    groups = [[unit for unit in order if unit // size == group] for group in range(mlp.groups)]
+    return [unit for units in groups for unit in units[: width // mlp.groups]]
 
 
 def slice_edit(mlp: MLP, uses: Sequence[MLP], units: Sequence[int]) -> Slice:

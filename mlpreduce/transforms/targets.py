@@ -96,9 +96,9 @@ def _prices(
         return table.predict({}), {mlp.name: _latency(table, mlp.name) for mlp in owners}
     if size == "ratio":
         return sum(mlp.hidden_features for mlp in owners), {mlp.name: float for mlp in owners}
-    cost = parts.baseline.cost
-    present = cost.params if size == "target_params" else cost.macs
-    return present, {mlp.name: price_of(parts.baseline, mlp.name, UNITS[size]) for mlp in owners}
+    known = parts.counts if size == "target_params" else parts.baseline
+    present = known.cost.params if size == "target_params" else known.cost.macs
+    return present, {mlp.name: price_of(known, mlp.name, UNITS[size]) for mlp in owners}
 
 
 def _latency(table: LatencyTable, owner: str) -> Callable[[int], float]:
@@ -114,4 +114,4 @@ def _sorted_scores(parts: Parts, mlp: MLP, criterion: str | Mapping[str, Any], s
     scores = parts.scores(mlp, criterion, seed)
     if mlp.groups == 1:
         return scores.sort(descending=True, stable=True).values
-    return scores.unflatten(0, (mlp.groups, -1)).sort(1, descending=True, stable=True).values.T.flatten()
+    return scores.unflatten(0, (mlp.groups, -1)).sort(dim=1, descending=True, stable=True).values.T.flatten()

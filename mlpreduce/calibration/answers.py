@@ -1,0 +1,77 @@
+"""What criteria say of the hidden units of a model's MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlpreduce.calibration.learn import measure_gates
+from mlpreduce.calibration.measure import Loss, Measured, measure_scores
+from mlpreduce.criteria import Choice, HiddenUnits
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import MLP, module_at
+
+__all__ = ["Answers"]
+
+
+class Answers:
+    """Scores or orders by any criterion. Data is read once for each criterion, for all MLPs together.
+
+    Args:
+        model: the model; it is not changed.
+        mlps: its MLPs, all uses.
+        data: calibration data, if there is any.
+        loss: of what the model gives and labels; by default the cross entropy.
+    """
+
+    def __init__(self, model: nn.Module, mlps: Sequence[MLP], data: Any = None, loss: Loss | None = None) -> None:
+        self._model, self._mlps, self._data, self._loss = model, mlps, data, loss
+        self._measured: dict[str, Measured] = {}
+
+    @property
+    def data(self) -> dict[str, Any] | None:
+        """Number and fingerprint of the examples that were looked at, if any were."""
+        known = next(iter(self._measured.values()), None)
+        return None if known is None else {"samples": known.samples, "fingerprint": known.fingerprint}
+
+    def tensor(self, path: str) -> torch.Tensor:
+        """The values of a parameter or buffer.
+
+        Raises:
+            ReductionError: the model is on the meta device and has no values.
+        """
+        parent, _, name = path.rpartition(".")
+        value: torch.Tensor = getattr(module_at(self._model, parent), name)
+        if value.is_meta:
+            raise ReductionError(
+                f"needs the values of {path}, but the model is on the meta device; give it weights first"
+            )
+        return value
+
+    def of(self, mlp: MLP, choice: Choice, seed: int = 0, wanted: int | None = None) -> torch.Tensor:
+        """Scores of the units of an MLP, or their order, (hidden units,): see `mlpreduce.criteria`.
+
+        Raises:
+            ReductionError: the criterion needs weights or data and there are none, or gives what is neither.
+        """
+        criterion = choice.criterion
+        if criterion.of_data:
+            if str(choice) not in self._measured:
+                self._measured[str(choice)] = self._measure(choice, seed)
+            return self._measured[str(choice)].scores[mlp.owner]
+        units = HiddenUnits(mlp, self.tensor, seed, wanted)
+        answer = criterion.function(units, **choice.options)
+        if tuple(answer.shape) != (len(units),) or not answer.isfinite().all():
+            raise ReductionError(
+                f"criterion {choice} gave {tuple(answer.shape)} values for the {len(units)} hidden units of {mlp.name}, or "
+                f"some that are not finite; are its weights?"
+            )
+        return answer
+
+    def _measure(self, choice: Choice, seed: int) -> Measured:
+        if choice.criterion.needs == "gates":
+            return measure_gates(self._model, self._mlps, choice, self._data, self._loss)
+        return measure_scores(self._model, self._mlps, choice, self._data, self._loss, seed)
