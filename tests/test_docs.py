@@ -24,10 +24,11 @@ MODULES = [
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlpreduce import transforms
+    from mlpreduce import criteria, transforms
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transforms, "_TRANSFORMS", dict(transforms._TRANSFORMS))
+    monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
     names: dict = {"__name__": "snippets"}
     for skipped, code in BLOCK.findall(page.read_text(encoding="utf-8")):
         if skipped:

@@ -17,6 +17,9 @@ JOBS = {
     "apply": "plan and apply shallow(ratio=0.5)",
     "train": "images per second of the training loop",
     "search": "what the driver of a search adds to a trial",
+    "criteria": "accuracy after slicing by each criterion",
+    "gram_schmidt": "the order of gram_schmidt",
+    "latency": "latency that a table predicts, and that is measured",
 }
 
 

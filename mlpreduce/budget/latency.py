@@ -22,6 +22,7 @@ from mlpreduce.graph import (
     call_with,
     example_inputs,
     find_mlps,
+    first_units,
     map_tensors,
     refuse_wrapped,
     slice_edit,
@@ -30,7 +31,7 @@ from mlpreduce.graph import (
 )
 from mlpreduce.slicing import slice_all
 
-__all__ = ["LatencyTable"]
+__all__ = ["LatencyTable", "sliced_copy", "timed"]
 
 _VERSION = 1
 
@@ -104,8 +105,10 @@ class LatencyTable:
         grids = [_grid(group[0], points, round_to) for group in groups]
         variants: list[tuple[int, int]] = [(-1, 0)]
         variants += [(g, width) for g, grid in enumerate(grids) for width in grid[:-1]]
-        models = [_sliced(model, mlps, groups[g] if g >= 0 else [], width) for g, width in variants]
-        found = _timed(models, batch, first.device, repeats)
+        models = [
+            sliced_copy(model, mlps, {m.name: width for m in groups[g]} if g >= 0 else {}) for g, width in variants
+        ]
+        found = timed(models, batch, first.device, repeats)
         full = found[0]
         rows = []
         for g, group in enumerate(groups):
@@ -195,19 +198,19 @@ def _grid(mlp: MLP, points: int, round_to: int) -> tuple[int, ...]:
     return tuple(sorted({max(int(w // step * step), int(step)) for w in spaced} | {mlp.hidden_features}))
 
 
-def _sliced(model: nn.Module, mlps: Sequence[MLP], group: Sequence[MLP], width: int) -> nn.Module:
-    """A copy with the MLPs of a group sliced; all else is in the model's own memory."""
+def sliced_copy(model: nn.Module, mlps: Sequence[MLP], widths: Mapping[str, int]) -> nn.Module:
+    """A copy in evaluation mode with other widths, by owner, to be timed; all else is in the model's own memory."""
     tree = structural_copy(model).eval()
     edits = []
-    for mlp in group:
-        size = mlp.hidden_features // mlp.groups
-        units = [g * size + unit for g in range(mlp.groups) for unit in range(width // mlp.groups)]
-        edits.append(slice_edit(mlp, [use for use in mlps if use.owner == mlp.owner], units))
+    for mlp in mlps:
+        if mlp.name in widths and widths[mlp.name] < mlp.hidden_features:
+            units = first_units(mlp, range(mlp.hidden_features), widths[mlp.name])
+            edits.append(slice_edit(mlp, [use for use in mlps if use.owner == mlp.owner], units))
     slice_all(tree, edits, ExitStack())
     return tree
 
 
-def _timed(models: Sequence[nn.Module], batch: Inputs, device: torch.device, repeats: int) -> list[float]:
+def timed(models: Sequence[nn.Module], batch: Inputs, device: torch.device, repeats: int) -> list[float]:
     """The median milliseconds of each, in turns, the first of which is not counted."""
     batch = map_tensors(batch, lambda tensor: tensor.detach())
     taken: list[list[float]] = [[] for _ in models]

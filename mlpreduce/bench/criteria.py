@@ -1,0 +1,190 @@
+"""How accurate a trained ViT is once its MLPs are sliced, by each criterion: `python -m mlpreduce bench criteria`.
+
+The model is that of the recipe digits, trained once for each seed; then its hidden units are chosen by each criterion, fc2 is
+refitted or not, and the validation images are classified, without any training after. It writes the page that it prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mlpreduce
+from mlpreduce import recipe
+from mlpreduce.bench.rounds import at_least_one
+from mlpreduce.criteria import choose, list_criteria
+from mlpreduce.data import load
+from mlpreduce.errors import ReductionError
+from mlpreduce.train import fit
+
+__all__ = ["main", "page"]
+
+# every criterion as it is, and those options that give other units; random several times, as a draw is one of many
+CHOICES: tuple[Any, ...] = (
+    *list_criteria(),
+    {"name": "gram_schmidt", "source": "fc1+bias"},
+    {"name": "gram_schmidt", "source": "fc1+fc2"},
+    {"name": "taylor", "site": "fc1"},
+    {"name": "taylor", "site": "both"},
+    {"name": "nvit", "site": "act"},
+    {"name": "nvit", "site": "both"},
+    {"name": "activation", "statistic": "frequency"},
+)
+_ORDERS = ("first", "last", "random", "gram_schmidt")  # give no scores to compare MLPs by
+_DRAWS = 5  # of random, averaged for each seed
+_REPAIRS = ("none", "least_squares")
+
+Table = dict[str, dict[tuple[float, str], list[float]]]  # criterion -> ratio and repair -> top-1 by seed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train what is not trained yet, measure, print the page and write it; the exit status: 0, or 2 after an error."""
+    parser = argparse.ArgumentParser(
+        prog="mlpreduce bench criteria",
+        description="Accuracy after slicing by each criterion, with and without repair.",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 123, 7, 1, 2, 3], help="of the trained models")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25, 0.1], help="of the hidden units kept")
+    parser.add_argument("--samples", type=int, default=512, help="calibration images (default: 512)")
+    parser.add_argument("--scope", choices=["uniform", "global"], default="uniform", help="as of shallow")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench_criteria"), help="where the models are trained")
+    parser.add_argument("--write", type=Path, help="a file for the page, such as docs/results/criteria.md")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe digits")
+    options = parser.parse_args(argv)
+    try:
+        at_least_one(options, ["samples"], "criteria")
+        text = _measured(options)
+    except ReductionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    if options.write is not None:
+        options.write.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _measured(options: argparse.Namespace) -> str:
+    overrides = ["variants={ baseline = [] }", f"seeds={options.seeds}", "launch.workers=0", *options.overrides]
+    known = recipe.load("digits", overrides)
+    trained = recipe.runs(known, options.output)
+    loaders = load(known.data, known.train, micro_batch=known.train.batch_size, rank=0, world=1, device="cpu")
+    data = _first(loaders.train, options.samples)
+    table: Table = {}
+    whole = []
+    for number, run in enumerate(trained):
+        print(f"training and measuring {number + 1} of {len(trained)}: seed {run.seed}", file=sys.stderr)
+        fit(run)
+        model = mlpreduce.load(Path(run.directory) / "model").eval()
+        whole.append(top1(model, loaders.val))
+        for choice in CHOICES:
+            row = table.setdefault(str(choose(choice)).removesuffix("()"), {})
+            for ratio in options.ratios:
+                for repair in _REPAIRS:
+                    found = _sliced(model, choice, ratio, repair, options.scope, data, loaders.val)
+                    if found is not None:
+                        row.setdefault((ratio, repair), []).append(found)
+    samples = sum(len(images) for images, _ in data)
+    facts = {"seeds": options.seeds, "samples": samples, "images": loaders.val_samples, "scope": options.scope}
+    return page({name: row for name, row in table.items() if row}, whole, facts)
+
+
+def _sliced(
+    model: nn.Module, criterion: Any, ratio: float, repair: str, scope: str, data: Any, val: Any
+) -> float | None:
+    """Top-1 after slicing; of random the mean of several draws; None where the criterion gives no scores for the scope."""
+    config = {"ratio": ratio, "criterion": criterion, "scope": scope, "repair": repair}
+    draws = range(_DRAWS if criterion == "random" else 1)
+    if scope != "uniform" and choose(criterion).criterion.name in _ORDERS:
+        return None
+    models = [mlpreduce.apply(copy.deepcopy(model), "shallow", data=data, seed=100 * d, **config) for d in draws]
+    return statistics.mean(top1(other, val) for other in models)
+
+
+def _first(batches: Any, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The first examples of a loader, as one batch."""
+
+    def some() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        missing = count
+        for images, labels in batches:
+            yield images[:missing], labels[:missing]
+            missing -= len(images)
+            if missing <= 0:
+                return
+
+    images, labels = zip(*some(), strict=True)
+    return [(torch.cat(images), torch.cat(labels))]
+
+
+@torch.no_grad()
+def top1(model: nn.Module, batches: Any) -> float:
+    """Top-1 accuracy in percent."""
+    right = seen = 0
+    for images, labels in batches:
+        right += int((model(images).argmax(-1) == labels).sum())
+        seen += len(labels)
+    return 100 * right / seen
+
+
+def page(table: Table, whole: Sequence[float], facts: dict[str, Any]) -> str:
+    """The page: a table, and what it says about repair and about the criteria."""
+    columns = list(next(iter(table.values())))
+    rows = sorted(table.items(), key=lambda item: -statistics.mean(item[1][columns[-2]]))
+    seeds = ", ".join(map(str, facts["seeds"]))
+    lines = [
+        "# Which hidden units stay: accuracy after slicing",
+        "",
+        f"Top-1 in percent on the {facts['images']} validation images of the digits, mean and standard deviation (ddof=1) over",
+        f"{len(whole)} trained models (recipe digits, seeds {seeds}), after",
+        f'`shallow(ratio, criterion, scope="{facts["scope"]}", repair)` without any training after.',
+        f"Whole models: {_spread(whole)}. Criteria of data and the repair looked at {facts['samples']} training images.",
+        f"`random` is the mean of {_DRAWS} draws for each model. One image is {100 / facts['images']:.2f} points.",
+        "Rows are sorted by the last ratio without repair.",
+        "",
+        "```sh",
+        "python -m mlpreduce bench criteria --write docs/results/criteria.md",
+        "```",
+        "",
+        "| criterion | " + " | ".join(f"{r:.0%}{', repaired' if p != 'none' else ''}" for r, p in columns) + " |",
+        "|---|" + "---|" * len(columns),
+        *(f"| `{name}` | " + " | ".join(_spread(row[key]) for key in columns) + " |" for name, row in rows),
+        "",
+        *_claims(table, columns),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _claims(table: Table, columns: Sequence[tuple[float, str]]) -> list[str]:
+    lines = ["Paired over the models:", ""]
+    for ratio in dict.fromkeys(ratio for ratio, _ in columns):
+        gains = [
+            after - before
+            for row in table.values()
+            for before, after in zip(row[ratio, "none"], row[ratio, "least_squares"], strict=True)
+        ]
+        lines.append(
+            f"- at {ratio:.0%} repair adds {statistics.mean(gains):+.2f} points on average over criteria and models "
+            f"({sum(gain > 0 for gain in gains)} of {len(gains)} better, {sum(gain < 0 for gain in gains)} worse)"
+        )
+        if "random" in table:
+            of_data = [name for name in table if choose(name.partition("(")[0]).criterion.of_data]
+            best = max(of_data, key=lambda name: statistics.mean(table[name][ratio, "none"]))
+            ahead = [a - b for a, b in zip(table[best][ratio, "none"], table["random"][ratio, "none"], strict=True)]
+            lines.append(
+                f"- at {ratio:.0%} the best criterion of data, `{best}`, is {_spread(ahead)} points from `random` without "
+                f"repair, ahead for {sum(gap > 0 for gap in ahead)} of {len(ahead)} models; it was chosen after the fact"
+            )
+    return lines
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"

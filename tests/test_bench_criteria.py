@@ -1,0 +1,87 @@
+"""The bench jobs about criteria: what they measure and print. Nothing here asks how long anything took."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mlpreduce.__main__ import main
+from mlpreduce.bench.criteria import CHOICES, _claims, page
+from mlpreduce.bench.gram_schmidt import lapack, plain_loop
+from mlpreduce.criteria import choose, list_criteria
+from mlpreduce.criteria.gram_schmidt import pivots
+
+TINY = ["train.epochs=1", "train.warmup_epochs=0", "model.kwargs.embed_dim=16", "model.kwargs.depth=2"]
+
+
+@pytest.mark.parametrize("scope", ["uniform", "global"])
+def test_accuracy_of_every_criterion(scope: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--seeds", "1", "2", "--ratios", "0.5", "--samples", "40", "--scope", scope]
+    words += ["--output", str(tmp_path / "runs"), "--write", str(tmp_path / "page.md")]
+    assert main(["bench", "criteria", *words, *TINY]) == 0
+    text = capsys.readouterr().out
+    assert (tmp_path / "page.md").read_text() == text.removesuffix("\n")
+    rows = re.findall(r"^\| `([^`]*)` \| ([\d.]+) ± [\d.]+ \| ([\d.]+) ± [\d.]+ \|$", text, re.MULTILINE)
+    names = {name for name, _, _ in rows}
+    assert "looked at 40 training images" in text
+    if scope == "uniform":
+        assert names == {str(choose(choice)).removesuffix("()") for choice in CHOICES}
+        assert set(list_criteria()) <= {name.partition("(")[0] for name in names}
+        assert "- at 50% the best criterion of data, " in text
+    else:
+        assert {"taylor", "l1"} <= names
+        assert not {"first", "last", "random", "gram_schmidt"} & names
+
+
+def test_the_claims_are_counted_from_the_table() -> None:
+    pair = [(0.5, "none"), (0.5, "least_squares")]
+    table = {
+        "random": {pair[0]: [90.0, 91.0, 92.0], pair[1]: [91.0, 91.0, 91.0]},
+        "taylor": {pair[0]: [92.0, 91.0, 93.0], pair[1]: [93.0, 93.0, 93.0]},
+        "fisher": {pair[0]: [90.0, 90.0, 90.0], pair[1]: [95.0, 95.0, 95.0]},
+    }
+    repair, best = _claims(table, pair)[2:]
+    # gains 1, 0, -1, 1, 2, 0, 5, 5, 5
+    assert repair.startswith(
+        "- at 50% repair adds +2.00 points on average over criteria and models (6 of 9 better, 1 worse)"
+    )
+    assert "`taylor`, is 1.00 ± 1.00 points from `random` without repair, ahead for 2 of 3 models" in best
+    text = page(table, [95.0, 96.0, 97.0], {"seeds": [1, 2, 3], "samples": 8, "images": 50, "scope": "uniform"})
+    assert text.index("`taylor`") < text.index("| `random`") < text.index("| `fisher`")
+    assert "Whole models: 96.00 ± 1.00." in text
+
+
+def test_the_tools_beside_gram_schmidt_do_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    rows = torch.randn(60, 12, dtype=torch.float64)
+    assert plain_loop(rows, 12) == lapack(rows, 12) == pivots(rows)[:12]
+    assert main(["bench", "gram_schmidt", "--units", "64", "--features", "16", "--runs", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "one round of 64 x 16, float32" in text
+    assert re.search(r"plain loop +[\d.]+ \([\d.]+ to [\d.]+\) +plain loop / ours [\d.]+", text)
+    assert main(["bench", "gram_schmidt", "--units", "0"]) == 2
+    assert "--units 0: it must be at least 1" in capsys.readouterr().err
+
+
+def test_predicted_and_measured_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["vit_tiny_patch16_224", "depth=2", "img_size=32", "embed_dim=24", "num_heads=2"]
+    more = [
+        "--widths",
+        "3",
+        "--batch-size",
+        "1",
+        "--points",
+        "2",
+        "--repeats",
+        "1",
+        "--save",
+        str(tmp_path / "table.json"),
+    ]
+    assert main(["bench", "latency", *words, *more]) == 0
+    text = capsys.readouterr().out
+    assert len(re.findall(r"^ {2}mean width .* predicted .* measured", text, re.MULTILINE)) == 3
+    assert re.search(r"within 10 %: \d of 3", text)
+    assert (tmp_path / "table.json").is_file()
