@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mlpreduce.calibration import Loss
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError, call_text, did_you_mean
 from mlpreduce.graph import mlps_or_raise
@@ -24,13 +25,23 @@ NOT_RECORDED = (
 )  # of a build; they load weights
 
 
-def create_model(name: str, transform: str | None = None, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create_model(
+    name: str,
+    transform: str | None = None,
+    *,
+    pretrained: bool = False,
+    data: Any = None,
+    loss: Loss | None = None,
+    **kwargs: Any,
+) -> nn.Module:
     """`timm.create_model` and a transform, in one call; the model remembers how it was built.
 
     Args:
         name: a timm architecture.
         transform: a name of `list_transforms`, those that act at construction (`thin`) too; None for none.
         pretrained: whether timm loads its weights, before anything is reduced.
+        data: calibration data, as of `plan`.
+        loss: as of `plan`.
         **kwargs: keyword parameters of the transform, and of `timm.create_model`.
 
     Raises:
@@ -62,7 +73,7 @@ def create_model(name: str, transform: str | None = None, *, pretrained: bool = 
     if entry is not None and entry.construction:
         remember(model, Plan(entry.name, {key: plain(value, entry.name) for key, value in config.items()}, ()))
     elif entry is not None:
-        apply(model, entry.name, **config)
+        apply(model, entry.name, data=data, loss=loss, **config)
     return model
 
 

@@ -11,11 +11,18 @@ from __future__ import annotations
 from mlpreduce.calibration.answers import Answers
 from mlpreduce.calibration.learn import measure_gates
 from mlpreduce.calibration.measure import Loss, Measured, measure_scores, objective_of, running, telling
-from mlpreduce.calibration.quiet import check_twice_differentiable, full_precision, quiet_copy, undisturbed_randomness
+from mlpreduce.calibration.quiet import (
+    CHECKPOINTING,
+    check_twice_differentiable,
+    full_precision,
+    quiet_copy,
+    undisturbed_randomness,
+)
 from mlpreduce.calibration.samples import CHUNK, Samples, all_reduce, logits_of
 from mlpreduce.calibration.taps import Taps
 
 __all__ = [
+    "CHECKPOINTING",
     "CHUNK",
     "Answers",
     "Loss",

@@ -12,9 +12,9 @@ from torch import nn
 
 from mlpreduce.graph import structural_copy
 
-__all__ = ["check_twice_differentiable", "full_precision", "quiet_copy", "undisturbed_randomness"]
+__all__ = ["CHECKPOINTING", "check_twice_differentiable", "full_precision", "quiet_copy", "undisturbed_randomness"]
 
-_CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # flags of timm and transformers
+CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # flags of timm and transformers
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def quiet_copy(model: nn.Module) -> nn.Module:
             if parameter is not None:
                 alike = frozen.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=False))
                 module._parameters[name] = alike
-        for name in _CHECKPOINTING:
+        for name in CHECKPOINTING:
             if module.__dict__.get(name) is True:
                 setattr(module, name, False)
     return tree.train().eval()  # anew: what modules keep in it, as timm's attention biases, may be of older weights

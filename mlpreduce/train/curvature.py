@@ -9,12 +9,17 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from mlpreduce.calibration import (
+    CHECKPOINTING,
+    CHUNK,
+    check_twice_differentiable,
+    full_precision,
+    undisturbed_randomness,
+)
 from mlpreduce.errors import ReductionError
 
 __all__ = ["CHUNK", "Vector", "gradient", "hessian_product", "length", "power_iteration", "sam_gap", "undisturbed"]
 
-CHUNK = 16  # images in one pass: memory does not grow with their number
-_CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # flags of timm and transformers
 
 Vector = list[torch.Tensor]  # one tensor for each parameter
 
@@ -24,13 +29,9 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode and full float32 precision; afterwards modes and random states are as they were."""
     modes = [(module, module.training) for module in model.modules()]
     # the reentrant kind does not work with torch.autograd.grad
-    flags = [(m, name) for m, _ in modes for name in _CHECKPOINTING if m.__dict__.get(name) is True]
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False):
+    flags = [(m, name) for m, _ in modes for name in CHECKPOINTING if m.__dict__.get(name) is True]
+    with undisturbed_randomness(device), full_precision(device):
         try:
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
             _forget_kept(model)
             for module, name in flags:
                 setattr(module, name, False)
@@ -41,8 +42,6 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             _forget_kept(model)
             for module, mode in modes:
                 module.training = mode
-            torch.set_float32_matmul_precision(before[0])
-            torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def gradient(model: nn.Module, parameters: Vector, images: torch.Tensor, targets: torch.Tensor) -> Vector:
@@ -69,7 +68,7 @@ def hessian_product(
         try:
             slopes = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
             along = torch.stack([(s * v).sum() for s, v in zip(slopes, vector, strict=True)]).sum()
-            _check_twice_differentiable(along)
+            check_twice_differentiable(along)
             _add(total, torch.autograd.grad(along, parameters, materialize_grads=True))
         except RuntimeError as error:
             if "is not implemented" not in str(error):
@@ -135,23 +134,6 @@ def _losses(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> It
     for some, labels in zip(images.split(CHUNK), targets.split(CHUNK), strict=True):
         _forget_kept(model)
         yield nn.functional.cross_entropy(model(some).double(), labels, reduction="sum") / len(images)
-
-
-def _check_twice_differentiable(value: torch.Tensor) -> None:
-    """Raise where a function of one derivative was met: torch.autograd.grad passes its node by and leaves out what it gives.
-
-    Raises:
-        NotImplementedError: there is such a function.
-    """
-    seen, nodes = set(), [value.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "torch::autograd::Error":
-            raise NotImplementedError("the derivative of a function marked once_differentiable is not implemented")
-        seen.add(node)
-        nodes += [following for following, _ in node.next_functions]
 
 
 def _forget_kept(model: nn.Module) -> None:
