@@ -408,6 +408,10 @@ def test_the_order_of_hidden_units_changes_no_output(architecture: Architecture,
     assert_close(architecture, output(model, images), before)
 
 
+def narrowest(model: nn.Module, images: torch.Tensor) -> dict[str, int]:
+    return {mlp.name: 1 for mlp in mlpreduce.find_mlps(model, images) if mlp.owner == mlp.name}
+
+
 @settings(max_examples=40, **PROFILE)
 @given(architecture=architectures(alike=True), data=st.data())
 def test_a_plan_survives_json(architecture: Architecture, data: st.DataObject) -> None:
@@ -415,7 +419,10 @@ def test_a_plan_survives_json(architecture: Architecture, data: st.DataObject) -
     if data.draw(st.booleans()):
         name, config = (
             "shallow",
-            {"width": 1, "criterion": data.draw(st.sampled_from(["first", "last", "random", "l2"]))},
+            {
+                "widths": narrowest(model, images),
+                "criterion": data.draw(st.sampled_from(["first", "last", "random", "l2"])),
+            },
         )
         assume(any(width > 1 for stage in architecture.stages for width in stage.widths))
     else:
@@ -475,7 +482,7 @@ def test_one_bad_edit_anywhere_changes_nothing(architecture: Architecture, data:
     config = data.draw(groupings(model, images)) | {"keep": data.draw(st.sampled_from(["first", "mean"]))}
     edits = list(mlpreduce.plan(model, "grouped", example_inputs=images, **config).edits)
     if min(width for stage in architecture.stages for width in stage.widths) > 1:
-        edits += mlpreduce.plan(model, "shallow", width=1, example_inputs=images).edits
+        edits += mlpreduce.plan(model, "shallow", widths=narrowest(model, images), example_inputs=images).edits
         edits = [edit for edit in edits if not isinstance(edit, Assign)]  # of the wide shapes
     mlpreduce.apply(copy.deepcopy(model), Plan("by_hand", {}, tuple(edits)))
     before = remembered(model)
