@@ -16,7 +16,9 @@ from mlpreduce.errors import ReductionError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Loaders", "load", "posterize"]
+__all__ = ["Loaders", "calibration", "load", "posterize"]
+
+_CALIBRATION_BATCH = 64  # images that are read at a time; they are used fewer at a time
 
 
 @dataclass(frozen=True)
@@ -77,30 +79,114 @@ def load(
     return _images(data, augment, micro_batch, rank, world, device)
 
 
+def calibration(
+    data: DataSettings, count: int, *, rank: int = 0, world: int = 1
+) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Some training images as validation would show them, with labels: to measure a model with, not to train it.
+
+    They are spread evenly over the data set, as those of a class often lie side by side; no seed and no number of processes
+    changes which they are. They are read anew each time one iterates.
+
+    Args:
+        data: what to read.
+        count: how many images, over all workers; fewer where the training set has fewer.
+        rank: number of this worker.
+        world: number of workers; each gets every `world`-th of the images, which may be none.
+
+    Returns:
+        Batches of images (batch, channels, height, width) and labels (batch,), on the CPU.
+
+    Raises:
+        ReductionError: `count` is below 1, there is no such data, or it is a stream.
+
+    Example:
+        >>> digits = DataSettings(name="digits", image_size=8)
+        >>> [len(labels) for _, labels in calibration(digits, 100)]
+        [64, 36]
+    """
+    if count < 1:
+        raise ReductionError(f"calibration(count={count}): it is a number of images; use 1 or more")
+    check(data)
+    if data.name.startswith("wds/"):
+        raise ReductionError(
+            f"data.name={data.name!r}: calibration takes images by their number, and shards are a stream; choose the units "
+            f'by weights (criterion="l2", no repair), or use class folders or hfds/...'
+        )
+    if data.name == "digits":
+        import torch
+        from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+
+        images, labels = _digits_tensors()[0]
+        chosen = _spread(len(labels), count)[rank::world]
+        share = TensorDataset(images[chosen], labels[chosen])
+        order = BatchSampler(range(len(share)), _CALIBRATION_BATCH, drop_last=False)
+        return DataLoader(share, sampler=order, batch_size=None, generator=torch.Generator())
+    source = open_source(data, micro_batch=1, rank=rank, world=world)
+    return _as_in_validation(source.train, _spread(len(source.train), count)[rank::world], data)
+
+
+def _spread(images: int, count: int) -> list[int]:
+    """Numbers of `count` images, evenly from the first on; all, if there are no more."""
+    count = min(images, count)
+    return [number * images // count for number in range(count)]
+
+
+def _as_in_validation(
+    images: Any, numbers: list[int], data: DataSettings
+) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Some images of a set, with the transform of validation."""
+    import torch
+    from timm.data import create_loader
+    from torch.utils.data import Subset
+
+    part: Any = Subset(images, numbers)
+    loader: Any = create_loader(
+        part,
+        batch_size=_CALIBRATION_BATCH,
+        is_training=False,
+        interpolation=data.interpolation,
+        crop_pct=data.crop_pct,
+        **_reading(data, torch.device("cpu")),
+    )
+    images.transform = part.transform  # timm sets it on what it is given, but the whole set reads the images
+    loader.loader.generator = (
+        torch.Generator()
+    )  # each iteration draws a seed, and else from the random state of the run
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]] = loader
+    return batches
+
+
 def _digits(
     data: DataSettings, augment: AugmentSettings, micro_batch: int, rank: int, world: int, device: torch.device | str
 ) -> Loaders:
     """1,797 handwritten digits of 8x8 pixels (UCI, shipped with scikit-learn); a fixed stratified 80/20 split."""
-    import torch
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
     from timm.data import Mixup
     from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-    source = load_digits()
-    images = torch.tensor(source.images, dtype=torch.float32).unsqueeze(1)  # (1797, 1, 8, 8), pixels 0..16
-    labels = torch.tensor(source.target, dtype=torch.int64)
-    train_ids, val_ids = train_test_split(range(len(labels)), test_size=0.2, stratify=source.target, random_state=0)
-    images = (images - images[train_ids].mean()) / images[train_ids].std()
-    train_set = TensorDataset(images[train_ids], labels[train_ids])
-    val_set = TensorDataset(images[val_ids][rank::world], labels[val_ids][rank::world])
+    known, unknown = _digits_tensors()
+    train_set = TensorDataset(*known)
+    val_set = TensorDataset(*(part[rank::world] for part in unknown))
     order: DistributedSampler[Any] = DistributedSampler(train_set, num_replicas=world, rank=rank)
     # batch_size=None and a sampler of index lists: a batch is one indexing operation, not 32 and a collate.
     train = DataLoader(train_set, sampler=BatchSampler(order, micro_batch, drop_last=True), batch_size=None)
     whole = BatchSampler(range(len(val_set)), data.eval_batch_size, drop_last=False)
     val = DataLoader(val_set, sampler=whole, batch_size=None)
     mixup = Mixup(**_mix_arguments(augment, 10)) if augment.mixes else None
-    return Loaders(train, val, 10, len(train_ids), len(val_ids), mixup, _order(order))
+    return Loaders(train, val, 10, len(known[1]), len(unknown[1]), mixup, _order(order))
+
+
+def _digits_tensors() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images (number, 1, 8, 8) and labels (number,) of the training set, then of the validation set."""
+    import torch
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    source = load_digits()
+    images = torch.tensor(source.images, dtype=torch.float32).unsqueeze(1)  # (1797, 1, 8, 8), pixels 0..16
+    labels = torch.tensor(source.target, dtype=torch.int64)
+    train_ids, val_ids = train_test_split(range(len(labels)), test_size=0.2, stratify=source.target, random_state=0)
+    images = (images - images[train_ids].mean()) / images[train_ids].std()
+    return [(images[ids], labels[ids]) for ids in (train_ids, val_ids)]
 
 
 def _images(
@@ -119,17 +205,7 @@ def _images(
             "needs images by number; use train.aug_repeats=0"
         )
     collate = FastCollateMixup(**_mix_arguments(augment, source.num_classes)) if augment.mixes else None
-    device = torch.device(device)
-    # persistent_workers=False: their random state would survive the epoch and no checkpoint could hold it.
-    common: dict[str, Any] = {
-        "input_size": (3, data.image_size, data.image_size),
-        "mean": data.mean,
-        "std": data.std,
-        "num_workers": data.workers,
-        "pin_memory": data.pin_memory and device.type == "cuda",  # elsewhere torch warns, and nothing is gained
-        "device": device,
-        "persistent_workers": False,
-    }
+    common = _reading(data, torch.device(device))
     train = create_loader(
         source.train,
         batch_size=micro_batch,
@@ -171,6 +247,20 @@ def _images(
         skipped=lambda: tally.replaced,
         skipped_files=lambda: [source.train.file(index) for index in tally.indices()],
     )
+
+
+def _reading(data: DataSettings, device: torch.device) -> dict[str, Any]:
+    """What timm's loader is told of the images, in training and validation."""
+    return {
+        "input_size": (3, data.image_size, data.image_size),
+        "mean": data.mean,
+        "std": data.std,
+        "num_workers": data.workers,
+        "pin_memory": data.pin_memory and device.type == "cuda",  # elsewhere torch warns, and nothing is gained
+        "device": device,
+        # their random state would survive the epoch and no checkpoint could hold it
+        "persistent_workers": False,
+    }
 
 
 def posterize(image: Any, bits: int, **_: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlpreduce
 from mlpreduce.errors import ReductionError
 from mlpreduce.recipe.schema import Recipe, points, runs
+from mlpreduce.train.calibrated import needs_data, without_data
 from mlpreduce.train.parts import build_model, learning_rates
 from mlpreduce.train.settings import Run
 
@@ -69,11 +70,17 @@ def _variant(run: Run) -> tuple[str, int]:
         model = build_model(run, device="meta")
     except ReductionError:  # align_mean, l2: which units they choose changes no count
         random = run.model.model_copy(update={"weights": ""})
-        model = build_model(run.model_copy(update={"model": random}))
+        plain = tuple(without_data(step) for step in run.steps)
+        model = build_model(run.model_copy(update={"model": random, "steps": plain}))
     profile = mlpreduce.profile(model)
     plans = [str(plan) for plan in mlpreduce.history(model) if plan.rows]
     steps = ", ".join(str(step["transform"]) for step in run.steps) or "as it is"
     lines = [f"variant {run.variant}: {run.model.name}, {steps}", *plans]
+    if any(map(needs_data, run.steps)):
+        lines.append(
+            f"  the units, and the widths of scopes beyond one MLP, will follow from {run.model.calibration_images} training "
+            f"images; here: the first units, as many of each MLP"
+        )
     lines += [
         f"  parameters {profile.params:,} (a tied tensor once), MLP parameters {profile.mlp_params:,}, "
         f"unique MLPs {profile.unique_mlps}",
@@ -101,11 +108,11 @@ def _distillation(recipe: Recipe, macs: int) -> str:
     train = recipe.train
     if train.distillation == "none":
         return "none"
+    teacher = f"teacher: the unreduced model with the initial weights, {macs:,} MACs an image more"
+    if train.distillation == "features":
+        return f"features, class {train.distill_cls:g}, patches {train.distill_patches:g}, no labels; {teacher}"
     tau = f", temperature {train.distill_tau:g}" if train.distillation == "soft" else ""
-    return (
-        f"{train.distillation}, alpha {train.distill_alpha:g}{tau}; teacher: the unreduced model with the initial weights, "
-        f"{macs:,} MACs an image more"
-    )
+    return f"{train.distillation}, alpha {train.distill_alpha:g}{tau}; {teacher}"
 
 
 def _rates(recipe: Recipe, updates: int) -> str:

@@ -247,6 +247,7 @@ def _keys(tables: Iterable[str]) -> list[str]:
 
 def _problems(recipe: Recipe) -> Iterable[str]:
     """What no single key shows."""
+    from mlpreduce.train.calibrated import needs_data
     from mlpreduce.train.weights import is_pickle, no_construction, no_pickle
     from mlpreduce.transforms import check_config, is_construction
 
@@ -273,6 +274,11 @@ def _problems(recipe: Recipe) -> Iterable[str]:
                 continue
             if recipe.model.weights and is_construction(step["transform"]):
                 yield f"{place}: model.weights={recipe.model.weights!r}: {no_construction(step['transform'])}"
+            if needs_data(step) and recipe.data.name.startswith("wds/"):
+                yield (
+                    f"{place}: step {number} looks at training images, which it takes by their number, and data.name="
+                    f'{recipe.data.name!r} is a stream; use a criterion of weights such as "l2" without repair, or other data'
+                )
             if late:
                 yield f"{place}: {step['transform']} acts when the model is built; it must be the first step"
     weights, theirs = recipe.model.weights_path, Path(str(recipe.model.kwargs.get("checkpoint_path") or ""))
@@ -284,6 +290,11 @@ def _problems(recipe: Recipe) -> Iterable[str]:
         yield (
             f"train.distillation={recipe.train.distillation!r}: there is no trained teacher, as model.weights is empty; it is "
             f'the unreduced model with those weights: give model.weights (a path, or "pretrained")'
+        )
+    if recipe.train.distillation == "features" and not recipe.train.distill_cls + recipe.train.distill_patches:
+        yield (
+            "train.distill_cls=0, train.distill_patches=0: nothing is left of train.distillation='features'; give one of them "
+            "a weight above 0"
         )
     if recipe.train.warmup_epochs >= recipe.train.epochs:
         yield (

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlpreduce.train.distillation import FeatureDistill
     from mlpreduce.train.loop import TrainingStopped, fit
     from mlpreduce.train.parts import build_model, create_ema, learning_rates
     from mlpreduce.train.runtime import Runtime
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mlpreduce.train.validation import evaluate
 
 __all__ = [
+    "FeatureDistill",
     "ModelSettings",
     "Run",
     "Runtime",
@@ -34,6 +36,7 @@ __all__ = [
 
 _HOME = {
     "evaluate": "validation",
+    "FeatureDistill": "distillation",
     "Runtime": "runtime",
     **dict.fromkeys(("TrainingStopped", "fit"), "loop"),
     **dict.fromkeys(("build_model", "create_ema", "learning_rates"), "parts"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from torch import nn
 import mlpreduce
 from mlpreduce.errors import ReductionError, call_text, did_you_mean
 from mlpreduce.ties import full_state
+from mlpreduce.train.calibrated import apply_as_before, apply_step, calibration_data, needs_data, without_data
 from mlpreduce.train.settings import Run, TrainSettings
 from mlpreduce.train.weights import inherit_weights, load_weights, no_construction
 from mlpreduce.transforms import is_construction
@@ -32,15 +34,19 @@ __all__ = [
 ]
 
 
-def build_model(run: Run, device: torch.device | str | None = None) -> nn.Module:
+def build_model(run: Run, device: torch.device | str | None = None, plans: Sequence[str] = ()) -> nn.Module:
     """The reduced model of a run: the same weights on every worker.
 
     It is initialised from the seed of the run, then filled from `model.weights` if they are given, then reduced, then filled
-    from those of another reduction if the run inherits them.
+    from those of another reduction if the run inherits them. Steps that look at data are given the first images of the
+    training set, as `calibration_data`; in a torch.distributed group all processes build the model together then.
 
     Args:
         run: names the model, its weights and the steps of its reduction.
-        device: where it is built; "meta" gives shapes without memory, and reads no weights.
+        device: where it is built; "meta" gives shapes without memory, and reads no weights and no data: a step that looks at
+            data then keeps the first units, as many of each MLP.
+        plans: of the same model in a checkpoint, as JSON, whose weights will replace these: steps that look at data are
+            carried out as they were then, for their units may depend on how many processes had shared the sums.
 
     Raises:
         ReductionError: the model or the reduction cannot be made, or the weights do not fit.
@@ -72,8 +78,16 @@ def build_model(run: Run, device: torch.device | str | None = None) -> nn.Module
         _start_alike(model, create(None))
     if (path := run.model.weights_path) is not None and device is None:
         load_weights(model, run.model, path)
-    for step in steps:
-        model = mlpreduce.apply(model, step.pop("transform"), **step)
+    before = plans[len(plans) - len(steps) :] if len(plans) >= len(steps) else ()
+    for number, step in enumerate(steps):
+        if not needs_data(step):
+            apply_step(model, step)
+        elif device is not None:
+            apply_step(model, without_data(step))
+        elif before:
+            apply_as_before(model, before[number])
+        else:
+            apply_step(model, step, calibration_data(run))
     if run.inherit and device is None:
         inherit_weights(model, Path(run.inherit))
     return model

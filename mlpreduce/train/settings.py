@@ -16,6 +16,7 @@ from mlpreduce.errors import ReductionError
 __all__ = ["FREE", "LATER", "ModelSettings", "Run", "Step", "SupernetSettings", "TrainSettings"]
 
 Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 # keys that may change when a run goes on: none of them changes what is trained
 FREE = (
@@ -30,7 +31,15 @@ FREE = (
     "train.probe_images",
 )
 # keys that outputs of earlier versions do not have: as long as they are at their defaults, those can be gone on with
-LATER = ("model.weights", "train.distillation", "train.distill_alpha", "train.distill_tau")
+LATER = (
+    "model.weights",
+    "model.calibration_images",
+    "train.distillation",
+    "train.distill_alpha",
+    "train.distill_tau",
+    "train.distill_cls",
+    "train.distill_patches",
+)
 Step = dict[str, Any]  # {"transform": name, **config}
 
 
@@ -42,6 +51,7 @@ class ModelSettings(BaseModel):
     name: str = "vit_base_patch16_224"  # timm's name
     kwargs: dict[str, Any] = {}  # arguments of timm.create_model
     weights: str = ""  # before the reduction: "" = random; "pretrained" = timm's; else a path, see docs/finetune.md
+    calibration_images: Count = 512  # of the training set, for steps that look at data: criteria, repair
 
     @property
     def weights_path(self) -> Path | None:
@@ -65,9 +75,11 @@ class TrainSettings(AugmentSettings):
     min_lr: NonNegative = 0.0  # learning rate the schedule ends at
     schedule_per_update: bool = False  # true: the learning rate moves each update; false: each epoch (as published)
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998  # per update, of the averaged weights; 0 = no averaging
-    distillation: Literal["none", "soft", "hard"] = "none"  # learn from the unreduced model too: docs/finetune.md
+    distillation: Literal["none", "soft", "hard", "features"] = "none"  # from the unreduced model: docs/finetune.md
     distill_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5  # weight of the teacher's part of the loss
     distill_tau: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # temperature of soft distillation
+    distill_cls: Weight = 1.0  # of the class token in distillation of features
+    distill_patches: Weight = 1.0  # of the patch tokens
     fidelity: Literal["corrected", "published"] = (
         "corrected"  # published: with what is wrong there, see docs/fidelity.md
     )

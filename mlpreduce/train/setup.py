@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,13 +38,14 @@ class Setup:
     loaders: Loaders
     core: nn.Module  # the model itself
     model: nn.Module  # the same, wrapped by DDP where there is a group, and compiled if asked for
-    replica: nn.Module  # the same, wrapped by DDP only
+    replica: nn.Module  # the same, wrapped by DDP only; under distillation of features, both give features
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler
     loss: nn.Module  # of the task, from logits and targets
-    teacher: nn.Module | None  # the unreduced model, for distillation
+    teacher: nn.Module | None  # the unreduced model, for distillation; it gives what the student gives
+    feature_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None  # in place of that of the task
     supernet: Supernet | None  # the sub-models that are trained together
     facts: dict[str, Any]
     plans: list[str]  # the reductions of the model, as JSON
@@ -58,7 +61,8 @@ class Setup:
     def training_loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """What is minimised, of one micro-batch: the loss of the task, with distillation blended with the teacher's.
 
-        Of a supernet it is the mean over the sub-models of this update.
+        With distillation of features it is their loss alone, and the targets are not looked at. Of a supernet it is the mean
+        over the sub-models of this update.
 
         Args:
             images: (batch, channels, height, width), mixed already.
@@ -69,6 +73,8 @@ class Setup:
         """
         with torch.no_grad():  # before the student, whose activations are kept for the backward pass
             aims = None if self.teacher is None else self.teacher(images)
+        if self.feature_loss is not None and aims is not None:
+            return self.feature_loss(self.model(images), aims)
 
         def loss(logits: torch.Tensor) -> torch.Tensor:
             task: torch.Tensor = self.loss(logits, targets)
@@ -91,7 +97,8 @@ def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
     loaders = load(run.data, train, micro_batch=run.micro_batch, rank=runtime.rank, world=runtime.world, device=device)
     updates_per_epoch = run.updates_per_epoch(loaders.train_samples, runtime.world)
     digest, teacher = _start(run, runtime, saved) if run.model.weights else (None, None)
-    core = build_model(run).to(device)
+    core = build_model(run, plans=() if saved is None else saved.plans).to(device)
+    trained, feature_loss = _trained(core, run)
     if train.grad_checkpointing:
         _checkpoint_blocks(core, run)
     if runtime.world > 1 and (problem := reentrant_problem(core)) is not None:
@@ -117,9 +124,9 @@ def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
     per_alias = train.fidelity == "published"
     ema = create_ema(core, train.ema_decay, per_alias=per_alias) if train.ema_decay else None
     optimizer = create_optimizer(core, train)
-    replica: nn.Module = core
+    replica = trained
     if runtime.world > 1 and dist.is_initialized():
-        replica = DistributedDataParallel(core, device_ids=[device] if device.type == "cuda" else None)
+        replica = DistributedDataParallel(trained, device_ids=[device] if device.type == "cuda" else None)
     parts = Setup(
         run=run,
         runtime=runtime,
@@ -133,6 +140,7 @@ def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
         scaler=torch.amp.GradScaler(device.type, enabled=train.amp == "float16"),
         loss=create_loss(train),
         teacher=torch.compile(teacher) if train.compile and teacher is not None else teacher,  # type: ignore[arg-type]
+        feature_loss=feature_loss,
         supernet=None if run.supernet is None else entangle(core, run),
         facts=facts,
         plans=plans,
@@ -160,7 +168,30 @@ def _start(run: Run, runtime: Runtime, saved: Saved | None) -> tuple[str, nn.Mod
         )
     if run.train.distillation == "none":
         return digest, None
-    return digest, distillation.as_teacher(unreduced, run).to(runtime.device)
+    teacher = distillation.as_teacher(unreduced, run).to(runtime.device)
+    return digest, distillation.Features(teacher).eval() if run.train.distillation == "features" else teacher
+
+
+def _trained(
+    core: nn.Module, run: Run
+) -> tuple[nn.Module, Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None]:
+    """The module that gives what is learned by: the model, or its features, with the head frozen; and their loss.
+
+    Raises:
+        ReductionError: there is no teacher, the model gives no features, or it is a supernet, which is run otherwise.
+    """
+    train = run.train
+    if train.distillation != "features":
+        return core, None
+    call = f"fit({run.label}): train.distillation='features'"
+    if not run.model.weights:
+        raise ReductionError(f"{call}: there is no trained teacher; give model.weights")
+    if run.supernet is not None:
+        raise ReductionError(f'{call}: the sub-models of a supernet are run for their logits; use "soft" or "hard"')
+    features = distillation.Features(core)
+    distillation.freeze_unreached(features)
+    loss = distillation.FeatureDistill(train.distill_cls, train.distill_patches)
+    return features, partial(loss, prefix_tokens=features.prefix_tokens)
 
 
 def _checkpoint_blocks(core: nn.Module, run: Run) -> None:

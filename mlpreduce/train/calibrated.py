@@ -1,0 +1,75 @@
+"""Steps of a reduction that look at data: which those are, what they are given, and what stands for them without data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import mlpreduce
+from mlpreduce.criteria import choose
+from mlpreduce.data import calibration
+from mlpreduce.edits import Plan
+from mlpreduce.errors import ReductionError
+from mlpreduce.reduction import remember
+from mlpreduce.surgery import carry_out
+from mlpreduce.train.settings import Run, Step
+
+__all__ = ["apply_as_before", "apply_step", "calibration_data", "needs_data", "without_data"]
+
+
+def needs_data(step: Step) -> bool:
+    """Whether a step chooses its units by calibration data, or repairs what is left with it.
+
+    Example:
+        >>> needs_data({"transform": "shallow", "criterion": "nvit"}), needs_data({"transform": "shallow"})
+        (True, False)
+    """
+    if step.get("repair", "none") != "none":
+        return True
+    try:
+        return "criterion" in step and choose(step["criterion"]).criterion.of_data
+    except ReductionError:  # the transform will tell, or means something else by it
+        return False
+
+
+def without_data(step: Step) -> Step:
+    """A step of about the same cost that needs neither data nor weights, for a model on the meta device.
+
+    Widths that would follow from scores become those of `scope="uniform"`: a target is met all the same, up to rounding.
+    A step that needs no data is returned as it is.
+
+    Example:
+        >>> without_data({"transform": "shallow", "ratio": 0.5, "criterion": "nvit", "scope": "global"})
+        {'transform': 'shallow', 'ratio': 0.5, 'criterion': 'first', 'scope': 'uniform'}
+    """
+    if not needs_data(step):
+        return step
+    kept = {key: value for key, value in step.items() if key not in ("repair", "latency_weight")}
+    plain = {"criterion": "first", "scope": "uniform"}
+    return {key: plain.get(key, value) for key, value in kept.items()}
+
+
+def calibration_data(run: Run) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """This process's share of `model.calibration_images` training images, with labels, without augmentation.
+
+    Which images, and their order, follow from the data set alone; of several processes in a group, each takes every n-th.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return calibration(run.data, run.model.calibration_images, rank=rank, world=world)
+
+
+def apply_step(model: nn.Module, step: Step, data: Any = None) -> None:
+    """Reduce a model in place by one step."""
+    config = {key: value for key, value in step.items() if key != "transform"}
+    mlpreduce.apply(model, step["transform"], data=data, **config)
+
+
+def apply_as_before(model: nn.Module, text: str) -> None:
+    """Reduce a model in place by a plan in JSON, which has no values of new weights: a checkpoint does."""
+    plan = Plan.from_json(text)
+    carry_out(model, plan, weights=False)
+    remember(model, plan)
