@@ -1,0 +1,122 @@
+"""Hidden units of a model that trains: which MLPs are its own, where a unit lies in fc1 and fc2, checks of arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlpreduce.edits import Axis, Plan, Slice, as_units
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import MLP, module_at
+
+__all__ = [
+    "averaged",
+    "entry",
+    "fraction",
+    "indices",
+    "owners",
+    "parameter",
+    "projections",
+    "unit_norms",
+    "whole",
+    "with_units",
+]
+
+
+def owners(mlps: Sequence[MLP]) -> list[MLP]:
+    """Each MLP once, in order of execution: of tied ones the first."""
+    return [mlp for mlp in mlps if mlp.owner == mlp.name]
+
+
+def projections(mlp: MLP) -> tuple[list[Axis], Axis]:
+    """The axes of the hidden units in the weights of fc1 (a gated MLP may have two) and of fc2."""
+    roles = {leaf.path: leaf.role for leaf in mlp.leaves}
+    named = [(roles.get(axis.tensor.removesuffix(".weight")), axis) for axis in mlp.axes]
+    fc2 = next(axis for role, axis in named if role == "fc2")
+    return [axis for role, axis in named if role == "fc1"], fc2
+
+
+def parameter(model: nn.Module, path: str, call: str) -> nn.Parameter:
+    """The parameter at a path.
+
+    Raises:
+        ReductionError: there is none, so the model is another than it was.
+    """
+    leaf, _, name = path.rpartition(".")
+    found = getattr(module_at(model, leaf), name, None)
+    if not isinstance(found, nn.Parameter):
+        raise ReductionError(
+            f"{call}: {type(model).__name__} has no parameter {path!r}; give the model it was made for"
+        )
+    return found
+
+
+def indices(axis: Axis, units: torch.Tensor) -> torch.Tensor:
+    """Where units lie on an axis: a packed gate has each twice."""
+    return torch.cat([units + offset for offset in axis.offsets])
+
+
+def unit_norms(tensor: torch.Tensor, axis: Axis, hidden: int) -> torch.Tensor:
+    """L1 norm of what each hidden unit has in a tensor, (hidden,), in float32 or wider, on the CPU."""
+    values = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).abs()
+    sums = values.movedim(axis.dim, 0).flatten(1).sum(dim=1)
+    return sum(sums[offset : offset + hidden] for offset in axis.offsets).cpu()  # type: ignore[union-attr]
+
+
+def with_units(made: Plan, name: str, config: dict[str, Any], units: Mapping[str, Sequence[int]]) -> Plan:
+    """A plan of `shallow` as one of another name, which keeps other units in the same number."""
+    edits = tuple(replace(e, units=as_units(units[e.mlp])) if isinstance(e, Slice) else e for e in made.edits)
+    return replace(made, transform=name, config=config, edits=edits, costs=None, data=None, notes=())
+
+
+def averaged(ema: Any, call: str) -> nn.Module:
+    """The model of a moving average: of timm's and torch's classes the one they hold, else the module itself.
+
+    Raises:
+        ReductionError: it is none.
+    """
+    held = getattr(ema, "module", None)
+    model = held if isinstance(held, nn.Module) else ema
+    if not isinstance(model, nn.Module):
+        raise ReductionError(
+            f"{call}: ema is a {type(ema).__name__}; give the averaged model, or what holds it as .module"
+        )
+    return model
+
+
+def entry(state: Any, key: str, call: str) -> Any:
+    """What a state dict has under a key.
+
+    Raises:
+        ReductionError: it has none.
+    """
+    if not isinstance(state, Mapping) or key not in state:
+        raise ReductionError(f"{call}: the state has no {key!r}; give what state_dict() of this class returned")
+    return state[key]
+
+
+def fraction(name: str, value: Any, call: str, *, least: float = 0.0, most: float = 1.0) -> float:
+    """A number from `least` to `most`.
+
+    Raises:
+        ReductionError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ReductionError(f"{call}: {name} is {value!r}; it must be a number from {least:g} to {most:g}")
+    return float(value)
+
+
+def whole(name: str, value: Any, call: str, *, least: int = 1) -> int:
+    """A whole number from `least`.
+
+    Raises:
+        ReductionError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < math.inf:
+        raise ReductionError(f"{call}: {name} is {value!r}; it must be a whole number from {least}")
+    return value
