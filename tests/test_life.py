@@ -365,7 +365,7 @@ def test_reentrant_checkpointing_of_transformers_is_reported() -> None:
 def test_our_training_refuses_reentrant_checkpointing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlpreduce.train import Run, Runtime, setup
 
-    def build(run: Run) -> nn.Module:
+    def build(run: Run, **more: object) -> nn.Module:
         model = reduced("tied", img_size=8, in_chans=1, num_classes=10)
         model.set_grad_checkpointing()
         return model
