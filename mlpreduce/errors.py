@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["ReductionError", "call_text", "did_you_mean"]
+__all__ = ["ReductionError", "call_text", "did_you_mean", "optional"]
 
 
 class ReductionError(ValueError):
@@ -31,6 +32,27 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(options)}" if options else ""
+
+
+def optional(module: str, what: str) -> Any:
+    """A module of a package that only some parts need.
+
+    Args:
+        module: its full name; the package that is to be installed is its first word.
+        what: what needs it, for the message.
+
+    Raises:
+        ReductionError: the package is not installed.
+
+    Example:
+        >>> optional("math", "this example").sqrt(4)
+        2.0
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ReductionError(f"{what} needs {package}, which is not installed: pip install {package}") from error
 
 
 def call_text(name: str, config: Mapping[str, Any]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
+
 import pytest
 import torch
 from scipy import linalg
@@ -14,8 +17,8 @@ from mlpreduce.testing import tiny_vit
 
 
 def lapack(rows: torch.Tensor) -> list[int]:
-    """Round by round, QR with column pivoting of the transposed rows that are left, in float64."""
-    matrix, order, left = rows.double().numpy(), [], list(range(len(rows)))
+    """Round by round, QR with column pivoting of the transposed rows that are left, in their type."""
+    matrix, order, left = rows.numpy(), [], list(range(len(rows)))
     while left:
         picks = linalg.qr(matrix[left].T, mode="r", pivoting=True)[1][: rows.shape[1]]
         order += [left[pick] for pick in picks]
@@ -34,6 +37,15 @@ def published(rows: torch.Tensor, wanted: int) -> list[int]:
     return order
 
 
+def tracemalloc_peak(run: Callable[[], object]) -> int:
+    """Bytes that numpy held at most."""
+    tracemalloc.start()
+    run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
 def random_rows(units: int, values: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(units, values, dtype=dtype, generator=generator)
@@ -46,6 +58,7 @@ def test_equals_lapack_round_by_round(units: int, values: int, dtype: torch.dtyp
     for seed in range(3):
         rows = random_rows(units, values, seed, dtype)
         assert pivots(rows) == lapack(rows)
+        assert pivots(rows, dtype="float64") == lapack(rows.double())
 
 
 def test_equals_the_published_loop() -> None:
@@ -56,7 +69,9 @@ def test_equals_the_published_loop() -> None:
 def test_at_the_size_of_vit_base() -> None:
     rows = 0.02 * torch.randn(3072, 768)
     first = pivots(rows, 768)[:768]
-    assert first == linalg.qr(rows.double().numpy().T, mode="r", pivoting=True)[1][:768].tolist()
+    assert first == linalg.qr(rows.numpy().T, mode="r", pivoting=True)[1][:768].tolist()
+    wide = pivots(rows, 768, "float64")[:768]
+    assert wide == linalg.qr(rows.double().numpy().T, mode="r", pivoting=True)[1][:768].tolist()
     assert int(torch.linalg.matrix_rank(rows[first].double())) == 768
 
 
@@ -74,13 +89,14 @@ def test_what_must_hold_of_the_order() -> None:
 
 
 def test_rows_without_rank_end_a_round() -> None:
-    rows = torch.randn(40, 3, dtype=torch.float64) @ torch.randn(3, 16, dtype=torch.float64)
-    order = pivots(rows)
-    assert sorted(order) == list(range(40))
-    for start in range(0, 39, 3):
-        assert int(torch.linalg.matrix_rank(rows[order[start : start + 3]])) == 3
+    for dtype in (torch.float64, torch.float32):
+        rows = torch.randn(40, 3, dtype=dtype) @ torch.randn(3, 16, dtype=dtype)
+        order = pivots(rows)
+        assert sorted(order) == list(range(40))
+        for start in range(0, 39, 3):
+            assert int(torch.linalg.matrix_rank(rows[order[start : start + 3]])) == 3
     assert pivots(torch.zeros(6, 4)) == list(range(6))
-    assert pivots(torch.eye(8).repeat(3, 1)) == list(range(24))  # equal norms: the lower index first
+    assert pivots(torch.eye(8).repeat(3, 1)) == list(range(24))  # equal norms
     some = torch.cat([torch.zeros(5, 4), torch.eye(4)])
     assert pivots(some) == [5, 6, 7, 8, 0, 1, 2, 3, 4]
 
@@ -100,9 +116,19 @@ def test_sources(source: str) -> None:
     assert list(edit.units) == sorted(lapack(rows.detach())[:50])
 
 
+def test_memory_is_that_of_one_copy() -> None:
+    rows = torch.randn(6000, 700)
+    pivots(rows[:2])
+    numpy_only = tracemalloc_peak(lambda: pivots(rows, 700))
+    assert rows.nbytes < numpy_only < 1.2 * rows.nbytes
+    assert tracemalloc_peak(lambda: pivots(rows, 700, "float64")) < 2.2 * rows.nbytes
+
+
 def test_refusals() -> None:
     with pytest.raises(ReductionError, match=r"source is 'fc3'; did you mean 'fc1'\?"):
         mlpreduce.plan(tiny_vit(), "shallow", criterion={"name": "gram_schmidt", "source": "fc3"})
+    with pytest.raises(ReductionError, match=r"dtype is 'float16'; did you mean 'float"):
+        mlpreduce.plan(tiny_vit(), "shallow", criterion={"name": "gram_schmidt", "dtype": "float16"})
     model = tiny_vit()
     model.blocks[1].mlp.fc1.weight.data[3, 4] = torch.nan
     with pytest.raises(ReductionError, match=r"the weights of blocks\.1\.mlp are not all finite"):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mlpreduce.errors import ReductionError
+from mlpreduce.errors import ReductionError, optional
 from mlpreduce.graph import (
     MLP,
     Inputs,
@@ -228,8 +228,5 @@ def timed(models: Sequence[nn.Module], batch: Inputs, device: torch.device, repe
 
 def _monotone(times: Sequence[float]) -> np.ndarray:
     """The nearest values that never fall, by least squares."""
-    try:
-        from scipy.optimize import isotonic_regression
-    except ModuleNotFoundError as error:
-        raise ReductionError("LatencyTable.measure needs scipy, which is not installed: pip install scipy") from error
-    return np.asarray(isotonic_regression(np.asarray(times)).x)
+    optimize = optional("scipy.optimize", "LatencyTable.measure")
+    return np.asarray(optimize.isotonic_regression(np.asarray(times)).x)

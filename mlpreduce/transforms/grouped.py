@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 
 from mlpreduce.criteria import unit_weights
 from mlpreduce.edits import Assign, Edit, Scale, Share
-from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.errors import ReductionError, did_you_mean, optional
 from mlpreduce.graph import MLP
 from mlpreduce.parts import Parts
 from mlpreduce.transforms import register
@@ -176,7 +175,7 @@ def _tie(parts: Parts, members: list[MLP], keeper: MLP, factors: Mapping[str, fl
 
 def _matching_factor(parts: Parts, members: list[MLP], keeper: MLP, means: Mapping[str, torch.Tensor]) -> float:
     """The factor with which the shared MLP has the mean output energy of the members on standard normal inputs."""
-    optimize = _scipy_optimize("scale='match_forward'")
+    optimize = optional("scipy.optimize", "scale='match_forward'")
     noise = torch.randn(256, keeper.in_features, device="cpu", generator=torch.Generator().manual_seed(0))
     paths = [
         path
@@ -232,16 +231,8 @@ def _means(parts: Parts, members: list[MLP], *, align: bool) -> Iterator[tuple[s
 
 def _matching(parts: Parts, first: MLP, member: MLP) -> torch.Tensor:
     """Units of `member` in the order in which each comes closest to its unit of `first`, as a linear assignment."""
-    optimize = _scipy_optimize("keep='align_mean'")
+    optimize = optional("scipy.optimize", "keep='align_mean'")
     gain = unit_weights(first, parts.tensor) @ unit_weights(member, parts.tensor).T
     if not gain.isfinite().all():
         raise ReductionError(f"keep='align_mean': the weights of {first.name} or {member.name} are not finite")
     return torch.from_numpy(optimize.linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])
-
-
-def _scipy_optimize(what: str) -> Any:
-    try:
-        from scipy import optimize
-    except ModuleNotFoundError as error:
-        raise ReductionError(f"{what} needs scipy, which is not installed: pip install scipy") from error
-    return optimize
