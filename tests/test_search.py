@@ -141,6 +141,9 @@ class TestSpaces:
             ([("shallow", {"ratio": 0.5})], [("shallow", {"width": 32})], True),
             ([("shallow", {"criterion": "first"})], [("shallow", {"criterion": "last"})], False),
             ([("shallow", {"criterion": "first"})], [("shallow", {"criterion": "l2"})], False),
+            ([("shallow", {"criterion": "taylor"})], [("shallow", {"criterion": "first"})], False),
+            ([("shallow", {"criterion": "taylor"})], [("shallow", {"criterion": "fisher"})], False),
+            ([("shallow", {"repair": "least_squares"})], [("shallow", {"repair": "none"})], False),
             ([("thin", {"mlp_ratio": 2.0})], [("shallow", {"ratio": 0.5})], False),
             (
                 [("shallow", {"criterion": "l2"}), ("grouped", {"pattern": "cycle", "group": 6})],
@@ -160,6 +163,22 @@ class TestSpaces:
             for steps in (one, other)
         ]
         assert (keys[0] == keys[1]) is equal
+
+    def test_what_looks_at_images_costs_the_same_or_is_refused(self, pricer: Pricer) -> None:
+        plain, looking, beyond = (
+            Suggestion(({"transform": "shallow", "ratio": 0.5, **config},), {})
+            for config in (
+                {},
+                {"criterion": "nvit", "repair": "least_squares"},
+                {"criterion": "nvit", "scope": "global"},
+            )
+        )
+        assert pricer.price(looking).cost == pricer.price(plain).cost
+        assert pricer.price(looking).pattern == pricer.price(plain).pattern
+        with pytest.raises(
+            ReductionError, match=r"scope='global'\): the widths, and so the cost, follow from training"
+        ):
+            pricer.price(beyond)
 
     def test_settings_are_part_of_a_point(self, pricer: Pricer) -> None:
         steps = ({"transform": "grouped"},)

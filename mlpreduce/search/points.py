@@ -16,13 +16,14 @@ from torch import nn
 import mlpreduce
 from mlpreduce.budget import Baseline, Cost, measure, outcome
 from mlpreduce.edits import Assign, Plan, Slice
-from mlpreduce.errors import ReductionError
+from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Survey, mlps_or_raise, structural_copy, survey
 from mlpreduce.planning import make_plan
 from mlpreduce.recipe import Recipe, changed, runs
 from mlpreduce.search.spaces import ModelView, Suggestion
 from mlpreduce.surgery import carry_out
 from mlpreduce.train import build_model
+from mlpreduce.train.calibrated import needs_data, without_data
 from mlpreduce.train.settings import Run, Step
 from mlpreduce.transforms import is_construction
 
@@ -135,7 +136,11 @@ class Pricer:
             "owners": [index[owner] for _, owner in after.values()],
             "widths": [hidden for hidden, _ in after.values()],
         }
-        identity = [list(map(_identity, plans, others)), sorted(suggestion.settings.items())]
+        identity = [
+            list(map(_identity, plans, others)),
+            sorted(suggestion.settings.items()),
+            *filter(needs_data, steps),
+        ]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         return Point(steps, suggestion.settings, cost, pattern, key)
 
@@ -152,7 +157,7 @@ class Pricer:
             return plans, measured.cost, {mlp.name: (mlp.hidden_features, mlp.owner) for mlp in found.mlps}
         tree = structural_copy(model, device=device)
         for number, step in enumerate(rest, 1):
-            config = {key: value for key, value in step.items() if key != "transform"}
+            config = {key: value for key, value in _priced(step).items() if key != "transform"}
             plan, _ = make_plan(tree, step["transform"], config, found=found)
             plans.append(plan)
             cost, after = measured.after(plan), outcome(measured.mlps, plan)
@@ -175,6 +180,22 @@ class Pricer:
             found = mlps_or_raise(model, f"search({run.model.name})")
             self._known[key] = _Known(model, found, measure(model, mlps=found.mlps))
         return self._known[key]
+
+
+def _priced(step: Step) -> Step:
+    """A step of the same cost that needs no data.
+
+    Raises:
+        ReductionError: its cost follows from the data.
+    """
+    plain = without_data(step)
+    if plain.get("scope") != step.get("scope"):
+        call = call_text(step["transform"], {key: value for key, value in step.items() if key != "transform"})
+        raise ReductionError(
+            f"{call}: the widths, and so the cost, follow from training images, and a search knows costs before; search with "
+            f'scope="uniform", or the width of each block (width_per_block)'
+        )
+    return plain
 
 
 def _identity(plan: Plan, other: Plan) -> Any:

@@ -25,6 +25,7 @@ from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import MLP, Survey, example_inputs, mlps_or_raise, module_at, structural_copy, survey, tensors_in
 from mlpreduce.planning import make_plan
 from mlpreduce.surgery import carry_out
+from mlpreduce.train.calibrated import needs_data
 from mlpreduce.train.settings import Step
 from mlpreduce.transforms import is_construction
 
@@ -136,7 +137,7 @@ class Planner:
         try:
             plan, _ = make_plan(structure.tree, name, config, found=structure.found)
         except ReductionError as error:
-            looks = "meta device" in str(error)
+            looks = needs_data(step) or "meta device" in str(error)
             why = '; a sub-model must be the same for any weights: choose units by "first" or "last"' if looks else ""
             raise ReductionError(f"{self._call}: {error}{why}") from error
         for edit in plan.of(Slice):
