@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -101,6 +101,7 @@ def profile(
     measure_speed: bool = False,
     batch_size: int = 32,
     repeats: int = 5,
+    tokens_per_block: Sequence[int] | None = None,
 ) -> Profile:
     """Count a model's parameters and MACs and, if asked, time its inference where it is.
 
@@ -113,9 +114,12 @@ def profile(
         measure_speed: whether to time it. On a shared machine compare only what was measured side by side.
         batch_size: images of a timed batch; those of `inputs` if given.
         repeats: timed batches, after one that is not counted.
+        tokens_per_block: the tokens that go into each block, class token included, to count what a system costs that prunes
+            tokens on the way, such as DynamicViT (arXiv 2106.02034) or EViT (arXiv 2202.07800); without its own layers.
 
     Raises:
-        ReductionError: the input size is not known, or a model on the meta device is to be timed.
+        ReductionError: the input size is not known, or a model on the meta device, or one with other tokens than it makes,
+            is to be timed.
     """
     refuse_wrapped(model, "profile")
     if inputs is not None and not isinstance(inputs, (torch.Tensor, tuple, Mapping)):
@@ -125,7 +129,9 @@ def profile(
         )
     if batch_size < 1 or repeats < 1:
         raise ReductionError(f"profile: batch_size={batch_size}, repeats={repeats}; both must be at least 1")
-    cost = asdict(measure(model, inputs).cost)
+    if tokens_per_block is not None and measure_speed:
+        raise ReductionError("profile(measure_speed=True): tokens are counted, not pruned; leave out tokens_per_block")
+    cost = asdict(measure(model, inputs, tokens_per_block=tokens_per_block).cost)
     if not measure_speed:
         return Profile(**cost)
     batch = example_inputs(model, batch_size) if inputs is None else inputs

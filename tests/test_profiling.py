@@ -25,6 +25,34 @@ def test_macs_by_formula() -> None:
     assert (profile.throughput, profile.latency, profile.peak_memory_mib) == (None, None, None)
 
 
+def test_macs_of_pruned_tokens(vit: nn.Module) -> None:
+    d, h, tokens = 32, 128, (17, 17, 9, 5)
+    linear = 16 * 3 * 4 * 4 * d + sum(4 * n * d * d + 2 * n * d * h for n in tokens) + 5 * d
+    profile = mlpreduce.profile(vit, tokens_per_block=tokens)
+    assert profile.macs_linear == linear
+    assert profile.macs == linear + 5 * d * (sum(2 * n for n in tokens) + tokens[-1])
+    assert profile.macs_with_attention == profile.macs + sum(2 * n * n * d for n in tokens)
+    assert mlpreduce.profile(vit, tokens_per_block=[17] * 4) == mlpreduce.profile(vit)
+    tied = mlpreduce.apply(vit, "grouped")
+    assert mlpreduce.profile(tied, tokens_per_block=tokens).macs == profile.macs
+    for wrong in ([17] * 3, [17, 17, 17, 0], [17, 17, 17, 2.5]):
+        with pytest.raises(ReductionError, match=r"whole number above 0 for each of 4 blocks, blocks\.0 to blocks\.3"):
+            mlpreduce.profile(vit, tokens_per_block=wrong)
+    with pytest.raises(ReductionError, match="leave out tokens_per_block"):
+        mlpreduce.profile(vit, measure_speed=True, tokens_per_block=tokens)
+    swin = timm.create_model("swin_tiny_patch4_window7_224")
+    with pytest.raises(ReductionError, match=r"layers\.0\.blocks\.0 is not given tokens"):
+        mlpreduce.profile(swin, tokens_per_block=[49] * 12)
+
+
+def test_deit_with_tokens_pruned_as_by_dynamicvit() -> None:
+    with torch.device("meta"):
+        deit = timm.create_model("deit_small_patch16_224")
+    tokens = [1 + int(196 * 0.7 ** (block // 3)) for block in range(12)]
+    assert mlpreduce.profile(deit).macs_with_attention / 1e9 == pytest.approx(4.6, abs=0.05)  # published, and below
+    assert mlpreduce.profile(deit, tokens_per_block=tokens).macs_with_attention / 1e9 == pytest.approx(2.9, abs=0.05)
+
+
 def test_tying_changes_no_macs_and_slicing_does(vit: nn.Module) -> None:
     before = mlpreduce.profile(vit)
     tied = mlpreduce.profile(mlpreduce.apply(vit, "grouped"))

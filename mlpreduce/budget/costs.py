@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,7 +142,12 @@ def counted(model: nn.Module, mlps: Sequence[MLP]) -> Baseline:
     return Baseline(cost, tuple(mlps), (0,) * len(mlps))
 
 
-def measure(model: nn.Module, inputs: Inputs | None = None, mlps: Sequence[MLP] | None = None) -> Baseline:
+def measure(
+    model: nn.Module,
+    inputs: Inputs | None = None,
+    mlps: Sequence[MLP] | None = None,
+    tokens_per_block: Sequence[int] | None = None,
+) -> Baseline:
     """Count parameters and MACs by dispatching one image on the meta device. Takes no memory and changes nothing.
 
     Args:
@@ -149,6 +155,8 @@ def measure(model: nn.Module, inputs: Inputs | None = None, mlps: Sequence[MLP] 
         inputs: a batch (images, channels, height, width), or arguments of another kind, of which the shapes matter;
             by default what the model says it takes.
         mlps: its MLPs, if known.
+        tokens_per_block: the tokens that go into each block, class token included, as where tokens are pruned; by default
+            those that the model makes of its input.
 
     Raises:
         ReductionError: the input size is not known, or the model does not run on the meta device.
@@ -170,10 +178,14 @@ def measure(model: nn.Module, inputs: Inputs | None = None, mlps: Sequence[MLP] 
             features[id(leaf)] = leaf.get_parameter("weight").shape[layer.inputs]
     for leaf in {id(leaf): leaf for leaf in contracts if leaf is not None}.values():
         leaf.register_forward_hook(record, with_kwargs=True)
+    for name, tokens in _tokens_of_blocks(mlps, tokens_per_block).items():
+        module_at(copy, name).register_forward_pre_hook(partial(_with_tokens, name, tokens))  # type: ignore[union-attr]
     counter = FlopCounterMode(display=False, custom_mapping={_NORM: _norm_elements})
     try:
         with torch.no_grad(), counter:
             call_with(copy, image)
+    except ReductionError:
+        raise
     except Exception as error:  # whatever a foreign forward raises
         raise ReductionError(
             f"measure({type(model).__name__}): it does not run on one input ({_shapes(image)}): "
@@ -190,6 +202,28 @@ def measure(model: nn.Module, inputs: Inputs | None = None, mlps: Sequence[MLP] 
         macs_with_attention=linear + norms + attention,
     )
     return Baseline(cost, tuple(mlps), tuple(calls[id(leaf)].pop(0) for leaf in contracts))
+
+
+def _tokens_of_blocks(mlps: Sequence[MLP], tokens: Sequence[int] | None) -> dict[str, int]:
+    """Tokens that go into each block, by its path."""
+    if tokens is None:
+        return {}
+    blocks = list(dict.fromkeys(mlp.block for mlp in mlps))
+    whole = all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in tokens)
+    if len(tokens) != len(blocks) or not whole:
+        raise ReductionError(
+            f"tokens_per_block={list(tokens)}: give a whole number above 0 for each of {len(blocks)} blocks, {blocks[0]} to "
+            f"{blocks[-1]}"
+        )
+    return dict(zip(blocks, tokens, strict=True))
+
+
+def _with_tokens(name: str, tokens: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a block is called with, with another number of tokens."""
+    if not args or not isinstance(args[0], torch.Tensor) or args[0].dim() != 3:
+        what = tuple(args[0].shape) if args and isinstance(args[0], torch.Tensor) else "no tensor"
+        raise ReductionError(f"tokens_per_block: {name} is not given tokens (images, tokens, features) but {what}")
+    return args[0].new_empty((args[0].shape[0], tokens, args[0].shape[2])), *args[1:]
 
 
 def _one_on_meta(batch: torch.Tensor) -> torch.Tensor:
