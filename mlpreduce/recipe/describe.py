@@ -34,6 +34,7 @@ def _describe(recipe: Recipe) -> tuple[str, int, int]:
     first = every[0]
     updates = first.updates_per_epoch(recipe.data.train_samples)
     train, launch = recipe.train, recipe.launch
+    passes = 2 if train.sam_rho else 1
     teacher = 0 if train.distillation == "none" else _teacher_macs(first)
     images = updates * train.batch_size * train.epochs
     costs = {}
@@ -52,14 +53,15 @@ def _describe(recipe: Recipe) -> tuple[str, int, int]:
         f"  learning rate    {_rates(recipe, updates)}",
         f"  images seen      {images:,} (an incomplete last batch is dropped)",
         "",
-        f"cost: training MACs, about 3 x those of the forward pass{' and once the teacher' if teacher else ''} x images seen; "
+        f"cost: training MACs, about {3 * passes} x those of the forward pass"
+        f"{f' and {passes} x the teacher' if teacher else ''} x images seen; "
         f"{len(recipe.seeds)} seed(s)",
     ]
     width = max(len(name) for name in recipe.variants)
     for name, macs in costs.items():
-        one = (3 * macs + teacher) * images
+        one = passes * (3 * macs + teacher) * images
         lines.append(f"  {name:<{width}}  {one:.3e} a run, {one * len(recipe.seeds):.3e} in all")
-    total = sum((3 * macs + teacher) * images * len(recipe.seeds) for macs in costs.values())
+    total = sum(passes * (3 * macs + teacher) * images * len(recipe.seeds) for macs in costs.values())
     lines.append(f"  {len(every)} runs: {total:.3e} MACs, {images * len(every):,} images")
     return "\n".join(lines), len(every), total
 

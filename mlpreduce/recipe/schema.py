@@ -296,6 +296,11 @@ def _problems(recipe: Recipe) -> Iterable[str]:
             "train.distill_cls=0, train.distill_patches=0: nothing is left of train.distillation='features'; give one of them "
             "a weight above 0"
         )
+    if recipe.train.sam_rho and recipe.train.amp == "float16":
+        yield (
+            f"train.sam_rho={recipe.train.sam_rho:g}: it takes two gradients for an update, and the scaler of "
+            f"train.amp='float16' knows one; use train.amp='bfloat16' or 'none'"
+        )
     if recipe.train.warmup_epochs >= recipe.train.epochs:
         yield (
             f"train.warmup_epochs={recipe.train.warmup_epochs}: the warm-up is part of train.epochs="

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mlpreduce.train.loop import TrainingStopped, fit
     from mlpreduce.train.parts import build_model, create_ema, learning_rates
     from mlpreduce.train.runtime import Runtime
+    from mlpreduce.train.sam import ascended
     from mlpreduce.train.settings import ModelSettings, Run, Step, TrainSettings
     from mlpreduce.train.state import read_checkpoint, save_checkpoint
     from mlpreduce.train.validation import evaluate
@@ -25,6 +26,7 @@ __all__ = [
     "Step",
     "TrainSettings",
     "TrainingStopped",
+    "ascended",
     "build_model",
     "create_ema",
     "evaluate",
@@ -38,6 +40,7 @@ _HOME = {
     "evaluate": "validation",
     "FeatureDistill": "distillation",
     "Runtime": "runtime",
+    "ascended": "sam",
     **dict.fromkeys(("TrainingStopped", "fit"), "loop"),
     **dict.fromkeys(("build_model", "create_ema", "learning_rates"), "parts"),
     **dict.fromkeys(("ModelSettings", "Run", "Step", "TrainSettings"), "settings"),

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.train import digests, probes
 from mlpreduce.train.curvature import CHUNK
 from mlpreduce.train.runtime import Runtime, precision
+from mlpreduce.train.sam import random_states, second_pass
 from mlpreduce.train.settings import Run
 from mlpreduce.train.setup import Setup, prepare
 from mlpreduce.train.state import Saved, all_do, read_checkpoint, save_checkpoint
@@ -129,6 +131,7 @@ def _train_epoch(parts: Setup, epoch: int) -> dict[str, Any]:
     last_group = batches % steps or steps
     total, seen = torch.zeros((), dtype=torch.float64, device=runtime.device), 0  # sum of losses, images
     started = told = time.perf_counter()
+    held: list[tuple[Any, list[torch.Tensor]]] = []  # micro-batches of an update that has a second pass
     # Only the last micro-batch of an update exchanges gradients.
     quiet = parts.replica.no_sync if isinstance(parts.replica, DistributedDataParallel) else nullcontext
     for number, (images, targets) in enumerate(parts.loaders.train):
@@ -141,14 +144,20 @@ def _train_epoch(parts: Setup, epoch: int) -> dict[str, Any]:
             images = images.contiguous(memory_format=torch.channels_last)
         update = (number + 1) % steps == 0 or number + 1 == batches
         group = last_group if number >= batches - last_group else steps
-        with nullcontext() if update else quiet(), _memory(run, len(images)):
-            with parts.autocast():
-                loss = parts.training_loss(images, targets)
-            parts.scaler.scale(loss / group).backward()
+        batch = (images, targets, group)
+        if train.sam_rho:
+            held.append((batch, random_states(runtime.device)))
+        with nullcontext() if update and (train.sam_sync or not train.sam_rho) else quiet(), _memory(run, len(images)):
+            loss = _backward(parts, batch)
         total.add_(loss.detach(), alpha=len(images))
         seen += len(images)
         if not update:
             continue
+        if held:
+            with _memory(run, len(images)):
+                again = partial(_backward, parts)
+                second_pass(parts.core, held, again, train.sam_rho, adaptive=train.sam_adaptive, quiet=quiet)
+            held.clear()
         _update(parts)
         if parts.updates % _CHECK_EVERY == 0:
             _mean_loss(parts, total, seen, epoch)
@@ -172,6 +181,15 @@ def _train_epoch(parts: Setup, epoch: int) -> dict[str, Any]:
         "train_seconds": seconds,
         "images_per_s": batches * run.micro_batch * runtime.world / seconds,
     }
+
+
+def _backward(parts: Setup, batch: tuple[torch.Tensor, torch.Tensor, int]) -> torch.Tensor:
+    """The loss of a micro-batch (images, targets, micro-batches of its update), whose gradient is added to those before."""
+    images, targets, group = batch
+    with parts.autocast():
+        loss = parts.training_loss(images, targets)
+    parts.scaler.scale(loss / group).backward()
+    return loss
 
 
 def _skipped(parts: Setup) -> dict[str, Any]:

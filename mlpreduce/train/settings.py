@@ -39,6 +39,9 @@ LATER = (
     "train.distill_tau",
     "train.distill_cls",
     "train.distill_patches",
+    "train.sam_rho",
+    "train.sam_adaptive",
+    "train.sam_sync",
 )
 Step = dict[str, Any]  # {"transform": name, **config}
 
@@ -80,6 +83,9 @@ class TrainSettings(AugmentSettings):
     distill_tau: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # temperature of soft distillation
     distill_cls: Weight = 1.0  # of the class token in distillation of features
     distill_patches: Weight = 1.0  # of the patch tokens
+    sam_rho: Weight = 0.0  # sharpness-aware: how far weights move uphill before the gradient is taken; 0 = plain
+    sam_adaptive: bool = False  # weights move in proportion to their squares; wants a ten times larger sam_rho
+    sam_sync: bool = False  # true: by the gradient of the whole batch; false: of each worker's own part of it
     fidelity: Literal["corrected", "published"] = (
         "corrected"  # published: with what is wrong there, see docs/fidelity.md
     )
