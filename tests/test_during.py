@@ -332,3 +332,195 @@ def test_what_cannot_be_carried_is_refused_before_anything_changes(
     with pytest.raises(ReductionError, match="ema is no average of this model"):
         reduce_in_training(model, "shallow", torch.optim.SGD(model.parameters(), lr=0.1), tiny_vit(depth=2).double())
     check()
+
+
+# --- what must not go wrong quietly -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["model first", "made first", "masks first"])
+def test_masks_are_loaded_in_any_order(order: str) -> None:
+    def made(model: nn.Module, seed: int) -> PruneAndGrow:
+        return PruneAndGrow(model, 0.5, interval=2, total_updates=12, seed=seed)
+
+    first = plain()
+    masks = made(first, 4)
+    train(first, torch.optim.AdamW(first.parameters(), lr=1e-2), 6, masks.step)
+    weights, state = copy.deepcopy(first.state_dict()), masks.state_dict()
+    model = plain()
+    if order == "model first":
+        model.load_state_dict(weights)
+    again = made(model, 9)
+    if order == "masks first":
+        again.load_state_dict(state)
+    if order != "model first":
+        model.load_state_dict(weights)
+    if order != "masks first":
+        again.load_state_dict(state)
+    assert again.active == masks.active
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+
+
+def test_masks_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ReductionError, match=r"interval=9 is more than 0\.8 of total_updates=10"):
+        PruneAndGrow(plain(), 0.5, interval=9, total_updates=10)
+    with pytest.raises(ReductionError, match="density is None"):
+        PruneAndGrow(plain(), None, interval=1, total_updates=10)  # type: ignore[arg-type]
+    model = plain()
+    masks = PruneAndGrow(model, 0.5, interval=2, total_updates=10)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    masks.step()
+    with pytest.raises(
+        ReductionError, match=r"all gradients of blocks\.0\.mlp are 0 at update 2, and units grow by them"
+    ):
+        masks.step()
+    state = masks.state_dict()
+    for damage in ({"masks": None}, {"updates": "x"}, {"settings": {**state["settings"], "interval": 3}}):
+        with pytest.raises(ReductionError, match=r"damaged|was written with interval=3, and this has interval=2"):
+            masks.load_state_dict({**state, **damage})
+    second = PruneAndGrow(model, 0.5, interval=2, total_updates=10)
+    masks.finalize()
+    with pytest.raises(ReductionError, match="something else has reduced the model"):
+        second.finalize()
+
+
+@pytest.mark.parametrize("wrong", ["itself", "other", "wrapped", "no model"])
+def test_a_wrong_average_changes_nothing(wrong: str, unchanged: Callable[[nn.Module], Callable[[], None]]) -> None:
+    model = plain()
+    ema = {"itself": model, "other": tiny_vit(depth=3).double(), "wrapped": nn.DataParallel(model), "no model": 3}[
+        wrong
+    ]
+    message = {
+        "itself": "is the model itself",
+        "other": "is no average of this model",
+        "wrapped": "is the model itself",
+    }
+    masks = PruneAndGrow(model, 0.5, interval=1, total_updates=2)
+    check = unchanged(model)
+    for call in (masks.finalize, masks.apply_to):
+        with pytest.raises(ReductionError, match=message.get(wrong, "ema is a int")):
+            call(ema)
+    check()
+    masks.finalize()
+    gated_model = plain()
+    gates = GateL1(gated_model)
+    gates.gates["blocks.0.mlp"].data[0] = 0.5
+    other = {"itself": gated_model, "wrapped": nn.DataParallel(gated_model)}.get(wrong, ema)
+    for finish in (gates.fold, lambda ema: gates.finalize(ema=ema)):
+        with pytest.raises(ReductionError, match=message.get(wrong, "ema is a int")):
+            finish(other)
+        assert len(gates.gates) == 4
+    with pytest.raises(ReductionError, match=r"blocks\.0\.mlp\.fc2 has no gate|is no average"):
+        gates.finalize(ema=plain())
+    gates.finalize()
+
+
+def test_gates_that_never_moved_are_refused() -> None:
+    model = plain()
+    optimizer = torch.optim.AdamW(model.parameters())  # before the gates
+    gates = GateL1(model)
+    train(model, optimizer, 2, gates.after_backward)
+    with pytest.raises(ReductionError, match=r"every gate is 1 as at first.*make the optimizer after GateL1"):
+        gates.finalize(0.3)
+    with pytest.raises(ReductionError, match=r"blocks\.0\.mlp\.fc2 is parametrized: fold that into its weight first"):
+        mlpreduce.apply(model, "shallow")
+    for wrong in ("x", math.nan, math.inf):
+        with pytest.raises(ReductionError, match="scale is"):
+            gates.after_backward(wrong)  # type: ignore[arg-type]
+        with pytest.raises(ReductionError, match="coefficient is"):
+            GateL1(plain(), wrong)  # type: ignore[arg-type]
+    gates.fold()
+
+
+def test_a_fraction_of_a_hundred_units_is_what_it_says() -> None:
+    for scope in ("uniform", "global"):
+        model = tiny_vit(embed_dim=20, mlp_ratio=5.0, num_heads=2)
+        gates = GateL1(model)
+        with torch.no_grad():
+            for gate in gates.gates.values():
+                gate.copy_(torch.linspace(0.1, 1, 100))
+        assert gates.finalize(0.29, scope=scope).blocks[0].mlp.fc1.out_features == 71
+
+
+def test_tickets_refuse_what_they_cannot_use(unchanged: Callable[[nn.Module], Callable[[], None]]) -> None:
+    with pytest.raises(ReductionError, match="wrapped in DataParallel"):
+        LotteryTicket(nn.DataParallel(plain()))
+    model = plain()
+    builds = {
+        "head.weight has shape": lambda: tiny_vit(num_classes=3).double(),
+        "gives a str": lambda: "x",
+        "gives the model itself": lambda: model,
+        "cannot be reduced alike": lambda: tiny_vit(mlp_ratio=2.0).double(),
+    }
+    for message, build in builds.items():
+        ticket = LotteryTicket(model, 0.2, rewind="random", build=build)  # type: ignore[arg-type]
+        check = unchanged(model)
+        with pytest.raises(ReductionError, match=message):
+            ticket.next_round()
+        check()
+        assert ticket.rounds == 0
+    ticket = LotteryTicket(model, 0.2)
+    state = ticket.state_dict()
+    with pytest.raises(ReductionError, match=r"was written with fraction=0\.2, and this has fraction=0\.5"):
+        LotteryTicket(plain(), 0.5).load_state_dict(state)
+    with pytest.raises(ReductionError, match="damaged"):
+        ticket.load_state_dict({**state, "plans": None})
+
+
+@pytest.mark.parametrize("keep", ["first", "last"])
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_a_carried_optimizer_is_like_one_made_anew(keep: str, decay: float | None) -> None:
+    def made(model: nn.Module) -> torch.optim.Optimizer:
+        return timm.optim.create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.05, layer_decay=decay)
+
+    model = plain()
+    optimizer = made(model)
+    train(model, optimizer, 2)
+    kept = optimizer.state[model.blocks[0 if keep == "first" else 1].mlp.fc1.weight]["exp_avg"].clone()
+    config = {"group": 2, "keep": keep, "scale": "none"}
+    reduce_in_training(model, "grouped", optimizer, **config)
+    assert torch.equal(optimizer.state[model.blocks[0].mlp.fc1.weight]["exp_avg"], kept)
+    anew = mlpreduce.apply(plain(), "grouped", **config)
+    anew.load_state_dict(model.state_dict())
+    other = made(anew)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    names = {id(p): name for each in (model, anew) for name, p in each.named_parameters()}
+    for ours, theirs in zip(optimizer.param_groups, other.param_groups, strict=True):
+        assert [names[id(p)] for p in ours["params"]] == [names[id(p)] for p in theirs["params"]]
+        assert ours.get("lr_scale") == theirs.get("lr_scale")
+    train(model, optimizer, 1)
+    train(anew, other, 1)
+    for one, two in zip(model.parameters(), anew.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_lookahead_and_several_optimizers_are_carried() -> None:
+    model = plain()
+    optimizer = timm.optim.create_optimizer_v2(model, "lookahead_momentum", lr=1e-2)
+    train(model, optimizer, 7)
+    reduce_in_training(model, "shallow", optimizer, ratio=0.5)
+    inner = optimizer._base_optimizer
+    assert {id(p) for p in inner.state} == {id(p) for p in model.parameters()}
+    assert all(value.shape == p.shape for p, held in inner.state.items() for value in held.values())
+    train(model, optimizer, 7)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    both = [torch.optim.SGD(matrices, lr=0.1, momentum=0.9), torch.optim.AdamW(others)]
+    for each in both:
+        train(model, each, 1)
+    reduce_in_training(model, "shallow", both, ratio=0.5)
+    held = {id(p) for each in both for group in each.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    for wrong in (None, 3, [None]):
+        with pytest.raises(ReductionError, match=r"optimizer is a .*; give an optimizer, or a list of them"):
+            reduce_in_training(model, "shallow", wrong)  # type: ignore[arg-type]
+
+
+def test_an_optimizer_of_the_other_half_of_a_tie_gets_what_stays() -> None:
+    model = plain()
+    optimizer = torch.optim.AdamW(model.blocks[1].parameters())
+    train(model, optimizer, 1)
+    reduce_in_training(model, "grouped", optimizer, group=2, scale="none")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.blocks[1].parameters()}

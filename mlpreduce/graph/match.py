@@ -173,6 +173,14 @@ def _used_elsewhere(flow: Flow, matches: list[Match]) -> set[int]:
     return elsewhere
 
 
+def _bare(product: str | None, tensor: str) -> str:
+    """Why a product with a tensor is no layer."""
+    layer, parametrized, _ = tensor.partition(".parametrizations.")
+    if parametrized:
+        return f"{layer} is parametrized: fold that into its weight first, gates by GateL1.fold() or finalize()"
+    return f"{product} multiplies by {tensor} itself, and only layers are tied and sliced"
+
+
 def match_mlps(flow: Flow) -> tuple[list[Match], list[str]]:
     """All MLPs of a graph, in order of execution, tied ones once for each call; and what may have hidden others."""
     stops: list[str] = []
@@ -182,8 +190,5 @@ def match_mlps(flow: Flow) -> tuple[list[Match], list[str]]:
     elsewhere = _used_elsewhere(flow, matches)
     products = (node for node in flow.graph.nodes if operation(node) in PRODUCTS)
     bare = [(node, arg) for node in products for arg in map(flow.parameter, node.all_input_nodes) if arg is not None]
-    stops += [
-        f"{operation(node)} multiplies by {arg.target} itself, and only layers are tied and sliced"
-        for node, arg in bare
-    ]
+    stops += [_bare(operation(node), str(arg.target)) for node, arg in bare]
     return [m for m in matches if not any(id(flow.module(node)) in elsewhere for node in m.leaves)], stops

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from mlpreduce.planning import Globs, make_plan
 from mlpreduce.reduction import apply
 from mlpreduce.slicing import slice_all
 from mlpreduce.surgery import rehearse
-from mlpreduce.train.during.units import averaged
+from mlpreduce.train.during.units import average_of
 
 __all__ = ["reduce_in_training"]
 
@@ -30,7 +30,7 @@ _GRAD = object()  # the key under which gradients are cut, as if they were a sta
 def reduce_in_training(
     model: Model,
     transform: str | Plan,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     ema: Any = None,
     *,
     include: Globs = None,
@@ -43,15 +43,16 @@ def reduce_in_training(
     """Reduce a model in the middle of its training, in place, so that the same optimizer and schedule go on with it.
 
     What the optimizer knows of a sliced tensor (moments, momentum, anything of its shape) is sliced to the kept units, and
-    so is its gradient. Where tensors become tied, that of the one that stays is kept, and the others leave their group;
-    the groups themselves, and so a schedule, stay. Wrap the model in DDP and compile it anew after it.
+    so is its gradient. Where tensors become tied, what is known of the one that stays is kept, in the place of the first of
+    them, and the others leave their group; the groups themselves, and so a schedule, stay. Wrap the model in DDP and
+    compile it anew after it.
 
     Everything is checked before anything changes.
 
     Args:
         model: the model itself, not its wrapper.
         transform: a name of `list_transforms`, or a plan made before.
-        optimizer: of the model's parameters, or some of them.
+        optimizer: of the model's parameters, or some of them; or several.
         ema: a moving average of the model, or what holds it as `.module`; the same plan is applied to it. Values that the plan
             assigns, such as means of tied weights, are those of the model there too.
         include: glob or globs over MLP names, as of `mlpreduce.apply`.
@@ -90,15 +91,16 @@ def reduce_in_training(
         made, _ = make_plan(model, transform, config, **scope, example_inputs=example_inputs)
     call = f"reduce_in_training(model, {call_text(made.transform, made.config)})"
     refuse_wrapped(model, call)
-    other = None if ema is None else averaged(ema, call)
+    other = average_of(model, ema, call)
+    given = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    optimizers = [_inner(each, call) for each in given]
     if other is not None:
-        refuse_wrapped(other, call)
-        _check_alike(model, other, call)
         rehearse(other, made)
     rehearse(model, made)
-    carried = _carried(model, made, optimizer, call)
+    carried = [_carried(model, made, each, call) for each in optimizers]
     apply(model, made, example_inputs=example_inputs)
-    _put(model, optimizer, carried)
+    for each, what in zip(optimizers, carried, strict=True):
+        _put(model, each, what)
     if other is not None:
         apply(other, made, example_inputs=example_inputs)
     return model
@@ -110,12 +112,15 @@ class _Carried:
 
     Attributes:
         paths: every path of each parameter of the model, by its id.
-        gone: ids of the parameters that become tied to others.
+        slots: id of each parameter of the optimizer that becomes tied -> id of the one in whose place the shared one goes, the
+            first of them in the model's order, as in an optimizer that is made anew.
+        heirs: id of that one -> the parameter that stays, if it is another.
         cut: path of each sliced parameter of the optimizer, and what it holds of it afterwards.
     """
 
     paths: dict[int, list[str]]
-    gone: set[int]
+    slots: dict[int, int]
+    heirs: dict[int, nn.Parameter]
     cut: dict[int, dict[Any, Any]]
 
 
@@ -135,14 +140,12 @@ def _carried(model: nn.Module, made: Plan, optimizer: torch.optim.Optimizer, cal
             f"{call}: {len(strangers)} of {len(held)} parameters of {type(optimizer).__name__} are none of the model's, the "
             f"first of shape {tuple(strangers[0].shape)}; give the optimizer that trains this model, and no other"
         )
-    gone: set[int] = set()
-    for share in made.of(Share):
-        ours, theirs = (_of(module_at(model, path)) for path in (share.source, share.target))
-        gone |= theirs - ours
+    slots, heirs = _tied(model, made, held, paths)
+    gone = slots.keys() - {id(heirs.get(slot)) for slot in slots.values()}
     sliced = {axis.tensor for edit in made.of(Slice) for axis in edit.axes}
-    touched = [p for p in held if id(p) in gone or sliced & set(paths[id(p)])]
+    touched = [p for p in held if id(p) in slots or sliced & set(paths[id(p)])]
     _check_references(optimizer, touched, call)
-    touched = [p for p in touched if id(p) not in gone]
+    touched = [p for p in touched if sliced & set(paths[id(p)]) and id(p) not in gone]
     entries = {id(p): dict(optimizer.state.get(p, {})) for p in touched}
     for parameter in touched:
         for key, value in entries[id(parameter)].items():
@@ -150,11 +153,28 @@ def _carried(model: nn.Module, made: Plan, optimizer: torch.optim.Optimizer, cal
         if parameter.grad is not None:
             entries[id(parameter)][_GRAD] = parameter.grad
     shapes = {id(p): p.shape for p in touched}
-    return _Carried(dict(paths), gone, _cut(model, made, paths, entries, shapes))
+    return _Carried(dict(paths), slots, heirs, _cut(model, made, paths, entries, shapes))
 
 
-def _of(module: nn.Module | None) -> set[int]:
-    return {id(parameter) for parameter in module.parameters()} if module is not None else set()
+def _tied(
+    model: nn.Module, made: Plan, held: list[nn.Parameter], paths: Mapping[int, list[str]]
+) -> tuple[dict[int, int], dict[int, nn.Parameter]]:
+    """The slots and heirs of the parameters of an optimizer that a plan ties: see `_Carried`."""
+    stays: dict[int, nn.Parameter] = {}
+    for share in made.of(Share):
+        source, target = (module_at(model, path) for path in (share.source, share.target))
+        if source is None or target is None:  # the rehearsal tells
+            continue
+        for name, parameter in target.named_parameters():
+            kept = source.get_parameter(name)
+            stays |= {id(parameter): kept, id(kept): kept}
+    order = {owner: number for number, owner in enumerate(paths)}
+    mine = sorted((p for p in held if id(p) in stays), key=lambda p: order[id(p)])
+    first: dict[int, int] = {}
+    for parameter in mine:
+        first.setdefault(id(stays[id(parameter)]), id(parameter))
+    slots = {id(p): first[id(stays[id(p)])] for p in mine}
+    return slots, {slot: stays[slot] for slot in slots.values()}
 
 
 def _cut(
@@ -217,32 +237,17 @@ def _check_references(optimizer: torch.optim.Optimizer, touched: list[nn.Paramet
             )
 
 
-def _check_alike(model: nn.Module, other: nn.Module, call: str) -> None:
-    """Whether a moving average is one of this model.
-
-    Raises:
-        ReductionError: it has other tensors.
-    """
-    ours, theirs = ({n: tuple(t.shape) for n, t in each.named_parameters()} for each in (model, other))
-    if model is other or ours != theirs:
-        name = next((n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)), "every parameter")
-        raise ReductionError(
-            f"{call}: ema is no average of this model: {name} has shape {theirs.get(name)} in it and {ours.get(name)} in the "
-            f"model; give the average, or leave it out"
-        )
-
-
 def _put(model: nn.Module, optimizer: torch.optim.Optimizer, carried: _Carried) -> None:
     """Give an optimizer the new parameters of a model in the place of the old."""
     now = dict(model.named_parameters(remove_duplicate=False))
     state: dict[Any, Any] = {}
     for group in optimizer.param_groups:
-        stay = [index for index, p in enumerate(group["params"]) if id(p) not in carried.gone]
+        stay = [index for index, p in enumerate(group["params"]) if carried.slots.get(id(p), id(p)) == id(p)]
         for key in ("params", "param_names"):  # torch keeps the names beside, where it was given them
             if key in group:
                 group[key][:] = [group[key][index] for index in stay]
-    for group in optimizer.param_groups:
-        for index, old in enumerate(group["params"]):
+        for index, held in enumerate(group["params"]):
+            old = carried.heirs.get(id(held), held)
             new = next(now[path] for path in carried.paths[id(old)] if path in now)
             entry = carried.cut.get(id(old))
             group["params"][index] = new
@@ -253,3 +258,22 @@ def _put(model: nn.Module, optimizer: torch.optim.Optimizer, carried: _Carried) 
     for parameter in [key for key in optimizer.state if isinstance(key, torch.Tensor)]:
         del optimizer.state[parameter]
     optimizer.state.update(state)
+
+
+def _inner(optimizer: Any, call: str) -> torch.optim.Optimizer:
+    """The optimizer that has the state: of timm's Lookahead the one that it holds, which has its groups too.
+
+    Raises:
+        ReductionError: it is no optimizer, or holds one with other groups.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ReductionError(f"{call}: optimizer is a {type(optimizer).__name__}; give an optimizer, or a list of them")
+    for name, held in vars(optimizer).items():
+        if isinstance(held, torch.optim.Optimizer):
+            if held.param_groups is optimizer.param_groups and not optimizer.state:
+                return _inner(held, call)
+            raise ReductionError(
+                f"{call}: {type(optimizer).__name__} holds another optimizer in {name!r}, and which state is whose is not "
+                f"known; reduce with mlpreduce.apply and make a new optimizer"
+            )
+    return optimizer

@@ -17,11 +17,12 @@ from mlpreduce.graph import MLP, Inputs, first_units, mlps_or_raise, module_at, 
 from mlpreduce.planning import Globs, make_plan
 from mlpreduce.reduction import apply
 from mlpreduce.surgery import rehearse
-from mlpreduce.train.during.units import averaged, fraction, owners, projections, whole, with_units
+from mlpreduce.train.during.units import average_of, fraction, owners, part_of, projections, whole, with_units
 
 __all__ = ["GateL1"]
 
 _SCOPES = ("global", "uniform")
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class _Gate(nn.Module):
@@ -69,7 +70,8 @@ class GateL1:
 
     The gates train with the weights. `after_backward()` adds coefficient * sign(m) to their gradients, which is that of
     the penalty coefficient * sum |m|, 0 at m = 0. `finalize()` folds them, W2 <- W2 diag(m), which changes no output,
-    and slices the units with the least |m| out: train on after it.
+    and slices the units with the least |m| out: train on after it, with a new optimizer, as slicing makes new Parameters. A
+    norm over the hidden units, as eva02 has, counts what is sliced in its statistics, so there even units of gate 0 matter.
 
     Make it before optimizer, moving average and DDP, whose parameters the gates must be among. The gates multiply the
     columns of the fc2 weight, which is the same function at the cost of one product of that weight. Until they are folded
@@ -114,7 +116,7 @@ class GateL1:
         example_inputs: Inputs | None = None,
     ) -> None:
         call = call_text("GateL1", {"coefficient": coefficient})
-        self.coefficient = fraction("coefficient", coefficient, call, most=math.inf)
+        self.coefficient = fraction("coefficient", coefficient, call, most=_LARGEST)
         refuse_wrapped(model, call)
         if any(isinstance(module, _Gate) for module in model.modules()):
             raise ReductionError(f"{call}: the model has gates already; finalize them first")
@@ -173,6 +175,7 @@ class GateL1:
         Raises:
             ReductionError: `finalize` was called.
         """
+        fraction("scale", scale, "GateL1.after_backward()", most=_LARGEST)
         with torch.no_grad():
             for gate in self.gates.values():
                 slope = gate.sign().mul_(self.coefficient * scale)
@@ -240,17 +243,27 @@ class GateL1:
         return self._model
 
     def _all(self, model: nn.Module, ema: Any, call: str) -> list[nn.Module]:
-        return [model] if ema is None else [model, averaged(ema, call)]
+        other = average_of(model, ema, call)
+        models = [model] if other is None else [model, other]
+        for each in models:
+            for place in self._places:
+                place.find(each, call)
+        return models
 
     def _chosen(self, quantile: float, scope: str, round_to: int, call: str) -> dict[str, list[int]]:
         """The units that stay of each MLP."""
         sizes = {name: gate.detach().abs().cpu() for name, gate in self.gates.items()}
         if not all(bool(size.isfinite().all()) for size in sizes.values()):
             raise ReductionError(f"{call}: there are gates that are not finite; a lower learning rate would help")
+        if quantile and all(bool((size == 1).all()) for size in sizes.values()):
+            raise ReductionError(
+                f"{call}: every gate is 1 as at first, so no unit matters less than another; make the optimizer after GateL1, "
+                f"of its parameter_groups(), and call after_backward() before each of its steps"
+            )
         if scope == "global":
             counts = _split([*sizes.values()], quantile)
         else:
-            counts = [len(size) - int(quantile * len(size)) for size in sizes.values()]
+            counts = [len(size) - part_of(len(size), quantile) for size in sizes.values()]
         kept = {}
         for place, count in zip(self._places, counts, strict=True):
             mlp = place.mlp
@@ -284,7 +297,7 @@ def _split(sizes: Sequence[torch.Tensor], quantile: float) -> list[int]:
     joined = torch.cat(list(sizes))
     order = torch.sort(joined, descending=True, stable=True).indices
     above = torch.zeros(len(joined), dtype=torch.bool)
-    above[order[: len(joined) - int(quantile * len(joined))]] = True
+    above[order[: len(joined) - part_of(len(joined), quantile)]] = True
     return [int(part.sum()) for part in above.split([len(size) for size in sizes])]
 
 

@@ -16,12 +16,25 @@ from mlpreduce.graph import Inputs
 from mlpreduce.planning import Globs, make_plan
 from mlpreduce.reduction import apply
 from mlpreduce.surgery import rehearse
-from mlpreduce.train.during.moving import Masked, check_alone, mask_of, moved_mask
-from mlpreduce.train.during.units import averaged, entry, fraction, parameter, unit_norms, whole, with_units
+from mlpreduce.train.during.moving import Masked, check_alone, mask_of, moved_mask, tensor_of
+from mlpreduce.train.during.units import (
+    average_of,
+    entry,
+    fraction,
+    parameter,
+    same_settings,
+    unit_norms,
+    whole,
+    with_units,
+)
 
 __all__ = ["PruneAndGrow"]
 
 _SITES = ("fc2", "both")
+_WHEN = (
+    ", and units grow by them; call it after optimizer.step() and before optimizer.zero_grad(), and let fc1 and fc2 be "
+    "trained"
+)
 
 
 class PruneAndGrow:
@@ -40,8 +53,10 @@ class PruneAndGrow:
     are, so that its gradient tells what it would be worth. Masked weights lie aside and come back when the unit grows.
 
     It works with gradient accumulation (one call an update), with a GradScaler (where the gradient is not finite, the
-    move waits for the next update), under DDP (give the model itself, before or after it is wrapped: equal gradients move
-    all masks alike) and with a moving average (`apply_to`). Sharded models are refused. A tied MLP has one mask.
+    move waits for the next update), under DDP (give the model itself, after it is wrapped: all processes have equal weights
+    then, and equal gradients move all masks alike) and with a moving average (`apply_to`). Compile with
+    `torch.compile(model)`, not in place. Sharded models are refused. A tied MLP has one mask. Slicing makes new Parameters:
+    to train on after `finalize()`, make a new optimizer.
 
     Args:
         model: the model; masked in place.
@@ -104,6 +119,12 @@ class PruneAndGrow:
             whole("total_updates", total_updates, call),
         )
         self.stop = fraction("stop", stop, call)
+        fraction("density", density, call)
+        if self.interval > self.stop * self.total_updates:
+            raise ReductionError(
+                f"{call}: interval={interval} is more than {self.stop:g} of total_updates={total_updates}, after which the "
+                f"mask stays, so it would never move; use a shorter interval"
+            )
         if not isinstance(drop, (tuple, list)) or len(drop) != 2:
             raise ReductionError(
                 f"{call}: drop is {drop!r}; it must be two fractions, that at first and that at the end"
@@ -134,7 +155,7 @@ class PruneAndGrow:
         self.moved = 0
         self._pending, self._closed = False, False
         for mask in self._masks.values():
-            self._cover(mask)
+            mask.cover(model)
 
     @property
     def active(self) -> dict[str, list[int]]:
@@ -152,24 +173,26 @@ class PruneAndGrow:
         """Mask again what the optimizer has moved and, where it is time, move the mask. `moved` tells how many units grew.
 
         Raises:
-            ReductionError: it is time and there are no gradients, or `finalize` was called.
+            ReductionError: it is the first update, or time to move, and there are no gradients; or `finalize` was called.
         """
         call = "PruneAndGrow.step()"
         self._check_open(call)
+        if not self.updates:
+            self._gradients(call)
         count = self.updates + 1
         due = self._pending or (count % self.interval == 0 and count <= self.stop * self.total_updates)
         moves = self._moves(self.rate(count), call) if due else {}
         self.updates, self._pending = count, due and moves is None
         for mask in self._masks.values():
-            self._hold(self._model, mask)
+            mask.hold(self._model)
         if not moves:
             return
         self.moved = sum(int((new & ~self._masks[name].active).sum()) for name, new in moves.items())
         for name, new in moves.items():
             mask = self._masks[name]
-            self._uncover(mask)
+            mask.uncover(self._model)
             mask.choose(new)
-            self._cover(mask)
+            mask.cover(self._model)
 
     def apply_to(self, model: nn.Module) -> None:
         """Mask another model of the same structure in place, such as a moving average before it is evaluated.
@@ -182,17 +205,11 @@ class PruneAndGrow:
         """
         call = "PruneAndGrow.apply_to"
         self._check_open(call)
-        model = averaged(model, call)
+        other = average_of(self._model, model, call)
+        if other is None:
+            raise ReductionError(f"{call}: there is no model; give a copy of the one that trains")
         for mask in self._masks.values():
-            for axis in mask.zeroed:
-                ours, theirs = (parameter(each, axis.tensor, call) for each in (self._model, model))
-                if ours.shape != theirs.shape:
-                    raise ReductionError(
-                        f"{call}: {axis.tensor} is of shape {tuple(theirs.shape)} in the model given, and of "
-                        f"{tuple(ours.shape)} in the one that trains; give a copy of that one"
-                    )
-        for mask in self._masks.values():
-            self._hold(model, mask, held=False)
+            mask.hold(other, held=False)
 
     def finalize(self, ema: Any = None) -> nn.Module:
         """Slice the masked units out, in place, and return the model; it computes what it did under the mask.
@@ -206,11 +223,11 @@ class PruneAndGrow:
         call = "PruneAndGrow.finalize()"
         self._check_open(call)
         made = with_units(self._plan, "prune_and_grow", self._config, self.active)
-        other = None if ema is None else averaged(ema, call)
+        other = average_of(self._model, ema, call)
         if other is not None:
             rehearse(other, made)
         for mask in self._masks.values():
-            self._hold(self._model, mask)
+            mask.hold(self._model)
         apply(self._model, made, example_inputs=self._inputs)
         if other is not None:
             apply(other, made, example_inputs=self._inputs)
@@ -225,7 +242,8 @@ class PruneAndGrow:
             name: {"active": mask.active.clone(), "aside": {path: t.clone() for path, t in mask.aside.items()}}
             for name, mask in self._masks.items()
         }
-        return {"updates": self.updates, "moved": self.moved, "pending": self._pending, "masks": masks}
+        numbers = {"updates": self.updates, "moved": self.moved, "pending": self._pending}
+        return {"settings": self._config, **numbers, "masks": masks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another left; before or after the model's own state is loaded.
@@ -235,7 +253,16 @@ class PruneAndGrow:
         """
         call = "PruneAndGrow.load_state_dict"
         self._check_open(call)
-        masks = entry(state, "masks", call)
+        later = {
+            key: value for key, value in self._config.items() if key not in ("criterion", "seed")
+        }  # the first mask's
+        same_settings(later, state, call)
+        masks, numbers = (
+            entry(state, "masks", call),
+            [entry(state, key, call) for key in ("updates", "moved", "pending")],
+        )
+        if not isinstance(masks, Mapping) or not all(isinstance(number, int) for number in numbers):
+            raise ReductionError(f"{call}: the state is damaged; give what state_dict() of this class returned")
         if masks.keys() != self._masks.keys():
             names = sorted(masks.keys() ^ self._masks.keys())
             raise ReductionError(
@@ -243,6 +270,10 @@ class PruneAndGrow:
             )
         for name, mask in self._masks.items():
             given, aside = entry(masks[name], "active", call), entry(masks[name], "aside", call)
+            if not isinstance(given, torch.Tensor) or not isinstance(aside, Mapping):
+                raise ReductionError(
+                    f"{call}: the state of {name} is damaged; give what state_dict() of this class returned"
+                )
             count, known = int(given.sum()), int(mask.active.sum())
             shapes = {a.tensor: mask.shape(parameter(self._model, a.tensor, call), a) for a in mask.axes}
             if (
@@ -254,13 +285,13 @@ class PruneAndGrow:
                     f"{call}: {name} has {known} of {mask.hidden} units active with site={self._config['site']!r}, and the "
                     f"state {count} of {given.numel()}; give the density and site it was written with"
                 )
-        numbers = [entry(state, key, call) for key in ("updates", "moved", "pending")]
         self.updates, self.moved, self._pending = int(numbers[0]), int(numbers[1]), bool(numbers[2])
         for name, mask in self._masks.items():
+            mask.uncover_zeros(self._model)
             mask.choose(masks[name]["active"].detach().to("cpu", torch.bool, copy=True))
             devices = {axis.tensor: parameter(self._model, axis.tensor, call).device for axis in mask.axes}
             mask.aside = {path: t.detach().to(devices[path], copy=True) for path, t in masks[name]["aside"].items()}
-            self._hold(self._model, mask)
+            mask.hold(self._model)
 
     def _check_open(self, call: str) -> None:
         if self._closed:
@@ -268,42 +299,26 @@ class PruneAndGrow:
 
     def _moves(self, rate: float, call: str) -> dict[str, torch.Tensor] | None:
         """The next mask of each MLP; None where a gradient is not finite, as after an overflow of float16."""
-        moves = {}
+        moves, gradients = {}, self._gradients(call)
         for name, mask in self._masks.items():
             weights, slopes = torch.zeros(mask.hidden), torch.zeros(mask.hidden)
             for axis in mask.axes:
-                tensor = parameter(self._model, axis.tensor, call)
-                if tensor.grad is None:
-                    raise ReductionError(
-                        f"{call}: {axis.tensor} has no gradient at update {self.updates + 1}, when units grow by it; call it "
-                        f"after optimizer.step() and before optimizer.zero_grad(), and let fc1 and fc2 be trained"
-                    )
-                weights = weights + unit_norms(tensor, axis, mask.hidden)
-                slopes = slopes + unit_norms(tensor.grad, axis, mask.hidden)
+                weights = weights + unit_norms(tensor_of(self._model, axis), axis, mask.hidden)
+                slopes = slopes + unit_norms(gradients[axis.tensor], axis, mask.hidden)
             if not bool(slopes.isfinite().all()):
                 return None
+            if not bool(slopes.any()):
+                raise ReductionError(f"{call}: all gradients of {name} are 0 at update {self.updates + 1}{_WHEN}")
             moves[name] = moved_mask(mask.active, weights, slopes, rate)
         return moves
 
-    def _cover(self, mask: Masked) -> None:
-        with torch.no_grad():
+    def _gradients(self, call: str) -> dict[str, torch.Tensor]:
+        """The gradients by which units grow, by the path of their tensor."""
+        found = {}
+        for mask in self._masks.values():
             for axis in mask.axes:
-                tensor = parameter(self._model, axis.tensor, "PruneAndGrow")
-                mask.aside[axis.tensor] = tensor.detach().index_select(axis.dim, mask.on(axis, tensor))
-        self._hold(self._model, mask)
-
-    def _uncover(self, mask: Masked) -> None:
-        with torch.no_grad():
-            for axis in mask.axes:
-                tensor = parameter(self._model, axis.tensor, "PruneAndGrow")
-                tensor.index_copy_(axis.dim, mask.on(axis, tensor), mask.aside[axis.tensor].to(tensor))
-
-    def _hold(self, model: nn.Module, mask: Masked, *, held: bool = True) -> None:
-        """Make masked units of a model what they must be."""
-        with torch.no_grad():
-            for axis in mask.zeroed:
-                tensor = parameter(model, axis.tensor, "PruneAndGrow")
-                tensor.index_fill_(axis.dim, mask.on(axis, tensor), 0)
-            for axis in mask.held if held else ():
-                tensor = parameter(model, axis.tensor, "PruneAndGrow")
-                tensor.index_copy_(axis.dim, mask.on(axis, tensor), mask.aside[axis.tensor].to(tensor))
+                gradient = tensor_of(self._model, axis).grad
+                if gradient is None:
+                    raise ReductionError(f"{call}: {axis.tensor} has no gradient at update {self.updates + 1}{_WHEN}")
+                found[axis.tensor] = gradient
+        return found

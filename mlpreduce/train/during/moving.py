@@ -11,9 +11,9 @@ from torch import nn
 from mlpreduce.edits import Axis, Slice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at
-from mlpreduce.train.during.units import indices, projections
+from mlpreduce.train.during.units import indices, parameter, projections
 
-__all__ = ["Masked", "check_alone", "mask_of", "moved_mask"]
+__all__ = ["Masked", "check_alone", "mask_of", "moved_mask", "tensor_of"]
 
 
 @dataclass
@@ -52,10 +52,61 @@ class Masked:
             place = self.places[axis.tensor] = place.to(tensor.device)
         return place
 
+    def cover(self, model: nn.Module) -> None:
+        """Lay aside what the masked units of a model have, and mask them."""
+        with torch.no_grad():
+            for axis in self.axes:
+                tensor = tensor_of(model, axis)
+                self.aside[axis.tensor] = tensor.detach().index_select(axis.dim, self.on(axis, tensor))
+        self.hold(model)
+
+    def uncover(self, model: nn.Module) -> None:
+        """Give the masked units of a model what they had."""
+        with torch.no_grad():
+            for axis in self.axes:
+                tensor = tensor_of(model, axis)
+                tensor.index_copy_(axis.dim, self.on(axis, tensor), self.aside[axis.tensor].to(tensor))
+
+    def uncover_zeros(self, model: nn.Module) -> None:
+        """Give masked units that still are zero what they had; others have been loaded since they were masked."""
+        with torch.no_grad():
+            for axis in self.zeroed:
+                tensor = tensor_of(model, axis)
+                now = tensor.index_select(axis.dim, self.on(axis, tensor))
+                zero = (now == 0).movedim(axis.dim, 0).flatten(1).all(1)
+                zero = zero.reshape([-1 if dim == axis.dim else 1 for dim in range(now.dim())])
+                values = torch.where(zero, self.aside[axis.tensor].to(now), now)
+                tensor.index_copy_(axis.dim, self.on(axis, tensor), values)
+
+    def hold(self, model: nn.Module, *, held: bool = True) -> None:
+        """Make the masked units of a model what they must be: zero and, with `held`, elsewhere as they were."""
+        with torch.no_grad():
+            for axis in self.zeroed:
+                tensor = tensor_of(model, axis)
+                tensor.index_fill_(axis.dim, self.on(axis, tensor), 0)
+            for axis in self.held if held else ():
+                tensor = tensor_of(model, axis)
+                tensor.index_copy_(axis.dim, self.on(axis, tensor), self.aside[axis.tensor].to(tensor))
+
     def shape(self, tensor: torch.Tensor, axis: Axis) -> tuple[int, ...]:
         """The shape of what masked units have in a tensor."""
         count = len(axis.offsets) * int((~self.active).sum())
         return tuple(count if dim == axis.dim else size for dim, size in enumerate(tensor.shape))
+
+
+def tensor_of(model: nn.Module, axis: Axis) -> nn.Parameter:
+    """The tensor of an axis.
+
+    Raises:
+        ReductionError: it no longer has the width that the mask was made for.
+    """
+    tensor = parameter(model, axis.tensor, "PruneAndGrow")
+    if tensor.shape[axis.dim] != axis.size:
+        raise ReductionError(
+            f"PruneAndGrow: {axis.tensor} has shape {tuple(tensor.shape)}, and the mask was made for {axis.size} at dimension "
+            f"{axis.dim}: something else has reduced the model; make a new PruneAndGrow of it"
+        )
+    return tensor
 
 
 def moved_mask(active: torch.Tensor, weights: torch.Tensor, slopes: torch.Tensor, rate: float) -> torch.Tensor:

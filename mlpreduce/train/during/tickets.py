@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,11 +12,11 @@ from torch import nn
 from mlpreduce.calibration import Loss
 from mlpreduce.edits import Plan, Slice
 from mlpreduce.errors import ReductionError, call_text, did_you_mean
-from mlpreduce.graph import MLP, Inputs, mlps_or_raise, select
+from mlpreduce.graph import MLP, Inputs, mlps_or_raise, refuse_wrapped, select
 from mlpreduce.planning import Globs, make_plan
 from mlpreduce.reduction import apply, history
 from mlpreduce.surgery import carry_out, rehearse
-from mlpreduce.train.during.units import entry, fraction, owners, whole
+from mlpreduce.train.during.units import entry, fraction, owners, part_of, same_settings, whole
 
 __all__ = ["LotteryTicket"]
 
@@ -30,7 +29,8 @@ class LotteryTicket:
     A round takes `fraction` of the hidden units that are left of every MLP, those that matter least by the criterion on the
     trained weights, and sets all weights that stay to what was remembered of the same units, bit for bit. After k rounds
     (1 - fraction)^k of the units are left, rounded down, at least one; later tickets are part of earlier ones. Each round
-    makes new Parameters: make a new optimizer, and a new schedule, for it.
+    makes new Parameters: make a new optimizer, and a new schedule, for it, and wrap the model in DDP anew. Of several processes
+    each remembers its own weights, so they must be equal when it is made.
 
     Remembered are the weights and buffers when it is made (step 0), or when `remember()` was called last (late rewinding).
     One round with criterion="first", rewound to step 0, is ShallowMLP. Controls: `criterion="random"` keeps random units, and
@@ -80,9 +80,10 @@ class LotteryTicket:
     ) -> None:
         call = call_text("LotteryTicket", {"fraction": fraction, "criterion": criterion, "rewind": rewind})
         self.fraction, self.criterion, self.rewind = _below_one(fraction, call), criterion, rewind
+        refuse_wrapped(model, call)
         if rewind not in _REWINDS:
             raise ReductionError(f"{call}: rewind is {rewind!r}{did_you_mean(str(rewind), _REWINDS)}")
-        if (rewind == "random") != (build is not None):
+        if (rewind == "random") != (build is not None) or not (build is None or callable(build)):
             raise ReductionError(
                 f'{call}: rewind="random" and build, which builds the unreduced model anew, go together'
             )
@@ -94,6 +95,7 @@ class LotteryTicket:
             raise ReductionError(
                 f"{call}: none of {len(found)} MLPs in scope has weights of its own; include the first uses"
             )
+        self._settings = {"fraction": self.fraction, "criterion": criterion, "rewind": rewind, "seed": self._seed}
         self._model, self._inputs = model, example_inputs
         self._before = len(history(model))
         self._units = {mlp.name: list(range(mlp.hidden_features)) for mlp in self._mlps}
@@ -129,7 +131,7 @@ class LotteryTicket:
         """
         call = f"LotteryTicket.next_round() of round {self.rounds + 1}"
         share = (1 - self.fraction) ** (self.rounds + 1)
-        widths = {mlp.name: max(1, math.floor(mlp.hidden_features * share + 1e-9)) for mlp in self._mlps}
+        widths = {mlp.name: max(1, part_of(mlp.hidden_features, share)) for mlp in self._mlps}
         if all(widths[name] >= len(units) for name, units in self._units.items()):
             raise ReductionError(
                 f"{call}: {share:.3g} of the units of every MLP, rounded down but at least one, is what is left already; a "
@@ -138,7 +140,8 @@ class LotteryTicket:
         made = self._planned(widths, data, loss, call)
         point = _copied(self._point)
         carry_out(point, made)
-        source = self._fresh(made, call) if self._build is not None else point
+        shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(point).items()}
+        source = self._fresh(made, shapes, call) if self._build is not None else point
         rehearse(self._model, made)
         apply(self._model, made, example_inputs=self._inputs)
         if self.rewind != "none":
@@ -149,17 +152,21 @@ class LotteryTicket:
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on, beside the model's own state: tensors, numbers and text."""
         tensors = {name: tensor.detach().clone() for name, tensor in _tensors(self._point).items()}
-        return {"plans": [made.to_json() for made in self.plans], "remembered": tensors}
+        return {"settings": self._settings, "plans": [made.to_json() for made in self.plans], "remembered": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another left: slices the model, if it is still whole, so that its own state can be loaded then.
+        """Go on where another left: slices the model, which is whole before, so that its own state can be loaded then.
 
         Raises:
-            ReductionError: rounds were taken already, or the state is of another model. Nothing is changed then.
+            ReductionError: rounds were taken already, or the state is of another model or other settings. Nothing is changed
+                then.
         """
         call = "LotteryTicket.load_state_dict"
-        plans = [Plan.from_json(text) for text in entry(state, "plans", call)]
-        given = entry(state, "remembered", call)
+        same_settings(self._settings, state, call)
+        texts, given = entry(state, "plans", call), entry(state, "remembered", call)
+        if not isinstance(texts, list) or not isinstance(given, Mapping):
+            raise ReductionError(f"{call}: the state is damaged; give what state_dict() of this class returned")
+        plans = [Plan.from_json(text) for text in texts]
         if self.plans:
             raise ReductionError(f"{call}: {self.rounds} rounds were taken already; make a new LotteryTicket")
         point, model = _copied(self._point), _copied(self._model)
@@ -188,18 +195,26 @@ class LotteryTicket:
         except ReductionError as error:
             raise ReductionError(f"{call}: {error}") from error
 
-    def _fresh(self, made: Plan, call: str) -> nn.Module:
-        """A newly drawn model, with the units of the ticket."""
+    def _fresh(self, made: Plan, shapes: Mapping[str, tuple[int, ...]], call: str) -> nn.Module:
+        """A newly drawn model, with the units of the ticket, and tensors of these shapes."""
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self._seed + self.rounds)
-            fresh = self._build() if self._build is not None else self._model
-        for past in [*history(self._model)[self._before :], made]:
-            carry_out(fresh, past)
-        known = {name: tuple(tensor.shape) for name, tensor in _tensors(self._point).items()}
-        if known.keys() != _tensors(fresh).keys():
+            fresh: Any = self._build() if self._build is not None else None
+        if not isinstance(fresh, nn.Module) or fresh is self._model:
+            fact = "the model itself" if fresh is self._model else f"a {type(fresh).__name__}"
+            raise ReductionError(f"{call}: build() gives {fact}; let it build the unreduced model anew")
+        try:
+            for past in [*history(self._model)[self._before :], made]:
+                carry_out(fresh, past)
+        except ReductionError as error:
+            raise ReductionError(f"{call}: build() gives a model that cannot be reduced alike: {error}") from error
+        theirs = {name: tuple(tensor.shape) for name, tensor in _tensors(fresh).items()}
+        if theirs != shapes:
+            name = next(name for name in {**shapes, **theirs} if shapes.get(name) != theirs.get(name))
             raise ReductionError(
-                f"{call}: build() gives a {type(fresh).__name__} with other tensors; let it build the model"
+                f"{call}: build() gives another model: {name} has shape {theirs.get(name)} in it and {shapes.get(name)} in the "
+                f"ticket; let it build the unreduced model anew"
             )
         return fresh
 

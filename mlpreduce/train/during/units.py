@@ -12,16 +12,18 @@ from torch import nn
 
 from mlpreduce.edits import Axis, Plan, Slice, as_units
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import MLP, module_at
+from mlpreduce.graph import MLP, module_at, refuse_wrapped
 
 __all__ = [
-    "averaged",
+    "average_of",
     "entry",
     "fraction",
     "indices",
     "owners",
     "parameter",
+    "part_of",
     "projections",
+    "same_settings",
     "unit_norms",
     "whole",
     "with_units",
@@ -74,19 +76,49 @@ def with_units(made: Plan, name: str, config: dict[str, Any], units: Mapping[str
     return replace(made, transform=name, config=config, edits=edits, costs=None, data=None, notes=())
 
 
-def averaged(ema: Any, call: str) -> nn.Module:
+def average_of(model: nn.Module, ema: Any, call: str) -> nn.Module | None:
     """The model of a moving average: of timm's and torch's classes the one they hold, else the module itself.
 
     Raises:
-        ReductionError: it is none.
+        ReductionError: it is none, is wrapped, is the model itself, or has other tensors.
     """
+    if ema is None:
+        return None
     held = getattr(ema, "module", None)
-    model = held if isinstance(held, nn.Module) else ema
-    if not isinstance(model, nn.Module):
+    other = held if isinstance(held, nn.Module) else ema
+    if not isinstance(other, nn.Module):
         raise ReductionError(
             f"{call}: ema is a {type(ema).__name__}; give the averaged model, or what holds it as .module"
         )
-    return model
+    refuse_wrapped(other, call)
+    ours, theirs = ({n: tuple(t.shape) for n, t in each.named_parameters()} for each in (model, other))
+    if other is model:
+        raise ReductionError(f"{call}: ema is the model itself; give its moving average, or leave it out")
+    if ours != theirs:
+        name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
+        raise ReductionError(
+            f"{call}: ema is no average of this model: {name} has shape {theirs.get(name)} in it and {ours.get(name)} in the "
+            f"model; give the average, or leave it out"
+        )
+    return other
+
+
+def part_of(count: int, share: float) -> int:
+    """How many of `count` a fraction of them is, rounded down but for rounding errors: 0.29 of 100 is 29."""
+    return math.floor(count * share + 1e-9)
+
+
+def same_settings(ours: Mapping[str, Any], state: Any, call: str) -> None:
+    """Whether a state was written with the settings of the one that goes on.
+
+    Raises:
+        ReductionError: it was not.
+    """
+    theirs = entry(state, "settings", call)
+    for key, value in ours.items():
+        given = theirs.get(key) if isinstance(theirs, Mapping) else None
+        if given != value:
+            raise ReductionError(f"{call}: the state was written with {key}={given!r}, and this has {key}={value!r}")
 
 
 def entry(state: Any, key: str, call: str) -> Any:
