@@ -107,6 +107,22 @@ def test_features_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ReductionError, match=r"no patch token; use patches=0 \(train.distill_patches=0\)"):
         FeatureDistill()(student, teacher, 5)
     assert FeatureDistill(patches=0.0)(student, teacher, 5) > 0
+    for prefix in (-1, "1", True):
+        with pytest.raises(ReductionError, match="prefix_tokens is a whole number from 0"):
+            FeatureDistill()(student, teacher, prefix)  # type: ignore[arg-type]
+    for weight in ("1", None, float("nan")):
+        with pytest.raises(ReductionError, match="use finite numbers from 0"):
+            FeatureDistill(cls=weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "left_out"),
+    [("vit_base_patch16_rope_reg1_gap_256", 0, 1), ("volo_d1_224", 1, 0), ("deit_tiny_distilled_patch16_224", 2, 0)],
+)
+def test_which_tokens_are_no_patches(name: str, prefix: int, left_out: int) -> None:
+    with torch.device("meta"):
+        features = Features(timm.create_model(name))
+    assert (features.prefix_tokens, features._left_out) == (prefix, left_out)
 
 
 # --- features of models ---------------------------------------------------------------------------------------------------

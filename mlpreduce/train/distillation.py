@@ -130,7 +130,8 @@ class FeatureDistill:
 
     def __post_init__(self) -> None:
         weights = (self.cls, self.patches)
-        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        numbers = all(isinstance(weight, (int, float)) and not isinstance(weight, bool) for weight in weights)
+        if not numbers or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             raise ReductionError(
                 f"FeatureDistill(cls={self.cls!r}, patches={self.patches!r}): they are weights of two parts of a loss; use "
                 f"finite numbers from 0, and not 0 for both"
@@ -155,6 +156,10 @@ class FeatureDistill:
             raise ReductionError(
                 f"{call}: features are (batch, tokens, channels), alike for both; mlpreduce.train.distillation.Features(model) "
                 f"makes them of what forward_features gives"
+            )
+        if isinstance(prefix_tokens, bool) or not isinstance(prefix_tokens, int) or prefix_tokens < 0:
+            raise ReductionError(
+                f"{call}: prefix_tokens is a whole number from 0; Features(model).prefix_tokens has it"
             )
         if self.patches and student.shape[1] <= prefix_tokens:
             raise ReductionError(f"{call}: there is no patch token; use patches=0 (train.distill_patches=0)")
@@ -194,8 +199,9 @@ class Features(nn.Module):
                 f'their features by; use "soft" or "hard", which need logits only'
             )
         self.core = core
-        prefix = int(getattr(core, "num_prefix_tokens", 0) or 0)
-        self._left_out = 0 if getattr(core, "has_class_token", True) else prefix
+        has_class_token = getattr(core, "cls_token", None) is not None
+        prefix = int(getattr(core, "num_prefix_tokens", has_class_token) or 0)
+        self._left_out = 0 if has_class_token else prefix  # registers only
         self.prefix_tokens = prefix - self._left_out
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
