@@ -48,7 +48,9 @@ def test_the_claims_are_counted_from_the_table() -> None:
         "- at 50% repair adds +2.00 points on average over criteria and models (6 of 9 better, 1 worse)"
     )
     assert "`taylor`, is 1.00 ± 1.00 points from `random` without repair, ahead for 2 of 3 models" in best
-    text = page(table, [95.0, 96.0, 97.0], {"seeds": [1, 2, 3], "samples": 8, "images": 50, "scope": "uniform"})
+    facts = {"seeds": [1, 2, 3], "samples": 8, "images": 50, "scope": "uniform"}
+    text = page(table, [95.0, 96.0, 97.0], {**facts, "command": "COMMAND", "recipe": "recipe digits"})
+    assert "\nCOMMAND\n" in text
     assert text.index("`taylor`") < text.index("| `random`") < text.index("| `fisher`")
     assert "Whole models: 96.00 ± 1.00." in text
 
@@ -64,6 +66,19 @@ def test_the_loop_beside_gram_schmidt_does_the_same(capsys: pytest.CaptureFixtur
     assert re.search(r"plain loop +[\d.]+ \([\d.]+ to [\d.]+\) +plain loop / ours [\d.]+", text)
     assert main(["bench", "gram_schmidt", "--units", "0"]) == 2
     assert "--units 0: it must be at least 1" in capsys.readouterr().err
+
+
+def test_what_cannot_be_measured_is_told_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = str(tmp_path / "nowhere" / "file")
+    for words, message in (
+        (["criteria", "--write", nowhere], "there is no folder"),
+        (["criteria", "--ratios", "1.5"], "a ratio is above 0 and at most 1"),
+        (["latency", "--save", nowhere], "there is no folder"),
+        (["latency", "vit_tiny_patch16_224", "deit_tiny_patch16_224", "--save", str(tmp_path / "table")], "one by one"),
+        (["latency", "vit_tiny_patch16_225"], "vit_tiny_patch16_224"),
+    ):
+        assert main(["bench", *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_predicted_and_measured_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

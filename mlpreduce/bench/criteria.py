@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce import recipe
-from mlpreduce.bench.rounds import at_least_one
+from mlpreduce.bench.rounds import at_least_one, check_file
 from mlpreduce.criteria import choose, list_criteria
 from mlpreduce.data import load
 from mlpreduce.errors import ReductionError
@@ -34,7 +35,6 @@ CHOICES: tuple[Any, ...] = (
     {"name": "gram_schmidt", "source": "fc1+fc2"},
     {"name": "taylor", "site": "fc1"},
     {"name": "taylor", "site": "both"},
-    {"name": "nvit", "site": "act"},
     {"name": "nvit", "site": "both"},
     {"name": "activation", "statistic": "frequency"},
 )
@@ -61,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         at_least_one(options, ["samples"], "criteria")
-        text = _measured(options)
+        check_file(options.write, "--write")
+        for ratio in options.ratios:
+            if not 0 < ratio <= 1:
+                raise ReductionError(f"--ratios {ratio}: a ratio is above 0 and at most 1")
+        text = _measured(options, _command(parser, options))
     except ReductionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,7 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measured(options: argparse.Namespace) -> str:
+def _command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """The command that makes the same page, with what is not as by default; where models lie changes nothing."""
+    words = ["python", "-m", "mlpreduce", "bench", "criteria", *options.overrides]
+    for key, value in vars(options).items():
+        if key not in ("output", "overrides") and value != parser.get_default(key):
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def _measured(options: argparse.Namespace, command: str) -> str:
     overrides = ["variants={ baseline = [] }", f"seeds={options.seeds}", "launch.workers=0", *options.overrides]
     known = recipe.load("digits", overrides)
     trained = recipe.runs(known, options.output)
@@ -93,6 +106,7 @@ def _measured(options: argparse.Namespace) -> str:
                         row.setdefault((ratio, repair), []).append(found)
     samples = sum(len(images) for images, _ in data)
     facts = {"seeds": options.seeds, "samples": samples, "images": loaders.val_samples, "scope": options.scope}
+    facts |= {"command": command, "recipe": " ".join(["recipe digits", *options.overrides])}
     return page({name: row for name, row in table.items() if row}, whole, facts)
 
 
@@ -142,14 +156,14 @@ def page(table: Table, whole: Sequence[float], facts: dict[str, Any]) -> str:
         "# Which hidden units stay: accuracy after slicing",
         "",
         f"Top-1 in percent on the {facts['images']} validation images of the digits, mean and standard deviation (ddof=1) over",
-        f"{len(whole)} trained models (recipe digits, seeds {seeds}), after",
+        f"{len(whole)} trained model{'s' if len(whole) > 1 else ''} ({facts['recipe']}, seeds {seeds}), after",
         f'`shallow(ratio, criterion, scope="{facts["scope"]}", repair)` without any training after.',
         f"Whole models: {_spread(whole)}. Criteria of data and the repair looked at {facts['samples']} training images.",
         f"`random` is the mean of {_DRAWS} draws for each model. One image is {100 / facts['images']:.2f} points.",
         "Rows are sorted by the last ratio without repair.",
         "",
         "```sh",
-        "python -m mlpreduce bench criteria --write docs/results/criteria.md",
+        facts["command"],
         "```",
         "",
         "| criterion | " + " | ".join(f"{r:.0%}{', repaired' if p != 'none' else ''}" for r, p in columns) + " |",

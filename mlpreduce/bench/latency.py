@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
-from mlpreduce.bench.rounds import at_least_one, read_models
+import mlpreduce
+from mlpreduce.bench.rounds import at_least_one, check_file, read_models
 from mlpreduce.budget import LatencyTable
 from mlpreduce.budget.latency import sliced_copy, timed
 from mlpreduce.errors import ReductionError
@@ -41,7 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         at_least_one(options, ["widths", "batch_size", "repeats"], "latency")
-        for name, kwargs in read_models(options.model, "latency"):
+        check_file(options.save, "--save")
+        models = read_models(options.model, "latency")
+        if options.save is not None and len(models) > 1:
+            raise ReductionError(
+                f"--save {options.save}: it is one table, and {len(models)} models are measured; save them one by one"
+            )
+        for name, kwargs in models:
             print(_measured(name, kwargs, options))
     except ReductionError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -51,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measured(name: str, kwargs: dict[str, Any], options: argparse.Namespace) -> str:
     torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs).eval()
+    model = mlpreduce.create_model(name, **kwargs).eval()
     table = LatencyTable.measure(model, batch_size=options.batch_size, points=options.points, repeats=options.repeats)
     if options.save is not None:
         table.save(options.save)

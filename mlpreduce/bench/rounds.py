@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mlpreduce.errors import ReductionError
@@ -13,6 +14,7 @@ from mlpreduce.values import parse_pairs
 __all__ = [
     "Ratios",
     "at_least_one",
+    "check_file",
     "ends",
     "ratio_text",
     "ratios",
@@ -62,6 +64,16 @@ def ratio_text(found: Ratios | None) -> str:
 def reasons(ours: str, peer: str) -> list[str]:
     """A line for each tool that did not run, from its failure."""
     return [f"    {tool} not run: {reason}" for tool, reason in (("ours", ours), ("peer", peer)) if reason]
+
+
+def check_file(path: Path | None, option: str) -> None:
+    """Whether a file can be written, before what it is for is measured.
+
+    Raises:
+        ReductionError: there is no such folder.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise ReductionError(f"{option} {path}: there is no folder {path.parent}; make it, or choose another")
 
 
 def read_models(words: Sequence[str], job: str) -> list[tuple[str, dict[str, Any]]]:
