@@ -40,7 +40,7 @@ BAD = [
     ("grouped", {"include": []}, r"include=\[\]; it must be a glob"),
     ("shallow", {"exclude": 5}, r"exclude=5; it must be a glob"),
     ("shallow", {"widths": 5.0}, r"widths is 5.0; it must have one width"),
-    ("shallow", {"criterion": "random", "seed": None}, r"with seed None"),
+    ("shallow", {"criterion": "random", "seed": None}, r"seed is None; it must be a whole number"),
     ("shallow", {"criterion": ["l2"]}, r"criterion is \['l2'\]"),
     ("grouped", {"pattern": "cycles"}, r"pattern is 'cycles'; did you mean 'cycle'\?"),
     ("grouped", {"scale": math.nan}, r"scale of fc1.weight is nan; it must be a positive number"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,9 +39,12 @@ def measure_gates(
     """
     options = choice.criterion.options | choice.options
     coefficient, lr, epochs = (options[key] for key in ("coefficient", "lr", "epochs"))
-    for key, fits in (("coefficient", coefficient >= 0), ("lr", lr > 0), ("epochs", epochs >= 1)):
-        if not fits:
-            raise ReductionError(f"criterion {choice}: {key} is {options[key]!r}, which is too small")
+    for key, least, kind in (("coefficient", 0, float), ("lr", 0, float), ("epochs", 1, int)):
+        value = options[key]
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < least or (key == "lr" and not value):
+            wanted = "whole number from 1" if kind is int else f"number {'above' if key == 'lr' else 'from'} 0"
+            raise ReductionError(f"criterion {choice}: {key} is {value!r}; it must be a {wanted}")
     samples = Samples(data, model, labels=True)
     problem = None
     with running(samples.device, gradients=True):

@@ -132,21 +132,32 @@ def objective_of(
 ) -> Callable[[], torch.Tensor]:
     """The mean loss of a few images."""
     own = choice.criterion.objective
+    if loss is not None and not callable(loss):
+        raise ReductionError(f"loss is {loss!r}; give a function of what the model gives and labels")
 
     def value() -> torch.Tensor:
         if own is not None:
             return own(tree, images)
         output = tree(images)
-        if loss is not None:
-            found = loss(output, labels)  # type: ignore[arg-type]
-            if not isinstance(found, torch.Tensor) or found.dim():
-                raise ReductionError(
-                    f"loss gave {type(found).__name__}, not the mean over the examples as a scalar tensor"
-                )
-            return found
-        return nn.functional.cross_entropy(logits_of(output), labels)  # type: ignore[arg-type]
+        try:
+            found: Any = (loss or _cross_entropy)(output, labels)  # type: ignore[arg-type]
+        except Exception as error:  # whatever a user's loss raises
+            if isinstance(error, ReductionError):
+                raise
+            given = "" if labels is None else f" on labels {tuple(labels.shape)} from {labels.min()} to {labels.max()}"
+            raise ReductionError(f"the loss does not run{given}: {type(error).__name__}: {error}") from error
+        if not isinstance(found, torch.Tensor) or found.dim() or (torch.is_grad_enabled() and not found.requires_grad):
+            what = f"a tensor {tuple(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+            raise ReductionError(
+                f"loss gave {what}, not the mean over the examples as a scalar tensor that depends on what the model gives"
+            )
+        return found
 
     return value
+
+
+def _cross_entropy(output: Any, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits_of(output), labels)
 
 
 def _changes(

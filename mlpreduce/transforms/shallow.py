@@ -73,8 +73,12 @@ def shallow(
         )
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ReductionError(f"round_to is {round_to!r}; it must be a whole number from 1")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(criterion, (str, Mapping)):
-        raise ReductionError(f"criterion is {criterion!r} with seed {seed!r}; it must be a name with a whole number")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ReductionError(f"seed is {seed!r}; it must be a whole number")
+    if not isinstance(criterion, (str, Mapping)):
+        raise ReductionError(
+            f"criterion is {criterion!r}; it must be a name, or a dictionary with its name and options"
+        )
     if scope not in SCOPES:
         raise ReductionError(f"scope is {scope!r}{did_you_mean(str(scope), SCOPES)}")
     owners = _owners(parts)
@@ -87,6 +91,11 @@ def shallow(
     elif scope != "uniform":
         raise ReductionError(
             f"{size} tells the width of each MLP, and scope={scope!r} would, too; give ratio or a target"
+        )
+    elif latency_weight or latency_table is not None:
+        raise ReductionError(
+            "latency_table and latency_weight count where widths are solved for: give a target, or scope='per_stage' or "
+            "scope='global'"
         )
     else:
         asked = _widths(parts, owners, ratio, width, widths)
