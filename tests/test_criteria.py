@@ -18,9 +18,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import mlpreduce
-from mlpreduce import ReductionError
+from mlpreduce import ReductionError, criteria
 from mlpreduce.calibration import CHUNK, Samples, Taps, measure, measure_scores, quiet_copy
-from mlpreduce.criteria import SITES, choose, list_criteria
+from mlpreduce.criteria import SITES, HiddenUnits, Seen, choose, list_criteria, register_criterion
 from mlpreduce.criteria.entropy_taylor import entropy
 from mlpreduce.edits import Assign, Plan, Slice
 from mlpreduce.graph import find_mlps
@@ -500,3 +500,29 @@ def test_two_processes_make_the_plan_of_one(tmp_path: Path) -> None:
             assert alone.of(Slice) == one.of(Slice)
             for mine, theirs in zip(alone.of(Assign), one.of(Assign), strict=True):
                 torch.testing.assert_close(mine.value, theirs.value, rtol=1e-8, atol=1e-10)
+
+
+def test_what_a_criterion_gives_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
+
+    @register_criterion("without_examples", needs="images")
+    def without_examples(seen: Seen) -> torch.Tensor:
+        return seen.hidden.mean((0, 1))  # type: ignore[union-attr]
+
+    @register_criterion("no_order")
+    def no_order(units: HiddenUnits) -> torch.Tensor:
+        return torch.ones(len(units), dtype=torch.long)
+
+    with pytest.raises(ReductionError, match=r"values of shape \(128,\) for 16 examples and 128 hidden units"):
+        mlpreduce.plan(tiny_vit(), "shallow", criterion="without_examples", data=batches(8))
+    with pytest.raises(ReductionError, match="are no order of its 128 hidden units"):
+        mlpreduce.plan(tiny_vit(), "shallow", criterion="no_order")
+
+
+def test_entropy_of_tokens_is_that_of_their_mean() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randn(4, 5, 8)
+    means = tokens.mean(1)
+    assert torch.allclose(entropy(nn.Identity(), tokens), entropy(nn.Identity(), means))
+    maps = tokens.transpose(1, 2).unflatten(2, (1, 5))
+    assert torch.allclose(entropy(nn.Identity(), maps), entropy(nn.Identity(), means))

@@ -69,6 +69,11 @@ class Answers:
                 f"criterion {choice} gave {tuple(answer.shape)} values for the {len(units)} hidden units of {mlp.name}, or "
                 f"some that are not finite; are its weights?"
             )
+        if not answer.is_floating_point() and sorted(answer.tolist()) != list(range(len(units))):
+            raise ReductionError(
+                f"criterion {choice} gave whole numbers for {mlp.name} that are no order of its {len(units)} hidden units; "
+                f"give each unit once, or scores in floating point"
+            )
         return answer
 
     def _measure(self, choice: Choice, seed: int) -> Measured:

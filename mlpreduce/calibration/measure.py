@@ -90,7 +90,13 @@ def _sums(
                     objective = objective_of(choice, tree, images, labels, loss)
                     seen = _changes(taps, objective, images, signs, criterion.name)
                 for owner, what in seen.items():
-                    sums[owner] += criterion.function(what, **choice.options).detach().cpu().double().sum(0)
+                    value = criterion.function(what, **choice.options)
+                    if tuple(value.shape) != (len(images), len(sums[owner])):
+                        raise ReductionError(
+                            f"criterion {choice} gave values of shape {tuple(value.shape)} for {len(images)} examples and "
+                            f"{len(sums[owner])} hidden units of {owner}; give one for each of both"
+                        )
+                    sums[owner] += value.detach().cpu().double().sum(0)
     except ReductionError as error:
         problem = error
     return samples.finish(sums, problem)

@@ -20,7 +20,11 @@ def entropy(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Mean entropy, in nats, of each image's softmax over its similarities to all images of the batch, itself too."""
     output = model(images)
     output = getattr(output, "logits", output)
-    features = nn.functional.normalize(output.flatten(2).mean(-1) if output.dim() > 2 else output, dim=-1)
+    if output.dim() == 3:  # tokens (images, tokens, features)
+        output = output.mean(1)
+    elif output.dim() > 3:  # a map (images, features, height, width)
+        output = output.flatten(2).mean(-1)
+    features = nn.functional.normalize(output, dim=-1)
     log_shares = (INVERSE_TEMPERATURE * features @ features.T).log_softmax(-1)
     return -(log_shares.exp() * log_shares).sum(-1).mean()
 
