@@ -179,6 +179,8 @@ def _check_slices(model: nn.Module, slices: list[Slice], call: str) -> None:
     for edit in slices:
         if not edit.units or min(edit.units) < 0 or max(edit.units) >= edit.hidden:
             raise ReductionError(f"{call}: {edit.mlp} would keep units {edit.units!r} of {edit.hidden}")
+        if len(set(edit.units)) < len(edit.units):
+            raise ReductionError(f"{call}: {edit.mlp} would keep a unit twice; units are {edit.units!r}")
         for axis in edit.axes:
             tensor = _tensor(model, axis.tensor, call)
             if tensor.dim() <= axis.dim or tensor.shape[axis.dim] != axis.size:

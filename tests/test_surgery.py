@@ -170,6 +170,7 @@ def test_all_or_nothing(position: int, unchanged) -> None:
         (Scale("blocks.3.mlp.fc1.weight", 2.0), "weight has two Scale edits"),  # shared with that of block 2
         (Assign("blocks.2.mlp.fc1.weight", torch.zeros(3)), r"has shape \(128, 32\), its new values have \(3,\)"),
         (Slice("blocks.1.mlp", 128, (5, 128), (axis,)), "would keep units"),
+        (Slice("blocks.1.mlp", 128, (5, 5, 6), (axis,)), "would keep a unit twice"),
         (Slice("blocks.1.mlp", 128, range(4), (axis, axis)), "sliced twice"),
         (Slice("blocks.1.mlp", 64, range(4), (Axis(axis.tensor, 0, 64),)), "made for 64"),
     ]
