@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["ReductionError", "call_text", "did_you_mean", "optional"]
+__all__ = ["ReductionError", "call_text", "check_number", "check_one_of", "check_whole", "did_you_mean", "optional"]
 
 
 class ReductionError(ValueError):
@@ -32,6 +34,41 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(options)}" if options else ""
+
+
+def check_one_of(name: str, value: Any, options: Iterable[str]) -> None:
+    """Whether a value is one of the options, whatever its type.
+
+    Raises:
+        ReductionError: it is none.
+    """
+    options = list(options)
+    if value not in options:
+        raise ReductionError(f"{name} is {value!r}{did_you_mean(str(value), options)}")
+
+
+def check_whole(name: str, value: Any, *, least: int = 1) -> None:
+    """Whether a value is a whole number from `least`.
+
+    Raises:
+        ReductionError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ReductionError(f"{name} is {value!r}; it must be a whole number from {least}")
+
+
+def check_number(name: str, value: Any, *, least: float = 0.0, most: float = math.inf, above: bool = False) -> None:
+    """Whether a value is a finite number from `least`, or above it, to `most`.
+
+    Raises:
+        ReductionError: it is none.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not least <= value <= most or (above and value == least):
+        upper = "" if most == math.inf else f" to {most:g}"
+        raise ReductionError(
+            f"{name} is {value!r}; it must be a number {'above' if above else 'from'} {least:g}{upper}"
+        )
 
 
 def optional(module: str, what: str) -> Any:

@@ -126,13 +126,18 @@ class Parts(Sequence[MLP]):
         """Number and fingerprint of the examples that were looked at, if any were."""
         return self._answers.data
 
+    @property
+    def unused(self) -> list[str]:
+        """Which of `data` and `loss` were given, and nothing has looked at."""
+        return self._answers.unused
+
     def scores(self, mlp: MLP, criterion: str | Mapping[str, Any], seed: int = 0) -> torch.Tensor:
         """Scores of the hidden units of an MLP, (hidden units,), which can be compared between MLPs.
 
         Raises:
             ReductionError: as `order`; the criterion gives an order alone.
         """
-        answer = self._answers.of(mlp, choose(criterion), seed + self._place(mlp))
+        answer = self._answers.of(mlp, choose(criterion), seed)
         if not answer.is_floating_point():
             raise ReductionError(
                 f"criterion {choose(criterion)} orders the units of each MLP, and gives no scores to compare MLPs by; use "
@@ -154,10 +159,7 @@ class Parts(Sequence[MLP]):
         Raises:
             ReductionError: unknown criterion, or it needs weights or data and there are none.
         """
-        return as_order(self._answers.of(mlp, choose(criterion), seed + self._place(mlp), wanted))
-
-    def _place(self, mlp: MLP) -> int:
-        return next(i for i, other in enumerate(self._mlps) if other.name == mlp.name)
+        return as_order(self._answers.of(mlp, choose(criterion), seed, wanted))
 
     def slice(self, mlp: MLP, units: Sequence[int]) -> Slice:
         """The edit that keeps `units` of an MLP, in all tensors that its uses run through."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -128,11 +129,15 @@ def make_plan(
     if any(mlp.reshapes for mlp in mlps if mlp.name in {edit.mlp for edit in draft.of(Slice)}):
         _check_runs(model, draft, example_inputs, call)
     draft = replace(draft, data=parts.data)
+    unused = parts.unused
     if config.get("repair", "none") != "none":
+        unused = [name for name in unused if name != "data"]
         try:
             draft = repaired(model, mlps, draft, data)
         except ReductionError as error:
             raise ReductionError(str(error) if str(error).startswith(call) else f"{call}: {error}") from error
+    if unused:
+        parts.notes.append(f"{' and '.join(unused)} made no difference: nothing here looks at it")
     notes = (*parts.notes, *draft.notes, *_notes(edits, chosen="criterion" in config), *_look_alikes(found.others))
     return replace(draft, rows=_rows(scope, mlps, draft), notes=notes), found
 
@@ -254,6 +259,8 @@ def plain(value: Any, call: str) -> Any:
         return [plain(entry, call) for entry in value]
     if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
         return plain(value.tolist(), call)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ReductionError(

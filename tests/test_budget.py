@@ -129,7 +129,7 @@ UNREACHABLE = {
     "order": ({"scope": "global", "criterion": "gram_schmidt"}, r"gram_schmidt\(\) orders the units of each MLP"),
     "widths": ({"scope": "global", "widths": [1, 2, 3, 4], "criterion": "l1"}, r"widths tells the width of each MLP"),
     "no table": ({"target_latency": 0.5}, r"target_latency needs latency_table, a path; write one"),
-    "weight": ({"latency_weight": 1.0, "target_params": 0.7}, r"latency_weight needs latency_table"),
+    "weight": ({"latency_weight": 1.0, "scope": "global", "criterion": "l1"}, r"latency_weight needs latency_table"),
     "bad weight": ({"latency_weight": -1.0, "target_params": 0.7}, r"latency_weight is -1\.0"),
     "no file": ({"target_latency": 0.5, "latency_table": "none.json"}, r"LatencyTable\.load\('none\.json'\): No such file"),
 }  # fmt: skip
@@ -267,6 +267,30 @@ def test_a_target_of_latency(tmp_path: Path) -> None:
         mlpreduce.plan(other, "shallow", target_latency=0.6, latency_table=str(tmp_path / "table.json"))
 
 
+def test_a_target_of_latency_of_a_model_that_is_narrow_already(tmp_path: Path) -> None:
+    """A fraction is of what it takes now, not of what it took when the table was measured."""
+    found = linear_table({f"blocks.{i}.mlp": 0.01 for i in range(4)}, 128)
+    found.save(tmp_path / "table.json")
+    model = mlpreduce.apply(tiny_vit(), "shallow", ratio=0.5)
+    present = found.predict({f"blocks.{i}.mlp": 64 for i in range(4)})
+    made = mlpreduce.plan(model, "shallow", target_latency=0.9, latency_table=tmp_path / "table.json")
+    widths = {edit.mlp: len(edit.units) for edit in made.of(Slice)}
+    assert 0.9 * present - 0.04 < found.predict(widths) <= 0.9 * present
+    with pytest.raises(ReductionError, match=r"blocks\.0\.mlp with 256 hidden units is wider than the latency table"):
+        mlpreduce.plan(tiny_vit(mlp_ratio=8), "shallow", target_latency=0.9, latency_table=tmp_path / "table.json")
+    with pytest.raises(ReductionError, match=r"latency_weight changes how MLPs compare, and scope='uniform'"):
+        mlpreduce.plan(model, "shallow", target_params=0.9, latency_table=tmp_path / "table.json", latency_weight=1.0)
+
+
+def test_mlps_that_keep_next_to_nothing_are_named() -> None:
+    model = tiny_vit()
+    model.blocks[2].mlp.fc1.weight.data *= 1e-3
+    model.blocks[2].mlp.fc2.weight.data *= 1e-3
+    text = str(mlpreduce.plan(model, "shallow", ratio=0.5, scope="global", criterion="l2"))
+    assert "1 of 4 MLPs keep less than 1/16 of their units, blocks.2.mlp 1 of 128" in text
+    assert "keep less than" not in str(mlpreduce.plan(model, "shallow", ratio=0.5, criterion="l2"))
+
+
 def test_latency_weight_narrows_what_is_slow(tmp_path: Path) -> None:
     model = tiny_vit()
     linear_table({f"blocks.{i}.mlp": 0.01 if i else 0.1 for i in range(4)}, 128).save(tmp_path / "table.json")
@@ -296,13 +320,17 @@ def test_latency_weight_narrows_what_is_slow(tmp_path: Path) -> None:
 
 def test_refused_tables(tmp_path: Path) -> None:
     with pytest.raises(
-        ReductionError, match=r"LatencyTable\.measure\(VisionTransformer\): points=1; it must be at least 2"
+        ReductionError,
+        match=r"LatencyTable\.measure\(VisionTransformer\): points is 1; it must be a whole number from 2",
     ):
         LatencyTable.measure(tiny_vit(), points=1)
     with torch.device("meta"), pytest.raises(ReductionError, match="a model on the meta device cannot be timed"):
         LatencyTable.measure(tiny_vit())
     with pytest.raises(ReductionError, match="found no MLP"):
-        LatencyTable.measure(nn.Sequential(nn.Linear(2, 2)), inputs=torch.zeros(1, 2))
+        LatencyTable.measure(nn.Sequential(nn.Linear(2, 2)), example_inputs=torch.zeros(1, 2))
+    for wrong in ({"batch_size": "8"}, {"points": 2.5}, {"repeats": True}):
+        with pytest.raises(ReductionError, match="it must be a whole number from"):
+            LatencyTable.measure(tiny_vit(), **wrong)  # type: ignore[arg-type]
     for text in ("", "[]", '{"version": 1}', json.dumps({"version": 2})):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ReductionError, match=r"LatencyTable\.load\('.*bad\.json'\): "):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mlpreduce
 from mlpreduce import ReductionError, criteria
-from mlpreduce.calibration import CHUNK, Samples, Taps, measure, measure_scores, quiet_copy
+from mlpreduce.budget import Loss
+from mlpreduce.calibration import CHUNK, Samples, Taps, full_precision, measure, measure_scores, quiet_copy
 from mlpreduce.criteria import SITES, HiddenUnits, Seen, choose, list_criteria, register_criterion
 from mlpreduce.criteria.entropy_taylor import entropy
 from mlpreduce.edits import Assign, Plan, Slice
@@ -223,6 +225,9 @@ def test_forms_of_data() -> None:
 def test_chunks() -> None:
     found = [len(images) for images, _ in Samples(batches(7, 53), tiny_vit(), labels=True).chunks()]
     assert found == [CHUNK, CHUNK, CHUNK, 53 - 3 * CHUNK]
+    for count, expected in {1: [1], 17: [17], 32: [16, 16], 33: [16, 17], 63: [16, 16, 31]}.items():
+        samples = Samples(batches(7, count), tiny_vit(), labels=True, compared=True)
+        assert [len(images) for images, _ in samples.chunks()] == expected
 
 
 @pytest.mark.parametrize("criterion", [*OF_DATA, "repair", "gram_schmidt"])
@@ -280,17 +285,25 @@ def with_nan() -> list[Any]:
     return [(images, labels)]
 
 
+FREQUENCY = {"name": "activation", "statistic": "frequency"}
 REFUSED = {
     "none": (lambda: None, {}, r"needs calibration data; give data=, a loader of \(images, labels\)"),
     "empty": (empty_loader, {}, "data is empty: it gave 0 images"),
     "used up": (lambda: iter([]), {}, "data is empty"),
     "nan": (with_nan, {}, "an image that is not finite, within 40 examples"),
     "no labels": (lambda: [examples()[0]], {}, "no labels for 40 images, which the loss needs"),
-    "too few labels": (lambda: [(examples()[0], torch.zeros(3).long())], {}, "3 labels for 40 images"),
+    "too few labels": (lambda: [(examples()[0], torch.zeros(3).long())], {}, r"labels of shape \(3,\) for 40 images"),
+    "one label": (lambda: [(examples()[0], torch.tensor(3))], {}, r"labels of shape \(\) for 40 images"),
+    "no dimension": (lambda: [(torch.tensor(1.0), torch.zeros(1))], {}, r"a batch of shape \(\); its first dimension"),
+    "unlike sizes": (lambda: [*batches(8, 8), *batches(8, 8, side=20)], {}, r"shapes \(3, 16, 16\) and \(3, 20, 20\)"),
+    "one image": (lambda: examples(1)[0], {"name": "entropy_taylor"}, "compares images with each other, and was given 1"),
+    "no difference": (lambda: batches(8), FREQUENCY | {"threshold": 99.0}, "all scores of 4 MLPs are 0"),
+    "a list for a site": (lambda: batches(8), {"name": "taylor", "site": ["fc1"]}, r"site is \['fc1'\]"),
+    "a text for a number": (lambda: batches(8), FREQUENCY | {"threshold": "0.1"}, "threshold is '0.1'"),
     "labels out of range": (lambda: [(examples()[0], torch.full((40,), 9))], {}, r"not run on labels .* from 9 to 9: Index"),
     "integers": (lambda: [(examples()[0].byte(), examples()[1])], {}, r"images of torch\.uint8; give them as the model takes"),
     "a string": (lambda: ["images"], {}, "data has a str for a batch"),
-    "other keys": (lambda: [{"x": 1, "y": 2}], {}, "data has a dict with x, y for a batch"),
+    "other keys": (lambda: [{"x": 1, "y": 2}], {}, "data has a dict with x, y for a batch; .* a dictionary with pixel_values"),
     "a number": (lambda: 3, {}, "data is a int; give a loader"),
     "another size": (lambda: batches(8, side=20), {}, r"does not run on images \(16, 3, 20, 20\)"),
     "another site": (lambda: batches(8), {"name": "taylor", "site": "fc3"}, r"site is 'fc3'; did you mean 'fc2'"),
@@ -459,6 +472,11 @@ def test_images_that_are_not_along_the_first_dimension() -> None:
 # --- several processes --------------------------------------------------------------------------------------------------------
 
 
+def _broken(data: list[Any]) -> Iterator[Any]:
+    yield data[0]
+    raise OSError("the disk is gone")
+
+
 def _plans(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     try:
@@ -469,6 +487,13 @@ def _plans(rank: int, folder: str) -> None:
         for config in DISTRIBUTED:
             made = mlpreduce.plan(lively_vit(), "shallow", ratio=0.25, data=mine, **config)
             made.save(Path(folder) / f"{DISTRIBUTED.index(config)}-{rank}.json")
+        for config in ({"criterion": "taylor"}, {"criterion": "gate"}, {"repair": "least_squares"}):
+            with pytest.raises(ReductionError if rank == 0 else OSError, match="disk is gone"):
+                mlpreduce.plan(lively_vit(), "shallow", data=mine if rank == 0 else _broken(mine), **config)
+            with pytest.raises(ReductionError, match="process 1: needs calibration data"):
+                mlpreduce.plan(lively_vit(), "shallow", data=None if rank else mine, **config)
+        with pytest.raises(ReductionError if rank == 0 else OSError, match="disk is gone"):
+            Loss().widths(lively_vit(), mine if rank == 0 else _broken(mine))
         bad = mine if rank == 0 else [(images.fill_(torch.nan), labels)]
         for config in ({"criterion": "taylor"}, {"criterion": "gate"}, {"repair": "least_squares"}):
             with pytest.raises(ReductionError, match="process 1: data has an image that is not finite"):
@@ -513,6 +538,28 @@ def test_what_a_criterion_gives_is_checked(monkeypatch: pytest.MonkeyPatch) -> N
     def no_order(units: HiddenUnits) -> torch.Tensor:
         return torch.ones(len(units), dtype=torch.long)
 
+    @register_criterion("a_list")
+    def a_list(units: HiddenUnits) -> Any:
+        return list(range(len(units)))
+
+    @register_criterion("misspelt")
+    def misspelt(units: HiddenUnits) -> torch.Tensor:
+        return units.weights("fc2.wieght").sum(1)
+
+    @register_criterion("raises", needs="images")
+    def raises(seen: Seen) -> torch.Tensor:
+        raise KeyError("what it wants")
+
+    with pytest.raises(ReductionError, match=r"criterion a_list\(\) gave a list; give a tensor"):
+        mlpreduce.plan(tiny_vit(), "shallow", criterion="a_list")
+    with pytest.raises(ReductionError, match=r"has none of fc2\.wieght on its hidden axis; did you mean 'fc2\.weight'"):
+        mlpreduce.plan(tiny_vit(), "shallow", criterion="misspelt")
+    with pytest.raises(ReductionError, match=r"criterion raises\(\) raised KeyError: 'what it wants'"):
+        mlpreduce.plan(tiny_vit(), "shallow", criterion="raises", data=batches(8))
+    with pytest.raises(ReductionError, match=r"needs is 'los'; did you mean 'loss'"):
+        register_criterion("another", needs="los")(lambda seen: seen)  # type: ignore[arg-type]
+    with pytest.raises(ReductionError, match="gates are learned with coefficient, lr, epochs; add the option 'lr'"):
+        register_criterion("another", needs="gates")(lambda gates, *, coefficient=1.0: gates)
     with pytest.raises(ReductionError, match=r"values of shape \(128,\) for 16 examples and 128 hidden units"):
         mlpreduce.plan(tiny_vit(), "shallow", criterion="without_examples", data=batches(8))
     with pytest.raises(ReductionError, match="are no order of its 128 hidden units"):
@@ -526,3 +573,82 @@ def test_entropy_of_tokens_is_that_of_their_mean() -> None:
     assert torch.allclose(entropy(nn.Identity(), tokens), entropy(nn.Identity(), means))
     maps = tokens.transpose(1, 2).unflatten(2, (1, 5))
     assert torch.allclose(entropy(nn.Identity(), maps), entropy(nn.Identity(), means))
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dictionary", "hidden states", "pooled"])
+def test_entropy_of_what_models_give(kind: str) -> None:
+    torch.manual_seed(0)
+    tokens, pooled = torch.randn(4, 5, 8), torch.randn(4, 8)
+
+    class Model(nn.Module):
+        def forward(self, images: torch.Tensor) -> Any:
+            return {
+                "tuple": (pooled, tokens),
+                "dictionary": {"logits": pooled},
+                "hidden states": SimpleNamespace(last_hidden_state=tokens, pooler_output=None),
+                "pooled": SimpleNamespace(last_hidden_state=tokens, pooler_output=pooled),
+            }[kind]
+
+    plain = tokens if kind == "hidden states" else pooled
+    assert torch.equal(entropy(Model(), images=torch.zeros(4, 3)), entropy(nn.Identity(), plain))
+
+
+def test_random_choices_have_nothing_in_common() -> None:
+    """Not for two MLPs, nor for two seeds; and which other MLPs are in scope makes no difference."""
+    found = {}
+    for seed in (0, 1):
+        for edit in mlpreduce.plan(tiny_vit(), "shallow", criterion="random", seed=seed).of(Slice):
+            found[seed, edit.mlp] = tuple(edit.units)
+    assert len(set(found.values())) == 8
+    alone = mlpreduce.plan(tiny_vit(), "shallow", criterion="random", include="blocks.2.*").of(Slice)
+    assert tuple(alone[0].units) == found[0, "blocks.2.mlp"]
+    huge = mlpreduce.plan(tiny_vit(), "shallow", criterion="random", seed=2**70).of(Slice)
+    assert tuple(huge[0].units) not in found.values()
+
+
+def test_weights_alone_count_for_l1_and_l2() -> None:
+    """What a batch norm has seen is no weight of a unit, nor is the factor of a norm."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, scale_mlp_norm=True)
+    plans = [mlpreduce.plan(model, "shallow", criterion=name) for name in ("l1", "l2")]
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.norm.weight.copy_(torch.linspace(-9, 9, len(block.mlp.norm.weight)))
+    assert [mlpreduce.plan(model, "shallow", criterion=name).edits for name in ("l1", "l2")] == [p.edits for p in plans]
+    mlp = find_mlps(model)[0]
+    rows = torch.cat(
+        [model.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.bias[:, None], model.blocks[0].mlp.fc2.weight.T], 1
+    )
+    assert torch.equal(criteria.unit_weights(mlp, model.state_dict().__getitem__), rows.detach())
+
+
+def test_what_is_not_looked_at_is_told() -> None:
+    text = str(mlpreduce.plan(tiny_vit(), "shallow", criterion="l1", data=batches(8), loss=cross_entropy))
+    assert "data and loss made no difference: nothing here looks at it" in text
+    text = str(mlpreduce.plan(tiny_vit(), "shallow", criterion="activation", data=batches(8), loss=cross_entropy))
+    assert "loss made no difference" in text
+    for config in ({"criterion": "taylor"}, {"repair": "least_squares"}):
+        assert "made no difference" not in str(mlpreduce.plan(tiny_vit(), "shallow", data=batches(8), **config))
+
+
+def test_settings_of_precision_are_as_before() -> None:
+    """Those of PyTorch's newer names, which raise where the older ones are used beside them."""
+    place = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = mlpreduce.plan(tiny_vit(), "shallow", criterion="taylor", data=batches(8)).edits
+    assert place.fp32_precision == "none"
+    place.fp32_precision = "bf16"
+    try:
+        assert mlpreduce.plan(tiny_vit(), "shallow", criterion="taylor", data=batches(8)).edits == before
+        assert place.fp32_precision == "bf16"
+        with full_precision(torch.device("cpu")):
+            assert place.fp32_precision == "ieee"
+    finally:
+        place.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
+    try:
+        with full_precision(torch.device("cpu")):
+            assert place.fp32_precision == "ieee"
+        torch.backends.fp32_precision = "ieee"
+        assert place.fp32_precision == "ieee"  # it follows what is set for all, as before
+    finally:
+        torch.backends.fp32_precision = "none"
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -14,6 +14,7 @@ import mlpreduce
 from mlpreduce import ReductionError, budget
 from mlpreduce.budget import Loss, PrimalDual, measure
 from mlpreduce.edits import Slice
+from mlpreduce.graph import find_mlps
 from mlpreduce.testing import tiny_vit
 
 
@@ -76,12 +77,20 @@ def test_loss_without_labels_and_of_tied_mlps() -> None:
 
 def test_loss_refuses() -> None:
     model = tiny_vit()
-    with pytest.raises(ReductionError, match=r"budget\.Loss\(limit=-1, round_to=1\): limit must be a number from 0"):
+    with pytest.raises(
+        ReductionError, match=r"budget\.Loss\(limit=-1, round_to=1\): limit is -1; it must be a number from 0"
+    ):
         Loss(limit=-1).widths(model, data())
-    with pytest.raises(ReductionError, match=r"blocks\.0\.mlp has 128 hidden units; a smaller round_to would help"):
+    with pytest.raises(ReductionError, match=r"blocks\.0\.mlp has 128 hidden units, .* of 129; a smaller round_to"):
         Loss(round_to=129).widths(model, data())
     with pytest.raises(ReductionError, match=r"budget\.Loss\(.*\): data has no labels for 40 images"):
         Loss().widths(model, [data()[0][0]], criterion="l2")
+    for wrong in ({"limit": None}, {"round_to": 2.0}, {"round_to": True}, {"limit": float("nan")}):
+        with pytest.raises(ReductionError, match=r"budget\.Loss\(.*: (limit|round_to) is .*; it must be a"):
+            Loss(**wrong).widths(model, data())  # type: ignore[arg-type]
+    for criterion in ("entropy_taylor", "gram_schmidt"):
+        with pytest.raises(ReductionError, match=r"images with each other, and was given 1|no labels"):
+            Loss().widths(model, [data()[0][0][:1]], criterion=criterion)
     with pytest.raises(ReductionError, match="unknown criterion 'l3'"):
         Loss().widths(model, data(), criterion="l3")
 
@@ -179,8 +188,38 @@ def test_primal_dual_refuses() -> None:
         ReductionError, match=r"PrimalDual\(target_params=10\): a target of 10 parameters cannot be reached"
     ):
         PrimalDual(tiny_vit(), target_params=10)
-    with pytest.raises(ReductionError, match="the target must be a positive number"):
+    with pytest.raises(ReductionError, match=r"target_params is True; it must be a positive number"):
         PrimalDual(tiny_vit(), target_params=True)
+    for wrong in ({"round_to": 0}, {"round_to": 1.5}, {"lr_width": -1}, {"lr_norm": "fast"}):
+        with pytest.raises(ReductionError, match=r"PrimalDual\(target_params=0\.7\): .* it must be a"):
+            PrimalDual(tiny_vit(), target_params=0.7, **wrong)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        meta = tiny_vit()
+    with pytest.raises(
+        ReductionError, match=r"blocks\.0\.mlp\.fc2 is on the meta device; give the model weights first"
+    ):
+        PrimalDual(meta, target_params=0.7)
+    with pytest.raises(ReductionError, match="found no MLP"):
+        PrimalDual(nn.Sequential(nn.Linear(2, 2)), target_params=0.7, example_inputs=torch.zeros(1, 2))
+    with pytest.raises(ReductionError, match="the state has no 'gone'; give what"):
+        PrimalDual(tiny_vit(), target_params=0.7).load_state_dict({})
+
+
+def test_columns_beside_those_of_attention() -> None:
+    """Where one layer contracts the MLP and attention, the columns of attention stay as they are."""
+    kwargs = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model(
+        "vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.DiffParallelScalingBlock, **kwargs
+    )
+    mlp = find_mlps(model)[0]
+    (offset,) = next(axis.offsets for axis in mlp.axes if axis.tensor.endswith(f"{mlp.leaf('fc2').path}.weight"))
+    before = model.get_submodule(mlp.leaf("fc2").path).weight.detach().clone()
+    learned(model, 100, target_params=0.9)
+    ratio = model.get_submodule(mlp.leaf("fc2").path).weight.detach() / before
+    inside = torch.zeros(before.shape[1], dtype=torch.bool)
+    inside[offset : offset + mlp.hidden_features] = True
+    assert (ratio[:, ~inside] == 1).all()
+    assert (ratio[0, inside] < 1 - 1e-6).any()
 
 
 def test_budget_imports_no_optuna() -> None:

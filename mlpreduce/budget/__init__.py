@@ -11,7 +11,16 @@ from mlpreduce.budget.costs import Baseline, Cost, counted, measure, outcome
 from mlpreduce.budget.latency import LatencyTable
 from mlpreduce.budget.loss import Loss
 from mlpreduce.budget.primal_dual import PrimalDual
-from mlpreduce.budget.solve import Budget, Slot, number, price_of, ranked_widths, staged_widths, uniform_widths
+from mlpreduce.budget.solve import (
+    Budget,
+    Slot,
+    budget_of,
+    number,
+    price_of,
+    ranked_widths,
+    staged_widths,
+    uniform_widths,
+)
 
 __all__ = [
     "Baseline",
@@ -21,6 +30,7 @@ __all__ = [
     "Loss",
     "PrimalDual",
     "Slot",
+    "budget_of",
     "counted",
     "measure",
     "number",

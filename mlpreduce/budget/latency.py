@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from mlpreduce.errors import ReductionError, optional
+from mlpreduce.budget.solve import Slot
+from mlpreduce.errors import ReductionError, check_whole, optional
 from mlpreduce.graph import (
     MLP,
     Inputs,
     call_with,
-    example_inputs,
     find_mlps,
     first_units,
     map_tensors,
@@ -29,6 +29,7 @@ from mlpreduce.graph import (
     structural_copy,
     tensors_in,
 )
+from mlpreduce.graph import example_inputs as inputs_of
 from mlpreduce.slicing import slice_all
 
 __all__ = ["LatencyTable", "sliced_copy", "timed"]
@@ -62,7 +63,7 @@ class LatencyTable:
         cls,
         model: nn.Module,
         *,
-        inputs: Inputs | None = None,
+        example_inputs: Inputs | None = None,
         batch_size: int = 8,
         points: int = 9,
         repeats: int = 15,
@@ -75,8 +76,8 @@ class LatencyTable:
 
         Args:
             model: the model, where it is to be timed.
-            inputs: what it is called with; by default zeros of the size it says it takes.
-            batch_size: images of a timed batch, if there are no inputs.
+            example_inputs: what it is called with; by default zeros of the size it says it takes.
+            batch_size: images of a timed batch, if there are no example inputs.
             points: widths of each group that are timed, evenly spaced, at least 2.
             repeats: turns.
             round_to: widths are multiples of this.
@@ -92,12 +93,12 @@ class LatencyTable:
             ("repeats", repeats, 1),
             ("round_to", round_to, 1),
         ):
-            if value < least:
-                raise ReductionError(f"{call}: {name}={value}; it must be at least {least}")
-        mlps = find_mlps(model, inputs)
+            check_whole(f"{call}: {name}", value, least=least)
+        optional("scipy.optimize", "LatencyTable.measure")  # before minutes are spent
+        mlps = find_mlps(model, example_inputs)
         if not mlps:
             raise ReductionError(f"{call}: found no MLP")
-        batch = example_inputs(model, batch_size) if inputs is None else inputs
+        batch = inputs_of(model, batch_size) if example_inputs is None else example_inputs
         first = tensors_in(batch)[0]
         if first.is_meta or next(model.parameters()).is_meta:
             raise ReductionError(f"{call}: a model on the meta device cannot be timed; move it to a device")
@@ -131,13 +132,18 @@ class LatencyTable:
         )
 
     def of(self, owner: str, width: int) -> float:
-        """Milliseconds of one MLP above `base`, in all its uses.
+        """Milliseconds of one MLP above `base`, in all its uses; narrower than the table, those of its narrowest width.
 
         Raises:
-            ReductionError: the table has no such MLP.
+            ReductionError: the table has no such MLP, or not so wide.
         """
         for group, widths, milliseconds in zip(self.groups, self.widths, self.milliseconds, strict=True):
             if owner in group:
+                if width > widths[-1]:
+                    raise ReductionError(
+                        f"{owner} with {width} hidden units is wider than the latency table, which ends at {widths[-1]}; it is "
+                        f"of another model: measure one of this"
+                    )
                 return float(np.interp(width, widths, milliseconds))
         raise ReductionError(f"the latency table has no {owner}; it is of another model: measure one of this")
 
@@ -146,7 +152,7 @@ class LatencyTable:
         full = {owner: row[-1] for group, row in zip(self.groups, self.widths, strict=True) for owner in group}
         unknown = [owner for owner in widths if owner not in full]
         if unknown:
-            raise ReductionError(f"the latency table has no {unknown[0]}; it has {', '.join(list(full)[:3])}, ...")
+            raise ReductionError(f"the latency table has no {unknown[0]}; it is of another model: measure one of this")
         return self.base + sum(self.of(owner, widths.get(owner, size)) for owner, size in full.items())
 
     def save(self, path: str | Path) -> None:
@@ -191,11 +197,9 @@ def _groups(mlps: Sequence[MLP]) -> list[list[MLP]]:
 
 def _grid(mlp: MLP, points: int, round_to: int) -> tuple[int, ...]:
     """Evenly spaced widths, from the narrowest to the full one."""
-    step = np.lcm(round_to, mlp.groups)
-    if step > mlp.hidden_features:
-        raise ReductionError(f"{mlp.name} has {mlp.hidden_features} hidden units, and widths are multiples of {step}")
-    spaced = np.linspace(step, mlp.hidden_features, points)
-    return tuple(sorted({max(int(w // step * step), int(step)) for w in spaced} | {mlp.hidden_features}))
+    slot = Slot.of(mlp, round_to, float)
+    spaced = np.linspace(slot.step, slot.hidden, points)
+    return tuple(sorted({slot.rounded(int(width)) for width in spaced} | {slot.hidden}))
 
 
 def sliced_copy(model: nn.Module, mlps: Sequence[MLP], widths: Mapping[str, int]) -> nn.Module:

@@ -10,11 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlpreduce.calibration import Answers, Samples, Taps, all_reduce, objective_of, quiet_copy, running, telling
+from mlpreduce.budget.solve import Slot
+from mlpreduce.calibration import (
+    Answers,
+    Samples,
+    Taps,
+    all_reduce,
+    objective_of,
+    quiet_copy,
+    raise_together,
+    running,
+    telling,
+)
 from mlpreduce.calibration import Loss as LossFunction
 from mlpreduce.criteria import Choice, as_order, choose
-from mlpreduce.errors import ReductionError
-from mlpreduce.graph import MLP, find_mlps, first_units, refuse_wrapped
+from mlpreduce.errors import ReductionError, check_number, check_whole
+from mlpreduce.graph import MLP, Inputs, find_mlps, first_units, refuse_wrapped
 
 __all__ = ["Loss"]
 
@@ -50,6 +61,7 @@ class Loss:
         criterion: str | Mapping[str, Any] = "entropy_taylor",
         loss: LossFunction | None = None,
         seed: int = 0,
+        example_inputs: Inputs | None = None,
     ) -> dict[str, int]:
         """The width of each unique MLP, to be given as `widths=` to `shallow` with the same criterion.
 
@@ -62,60 +74,57 @@ class Loss:
             data: calibration data, as of `plan`.
             criterion: which units go first.
             loss: as of `plan`.
-            seed: of the criterion `random`.
+            seed: of criteria that draw random numbers.
+            example_inputs: what the model is called with, as for `find_mlps`.
 
         Raises:
             ReductionError: as `plan` with that criterion; the limit is negative, or a step is wider than an MLP.
         """
         call = f"budget.Loss(limit={self.limit!r}, round_to={self.round_to!r})"
         refuse_wrapped(model, call)
-        if not 0 <= self.limit < math.inf or self.round_to < 1:
-            raise ReductionError(f"{call}: limit must be a number from 0, round_to a whole number from 1")
+        check_number(f"{call}: limit", self.limit)
+        check_whole(f"{call}: round_to", self.round_to)
         choice = choose(criterion)
-        mlps = find_mlps(model)
-        owners = [mlp for mlp in mlps if mlp.owner == mlp.name]
-        wide = [mlp for mlp in owners if math.lcm(self.round_to, mlp.groups) > mlp.hidden_features]
-        if wide or not mlps:
-            fact = f"{wide[0].name} has {wide[0].hidden_features} hidden units" if wide else "found no MLP"
-            raise ReductionError(f"{call}: {fact}; a smaller round_to would help" if wide else f"{call}: {fact}")
+        mlps = find_mlps(model, example_inputs)
+        if not mlps:
+            raise ReductionError(f"{call}: found no MLP")
         try:
+            slots = [(mlp, Slot.of(mlp, self.round_to, float)) for mlp in mlps if mlp.owner == mlp.name]
             kept = _Kept(model, mlps, choice, data, loss)
             answers = Answers(model, mlps, kept.batches, loss)
             with running(kept.device, gradients=False):
                 whole = kept.loss({})
-                orders = {
-                    mlp.name: as_order(answers.of(mlp, choice, seed + number)) for number, mlp in enumerate(owners)
-                }
-                return {mlp.name: self._narrowest(mlp, orders[mlp.name], whole, kept) for mlp in owners}
+                orders = {mlp.name: as_order(answers.of(mlp, choice, seed)) for mlp, _ in slots}
+                return {mlp.name: self._narrowest(mlp, slot, orders[mlp.name], whole, kept) for mlp, slot in slots}
         except ReductionError as error:
             raise ReductionError(f"{call}: {error}") from error
 
-    def _narrowest(self, mlp: MLP, order: list[int], whole: float, kept: _Kept) -> int:
+    def _narrowest(self, mlp: MLP, slot: Slot, order: list[int], whole: float, kept: _Kept) -> int:
         """The least number of steps at which the loss is within the limit, if it only grows as units go."""
-        step = math.lcm(self.round_to, mlp.groups)
-        low, high = 1, math.ceil(mlp.hidden_features / step)
+        low, high = 1, math.ceil(slot.hidden / slot.step)
         while low < high:
             middle = (low + high) // 2
-            units = first_units(mlp, order, middle * step)
+            units = first_units(mlp, order, middle * slot.step)
             if kept.loss({mlp.name: units}) - whole <= self.limit:
                 high = middle
             else:
                 low = middle + 1
-        return min(high * step, mlp.hidden_features)
+        return min(high * slot.step, slot.hidden)
 
 
 class _Kept:
     """Calibration data in memory, and the mean loss of the model with some units alone."""
 
     def __init__(self, model: nn.Module, mlps: list[MLP], choice: Choice, data: Any, loss: LossFunction | None) -> None:
-        samples = Samples(data, model, labels=choice.criterion.objective is None)
+        own = choice.criterion.objective is not None
+        samples = Samples(data, model, labels=not own, compared=own)
         self.device, self._choice, self._function = samples.device, choice, loss
         self.batches: list[Any] = []
-        problem = None
+        problem: Exception | None = None
         with running(samples.device, gradients=False):
             try:
                 self.batches += samples.chunks()
-            except ReductionError as error:
+            except Exception as error:  # whatever the data raises: the other processes are told
                 problem = error
             samples.finish({}, problem)
             self._tree = quiet_copy(model)
@@ -128,12 +137,16 @@ class _Kept:
             gate = torch.zeros(1, self._taps.hidden[owner], device=self.device)
             gate[0, some] = 1
             gates[owner, "fc2"] = gate
-        total = torch.zeros(2, dtype=torch.float64)
-        for images, labels in self.batches:
-            masks = {key: gate.to(images) for key, gate in gates.items()}
-            with telling(images), self._taps.multiplying(masks), torch.no_grad():
-                mean = objective_of(self._choice, self._tree, images, labels, self._function)()
-            total += torch.tensor([mean.double().item() * len(images), len(images)], dtype=torch.float64)
+        total, problem = torch.zeros(2, dtype=torch.float64), None
+        try:
+            for images, labels in self.batches:
+                masks = {key: gate.to(images) for key, gate in gates.items()}
+                with telling(images), self._taps.multiplying(masks), torch.no_grad():
+                    mean = objective_of(self._choice, self._tree, images, labels, self._function)()
+                total += torch.tensor([mean.double().item() * len(images), len(images)], dtype=torch.float64)
+        except ReductionError as error:
+            problem = error
+        raise_together(problem)
         total = all_reduce(total)
         found = float(total[0] / total[1])
         if not math.isfinite(found):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from mlpreduce.budget.costs import counted, measure
-from mlpreduce.budget.solve import Budget, Slot, filled, price_of
-from mlpreduce.errors import ReductionError
+from mlpreduce.budget.solve import Slot, budget_of, filled, price_of
+from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import MLP, Inputs, find_mlps, module_at, projection, refuse_wrapped, structural_copy
 
 __all__ = ["PrimalDual"]
@@ -40,7 +40,8 @@ class PrimalDual:
         example_inputs: what the model is called with, to count MACs.
 
     Raises:
-        ReductionError: no or two targets, or one that cannot be reached.
+        ReductionError: no or two targets, or one that cannot be reached; the model has no MLP, or no weights; a rate or
+            `round_to` is out of range.
 
     Source:
         UVC (Yu et al., "Unified Visual Transformer Compression", arXiv 2203.08243), over the widths of MLPs alone: it also
@@ -64,36 +65,29 @@ class PrimalDual:
         refuse_wrapped(model, call)
         if (target_params is None) == (target_macs is None):
             raise ReductionError(f"{call}: give one of target_params and target_macs")
+        for name, rate in {"lr_width": lr_width, "lr_norm": lr_norm, "lr_budget": lr_budget}.items():
+            check_number(f"{call}: {name}", rate)
+        check_whole(f"{call}: round_to", round_to)
         mlps = find_mlps(model, example_inputs)
         owners = [mlp for mlp in mlps if mlp.owner == mlp.name]
+        if not owners:
+            raise ReductionError(f"{call}: found no MLP")
         unit = "parameters" if target_macs is None else "MACs"
         if target_macs is None:
             known, present = counted(model, mlps), float(counted(model, mlps).cost.params)
         else:
             known = measure(structural_copy(model, device="meta"), example_inputs, mlps)
             present = float(known.cost.macs)
-        target = target_params if target_macs is None else target_macs
-        if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < math.inf:
-            raise ReductionError(
-                f"{call}: the target must be a positive number: at most 1 a fraction, above it absolute"
-            )
-        slots = [
-            Slot(
-                mlp.name,
-                mlp.hidden_features,
-                math.lcm(round_to, mlp.groups),
-                price_of(known, mlp.name, unit),
-                mlp.stage,
-            )
-            for mlp in owners
-        ]
-        base = present - sum(slot.price(slot.hidden) for slot in slots)
-        self._budget = Budget(slots, base, math.floor(target * present if target <= 1 else target), unit)
+        name, target = ("target_params", target_params) if target_macs is None else ("target_macs", target_macs)
+        self._model, self._mlps = model, owners
         try:
+            slots = [Slot.of(mlp, round_to, price_of(known, mlp.name, unit)) for mlp in owners]
+            self._budget = budget_of(slots, present, name, target, unit)
             self._budget.check()
+            for mlp in owners:
+                self._weight(mlp)
         except ReductionError as error:
             raise ReductionError(f"{call}: {error}") from error
-        self._model, self._mlps = model, owners
         self._rates = lr_width, lr_norm, lr_budget
         self._gone = torch.zeros(len(owners), dtype=torch.float64)
         self._norm_duals = torch.zeros(len(owners), dtype=torch.float64)
@@ -154,6 +148,9 @@ class PrimalDual:
         Raises:
             ReductionError: it is of another number of MLPs.
         """
+        missing = [key for key in self.state_dict() if not isinstance(state, Mapping) or key not in state]
+        if missing:
+            raise ReductionError(f"PrimalDual: the state has no {missing[0]!r}; give what state_dict() returned")
         if len(state["gone"]) != len(self._gone):
             raise ReductionError(
                 f"PrimalDual: the state is of {len(state['gone'])} MLPs, the model has {len(self._gone)}"
@@ -162,9 +159,9 @@ class PrimalDual:
         self._budget_dual = float(state["budget_dual"])
 
     def _now(self, more: float) -> dict[str, int]:
-        """Widths when a further part of all units goes."""
+        """Widths when a further part of all units goes, the number of them rounded down."""
         return {
-            slot.owner: slot.rounded(int(slot.hidden - min(max(float(gone) + more * slot.hidden, 0), slot.hidden)))
+            slot.owner: slot.rounded(slot.hidden - int(min(max(float(gone) + more * slot.hidden, 0), slot.hidden)))
             for slot, gone in zip(self._budget.slots, self._gone, strict=True)
         }
 
@@ -173,8 +170,12 @@ class PrimalDual:
         path = mlp.leaf("fc2").path
         module = module_at(self._model, path)
         layer = projection(module)
-        if module is None or layer is None or "fused" in mlp.kind:
-            raise ReductionError(f"PrimalDual: {path} is no layer of the MLP alone; exclude the model")
-        weight = module.get_parameter("weight")
-        flat = weight.detach().flatten(1)  # a view: what follows the first two dimensions is 1 x 1
-        return flat if layer.inputs == 1 else flat.T
+        axes = [axis for axis in mlp.axes if axis.tensor == f"{path}.weight"]
+        if module is None or layer is None or not axes:
+            raise ReductionError(f"{path} is no linear layer or 1 x 1 convolution with a weight of its own")
+        weight = module.get_parameter("weight").detach()
+        if weight.is_meta:
+            raise ReductionError(f"{path} is on the meta device; give the model weights first")
+        flat = weight.flatten(1)  # a view: what follows the first two dimensions is 1 x 1
+        columns = flat if layer.inputs == 1 else flat.T
+        return columns.narrow(1, axes[0].offsets[0], mlp.hidden_features)  # beside attention's, where layers are fused

@@ -7,6 +7,7 @@ the full width.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,8 +16,19 @@ import torch
 
 from mlpreduce.budget.costs import Baseline
 from mlpreduce.errors import ReductionError
+from mlpreduce.graph import MLP
 
-__all__ = ["Budget", "Slot", "filled", "number", "price_of", "ranked_widths", "staged_widths", "uniform_widths"]
+__all__ = [
+    "Budget",
+    "Slot",
+    "budget_of",
+    "filled",
+    "number",
+    "price_of",
+    "ranked_widths",
+    "staged_widths",
+    "uniform_widths",
+]
 
 Widths = dict[str, int]
 Price = Callable[[int], float]
@@ -43,6 +55,23 @@ class Slot:
     stage: str = ""
     scores: torch.Tensor | None = None
     penalty: Price | None = None
+
+    @classmethod
+    def of(
+        cls, mlp: MLP, round_to: int, price: Price, scores: torch.Tensor | None = None, penalty: Price | None = None
+    ) -> Slot:
+        """That of an MLP whose width is a multiple of `round_to` and of its groups.
+
+        Raises:
+            ReductionError: no width is.
+        """
+        step = math.lcm(round_to, mlp.groups)
+        if step > mlp.hidden_features:
+            raise ReductionError(
+                f"{mlp.name} has {mlp.hidden_features} hidden units, and its width is to be a multiple of {step}; a smaller "
+                f"round_to would help"
+            )
+        return cls(mlp.name, mlp.hidden_features, step, price, mlp.stage, scores, penalty)
 
     def rounded(self, width: int) -> int:
         """The width, down to a multiple of the step, at least one; the full width stays."""
@@ -83,11 +112,6 @@ class Budget:
         Raises:
             ReductionError: it cannot; the message has the range.
         """
-        for slot in self.slots:
-            if slot.step > slot.hidden:
-                raise ReductionError(
-                    f"{slot.owner} has {slot.hidden} hidden units, and its width is to be a multiple of {slot.step}"
-                )
         least = self.cost({slot.owner: slot.rounded(1) for slot in self.slots})
         most = self.cost({slot.owner: slot.hidden for slot in self.slots})
         if not least <= self.target <= most:
@@ -95,6 +119,28 @@ class Budget:
                 f"a target of {number(self.target)} {self.unit} cannot be reached by slicing {len(self.slots)} MLPs; the "
                 f"range is {number(least)} to {number(most)}"
             )
+
+
+def budget_of(slots: Sequence[Slot], present: float, name: str, target: object, unit: str) -> Budget:
+    """The budget of a model that costs `present` as it is.
+
+    Args:
+        slots: the MLPs whose widths are sought.
+        present: the cost of the model.
+        name: of the target, for messages.
+        target: at most 1: a fraction of `present`; above it absolute. Only milliseconds need not be whole.
+        unit: of the costs.
+
+    Raises:
+        ReductionError: the target is no positive number.
+    """
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < math.inf:
+        raise ReductionError(
+            f"{name} is {target!r}; it must be a positive number: at most 1 a fraction, above it absolute"
+        )
+    most = target * present if target <= 1 else target
+    base = present - sum(slot.price(slot.hidden) for slot in slots)
+    return Budget(slots, base, most if unit == "ms" else math.floor(most), unit)
 
 
 def price_of(baseline: Baseline, owner: str, unit: str) -> Price:

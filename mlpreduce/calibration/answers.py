@@ -10,7 +10,7 @@ from torch import nn
 
 from mlpreduce.calibration.learn import measure_gates
 from mlpreduce.calibration.measure import Loss, Measured, measure_scores
-from mlpreduce.criteria import Choice, HiddenUnits
+from mlpreduce.criteria import Choice, HiddenUnits, derived_seed
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at
 
@@ -18,7 +18,7 @@ __all__ = ["Answers"]
 
 
 class Answers:
-    """Scores or orders by any criterion. Data is read once for each criterion, for all MLPs together.
+    """Scores or orders by any criterion. Data is read for each criterion, for all MLPs together.
 
     Args:
         model: the model; it is not changed.
@@ -29,13 +29,20 @@ class Answers:
 
     def __init__(self, model: nn.Module, mlps: Sequence[MLP], data: Any = None, loss: Loss | None = None) -> None:
         self._model, self._mlps, self._data, self._loss = model, mlps, data, loss
-        self._measured: dict[str, Measured] = {}
+        self._measured: dict[tuple[str, int], Measured] = {}
+        self._used: set[str] = set()
 
     @property
     def data(self) -> dict[str, Any] | None:
         """Number and fingerprint of the examples that were looked at, if any were."""
         known = next(iter(self._measured.values()), None)
         return None if known is None else {"samples": known.samples, "fingerprint": known.fingerprint}
+
+    @property
+    def unused(self) -> list[str]:
+        """Which of `data` and `loss` were given, and no criterion has looked at."""
+        given = {"data": self._data, "loss": self._loss}
+        return [name for name, value in given.items() if value is not None and name not in self._used]
 
     def tensor(self, path: str) -> torch.Tensor:
         """The values of a parameter or buffer.
@@ -59,11 +66,11 @@ class Answers:
         """
         criterion = choice.criterion
         if criterion.of_data:
-            if str(choice) not in self._measured:
-                self._measured[str(choice)] = self._measure(choice, seed)
-            return self._measured[str(choice)].scores[mlp.owner]
-        units = HiddenUnits(mlp, self.tensor, seed, wanted)
-        answer = criterion.function(units, **choice.options)
+            if (key := (str(choice), seed)) not in self._measured:
+                self._measured[key] = self._measure(choice, seed)
+            return self._measured[key].scores[mlp.owner]
+        units = HiddenUnits(mlp, self.tensor, derived_seed(seed, mlp.owner), wanted)
+        answer = choice.values(units)
         if tuple(answer.shape) != (len(units),) or not answer.isfinite().all():
             raise ReductionError(
                 f"criterion {choice} gave {tuple(answer.shape)} values for the {len(units)} hidden units of {mlp.name}, or "
@@ -77,6 +84,7 @@ class Answers:
         return answer
 
     def _measure(self, choice: Choice, seed: int) -> Measured:
+        self._used |= {"data"} if choice.criterion.objective or choice.criterion.needs == "images" else {"data", "loss"}
         if choice.criterion.needs == "gates":
             return measure_gates(self._model, self._mlps, choice, self._data, self._loss)
         return measure_scores(self._model, self._mlps, choice, self._data, self._loss, seed)

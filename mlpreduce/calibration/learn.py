@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from mlpreduce.calibration.quiet import quiet_copy
 from mlpreduce.calibration.samples import Samples, all_reduce
 from mlpreduce.calibration.taps import Taps
 from mlpreduce.criteria import Choice
-from mlpreduce.errors import ReductionError
+from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import MLP
 
 __all__ = ["measure_gates"]
@@ -39,14 +38,11 @@ def measure_gates(
     """
     options = choice.criterion.options | choice.options
     coefficient, lr, epochs = (options[key] for key in ("coefficient", "lr", "epochs"))
-    for key, least, kind in (("coefficient", 0, float), ("lr", 0, float), ("epochs", 1, int)):
-        value = options[key]
-        number = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value < least or (key == "lr" and not value):
-            wanted = "whole number from 1" if kind is int else f"number {'above' if key == 'lr' else 'from'} 0"
-            raise ReductionError(f"criterion {choice}: {key} is {value!r}; it must be a {wanted}")
+    check_number(f"criterion {choice}: coefficient", coefficient)
+    check_number(f"criterion {choice}: lr", lr, above=True)
+    check_whole(f"criterion {choice}: epochs", epochs)
     samples = Samples(data, model, labels=True)
-    problem = None
+    problem: Exception | None = None
     with running(samples.device, gradients=True):
         tree = quiet_copy(model)
         taps = Taps(tree, mlps, ("fc2",))
@@ -71,7 +67,7 @@ def measure_gates(
                         flat = torch.cat(
                             [*(s.flatten().cpu().double() for s in slopes), flat.new_tensor([len(images), 0])]
                         )
-                except ReductionError as error:
+                except Exception as error:  # whatever the data raises, or the model: the other processes are told
                     problem = error
                     flat[-1] = 1
                 flat = all_reduce(flat)
@@ -84,7 +80,10 @@ def measure_gates(
         samples.finish({}, problem)
     scores = {}
     for (owner, _), gate in gates.items():
-        scores[owner] = choice.criterion.function(gate.detach()[0], **choice.options).cpu().double()
-        if not scores[owner].isfinite().all():
-            raise ReductionError(f"criterion {choice}: the gates of {owner} are not finite; a lower lr would help")
+        scores[owner] = choice.values(gate.detach()[0]).cpu().double()
+        if tuple(scores[owner].shape) != (gate.shape[1],) or not scores[owner].isfinite().all():
+            raise ReductionError(
+                f"criterion {choice}: the scores of {owner} are {tuple(scores[owner].shape)} for {gate.shape[1]} units, or not "
+                f"all finite; if gates are not, a lower lr would help"
+            )
     return Measured(scores, samples.count, samples.fingerprint)

@@ -17,11 +17,11 @@ from mlpreduce.calibration.quiet import (
     quiet_copy,
     undisturbed_randomness,
 )
-from mlpreduce.calibration.samples import Samples, logits_of
+from mlpreduce.calibration.samples import Samples
 from mlpreduce.calibration.taps import Gates, Taps
-from mlpreduce.criteria import Choice, Seen
+from mlpreduce.criteria import Choice, Seen, derived_seed
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import MLP
+from mlpreduce.graph import MLP, tensor_of
 
 __all__ = ["Loss", "Measured", "measure_scores", "objective_of", "running", "telling"]
 
@@ -60,12 +60,18 @@ def measure_scores(
         ReductionError: the data is empty or not what is needed, or the model cannot be run on it.
     """
     criterion = choice.criterion
-    samples = Samples(data, model, labels=criterion.needs == "loss" and criterion.objective is None)
+    own = criterion.objective is not None
+    samples = Samples(data, model, labels=criterion.needs == "loss" and not own, compared=own)
     with running(samples.device, gradients=criterion.needs == "loss"):
         sums = _sums(model, mlps, choice, samples, loss, seed)
     for owner, total in sums.items():
         if not total.isfinite().all():
             raise ReductionError(f"criterion {choice}: the scores of {owner} are not finite; is the loss?")
+    if not any(total.any() for total in sums.values()):
+        raise ReductionError(
+            f"criterion {choice}: all scores of {len(sums)} MLPs are 0 on {samples.count} examples, so what units do makes no "
+            f"difference there; give other data, or look at the loss"
+        )
     return Measured({owner: total / samples.count for owner, total in sums.items()}, samples.count, samples.fingerprint)
 
 
@@ -78,7 +84,7 @@ def _sums(
     taps = Taps(tree, mlps, choice.sites)
     signs = _signs(taps, criterion.probes, seed)
     sums = {mlp.owner: torch.zeros(mlp.hidden_features, dtype=torch.float64, device="cpu") for mlp in mlps}
-    problem = None
+    problem: Exception | None = None
     try:
         for number, (images, labels) in enumerate(samples.chunks()):
             with telling(images):
@@ -89,15 +95,15 @@ def _sums(
                 else:
                     objective = objective_of(choice, tree, images, labels, loss)
                     seen = _changes(taps, objective, images, signs, criterion.name)
-                for owner, what in seen.items():
-                    value = criterion.function(what, **choice.options)
-                    if tuple(value.shape) != (len(images), len(sums[owner])):
-                        raise ReductionError(
-                            f"criterion {choice} gave values of shape {tuple(value.shape)} for {len(images)} examples and "
-                            f"{len(sums[owner])} hidden units of {owner}; give one for each of both"
-                        )
-                    sums[owner] += value.detach().cpu().double().sum(0)
-    except ReductionError as error:
+            for owner, what in seen.items():
+                value = choice.values(what)
+                if tuple(value.shape) != (len(images), len(sums[owner])):
+                    raise ReductionError(
+                        f"criterion {choice} gave values of shape {tuple(value.shape)} for {len(images)} examples and "
+                        f"{len(sums[owner])} hidden units of {owner}; give one for each of both"
+                    )
+                sums[owner] += value.detach().cpu().double().sum(0)
+    except Exception as error:  # whatever the data raises, or the model: the other processes are told
         problem = error
     return samples.finish(sums, problem)
 
@@ -163,7 +169,7 @@ def objective_of(
 
 
 def _cross_entropy(output: Any, labels: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits_of(output), labels)
+    return nn.functional.cross_entropy(tensor_of(output, ("logits",)), labels)
 
 
 def _changes(
@@ -203,7 +209,7 @@ def _changes(
 
 def _signs(taps: Taps, count: int, seed: int) -> list[Gates]:
     """Random signs, (1, hidden units) for each key: the same for all examples, so that batches do not matter."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(derived_seed(seed, "signs"))
     return [
         {
             (owner, site): torch.randint(0, 2, (1, taps.hidden[owner]), generator=generator, device="cpu") * 2.0 - 1

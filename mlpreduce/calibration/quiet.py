@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +21,21 @@ CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # flags of tim
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast and no TF32 within."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    backends: Any = torch.backends
+    gpu = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    places = gpu if device.type == "cuda" else (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
+    # older names of these settings raise where somebody has used the newer ones, so they are neither read nor written
+    coarse = [(place, place.fp32_precision) for place in places if place.fp32_precision not in ("none", "ieee")]
     with torch.autocast(device.type, enabled=False):
         try:
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
+            for place, _ in coarse:
+                place.fp32_precision = "ieee"
             yield
         finally:
-            torch.set_float32_matmul_precision(before[0])
-            torch.backends.cudnn.allow_tf32 = before[1]
+            for place, before in coarse:
+                place.fp32_precision = "none"
+                if place.fp32_precision != before:  # it was not what is set for all of the backend
+                    place.fp32_precision = before
 
 
 @contextmanager

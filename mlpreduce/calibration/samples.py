@@ -12,7 +12,7 @@ from torch import nn
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["CHUNK", "Samples", "all_reduce", "logits_of"]
+__all__ = ["CHUNK", "Samples", "all_reduce", "raise_together"]
 
 CHUNK = 16  # examples in one pass
 _IMAGES = ("pixel_values", "image", "images")
@@ -32,26 +32,23 @@ class Samples:
         data: the iterable, or one batch of images.
         model: gives the device and the type of its inputs.
         labels: whether labels are needed.
+        compared: whether the images of one pass are compared with each other, so that a few must not be left alone.
 
     Raises:
-        ReductionError: there is no data, or the model is in half precision or without weights.
+        ReductionError: there is no data, or the model is in half precision or without weights, here or in another process.
     """
 
-    def __init__(self, data: Any, model: nn.Module, *, labels: bool) -> None:
-        if data is None:
-            wanted = "of (images, labels)" if labels else "of images"
-            raise ReductionError(f"needs calibration data; give data=, a loader {wanted}")
-        if not isinstance(data, Iterable):
-            raise ReductionError(f"data is a {type(data).__name__}; give a loader, or a list of batches")
+    def __init__(self, data: Any, model: nn.Module, *, labels: bool, compared: bool = False) -> None:
         parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        if parameter.is_meta:
-            raise ReductionError("needs to run the model, which is on the meta device; give it weights first")
-        halves = [n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
-        if halves:
-            kind = model.get_parameter(halves[0]).dtype
-            raise ReductionError(f"{halves[0]} is {kind}, too coarse to measure with; use model.float() first")
+        problem = None
+        try:
+            _check(data, model, parameter, labels)
+        except ReductionError as error:
+            problem = error
+        raise_together(problem)
         self._data = [data] if isinstance(data, torch.Tensor) else data
         self.device, self.dtype, self.labels = parameter.device, parameter.dtype, labels
+        self._most = 2 * CHUNK - 1 if compared else CHUNK - 1  # examples of the last pass
         self.count = 0
         self._digests = hashlib.sha256(), hashlib.sha256()  # of images and labels
         self.fingerprint = ""
@@ -59,6 +56,8 @@ class Samples:
 
     def chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Images and labels, `CHUNK` examples at a time, whatever the batches are; the last time what is left.
+
+        Where images are compared, what is left goes with the last `CHUNK` examples.
 
         Raises:
             ReductionError: what the loader gives are no images, or not finite, or labels are missing.
@@ -72,17 +71,21 @@ class Samples:
             images, labels = self._parts(batch)
             if first:
                 self._note(images, labels)
+            if kept and (there := tuple(kept[0][0].shape[1:])) != tuple(images.shape[1:]):
+                raise ReductionError(
+                    f"data has images of shapes {there} and {tuple(images.shape[1:])}, which do not go together"
+                )
             for start in range(0, len(images), CHUNK):
                 kept.append(
                     (images[start : start + CHUNK], labels if labels is None else labels[start : start + CHUNK])
                 )
                 waiting += len(kept[-1][0])
-                while waiting >= CHUNK:
-                    chunk, kept = _joined(kept)
+                while waiting > self._most:
+                    chunk, kept = _joined(kept, CHUNK)
                     waiting -= CHUNK
                     yield self._placed(*chunk)
         if kept:
-            yield self._placed(*_joined(kept)[0])
+            yield self._placed(*_joined(kept, waiting)[0])
 
     def _parts(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images and labels of one batch."""
@@ -95,7 +98,12 @@ class Samples:
         if not isinstance(images, torch.Tensor):
             keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
             raise ReductionError(
-                f"data has a {type(batch).__name__}{keys} for a batch; it must be a tensor of images, or (images, labels)"
+                f"data has a {type(batch).__name__}{keys} for a batch; it must be a tensor of images, (images, labels), or a "
+                f"dictionary with {' or '.join(_IMAGES)}, and {' or '.join(_LABELS)} if a loss is needed"
+            )
+        if images.dim() < 2:
+            raise ReductionError(
+                f"data has a batch of shape {tuple(images.shape)}; its first dimension must be of images"
             )
         if not images.is_floating_point():
             raise ReductionError(f"data has images of {images.dtype}; give them as the model takes them, normalised")
@@ -103,8 +111,8 @@ class Samples:
             raise ReductionError(f"data has an image that is not finite, within {self.count + len(images)} examples")
         if not self.labels:
             return images, None
-        if not isinstance(labels, torch.Tensor) or len(labels) != len(images):
-            given = f"{len(labels)} labels" if isinstance(labels, torch.Tensor) else "no labels"
+        if not isinstance(labels, torch.Tensor) or labels.dim() < 1 or len(labels) != len(images):
+            given = f"labels of shape {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else "no labels"
             raise ReductionError(
                 f"data has {given} for {len(images)} images, which the loss needs; give (images, labels)"
             )
@@ -121,32 +129,62 @@ class Samples:
         images = images.detach().to(self.device, self.dtype)
         return images, None if labels is None else labels.to(self.device)
 
-    def finish(self, sums: dict[Any, torch.Tensor], problem: ReductionError | None) -> dict[Any, torch.Tensor]:
+    def finish(self, sums: dict[Any, torch.Tensor], problem: Exception | None) -> dict[Any, torch.Tensor]:
         """Sums over all processes, once each has read its data; all raise what one of them has met.
 
         Raises:
-            ReductionError: `problem`, or that of another process, or no process has an example.
+            ReductionError: as `raise_together`, or no process has an example.
         """
-        digest = "".join(part.hexdigest() for part in self._digests)
-        told = _together((None if problem is None else str(problem), self.count, digest))
-        for rank, (message, _, _) in enumerate(told):
-            if message is not None:
-                raise ReductionError(message if len(told) == 1 else f"process {rank}: {message}") from problem
-        self.count = sum(count for _, count, _ in told)
+        raise_together(problem)
+        told = _together((self.count, "".join(part.hexdigest() for part in self._digests)))
+        self.count = sum(count for count, _ in told)
         if not self.count:
             raise ReductionError("data is empty: it gave 0 images; a loader that was read once may be used up")
-        self.fingerprint = hashlib.sha256("".join(text for _, _, text in told).encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256("".join(text for _, text in told).encode()).hexdigest()[:16]
         return {key: all_reduce(value) for key, value in sums.items()}
 
 
+def _check(data: Any, model: nn.Module, parameter: torch.Tensor, labels: bool) -> None:
+    """Whether there is data and a model that can be run on it."""
+    if data is None:
+        wanted = "of (images, labels)" if labels else "of images"
+        raise ReductionError(f"needs calibration data; give data=, a loader {wanted}")
+    if not isinstance(data, Iterable):
+        raise ReductionError(f"data is a {type(data).__name__}; give a loader, or a list of batches")
+    if parameter.is_meta:
+        raise ReductionError("needs to run the model, which is on the meta device; give it weights first")
+    halves = [n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+    if halves:
+        kind = model.get_parameter(halves[0]).dtype
+        raise ReductionError(f"{halves[0]} is {kind}, too coarse to measure with; use model.float() first")
+
+
 def _joined(
-    kept: list[tuple[torch.Tensor, torch.Tensor | None]],
+    kept: list[tuple[torch.Tensor, torch.Tensor | None]], count: int
 ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], list[tuple[torch.Tensor, torch.Tensor | None]]]:
-    """The first `CHUNK` examples of what is kept, and the others."""
+    """The first examples of what is kept, and the others."""
     images = torch.cat([some for some, _ in kept])
     labels = None if kept[0][1] is None else torch.cat([some for _, some in kept if some is not None])
-    rest = (images[CHUNK:], None if labels is None else labels[CHUNK:])
-    return (images[:CHUNK], None if labels is None else labels[:CHUNK]), [rest] if len(rest[0]) else []
+    rest = (images[count:], None if labels is None else labels[count:])
+    return (images[:count], None if labels is None else labels[:count]), [rest] if len(rest[0]) else []
+
+
+def raise_together(problem: Exception | None) -> None:
+    """Raise in all processes what one of them has met, so that none waits for it.
+
+    Raises:
+        ReductionError: another process has met something.
+        Exception: `problem`.
+    """
+    text = None if problem is None else str(problem)
+    if problem is not None and not isinstance(problem, ReductionError):
+        text = f"{type(problem).__name__}: {problem}"
+    told = _together(text)
+    if problem is not None and (len(told) == 1 or not isinstance(problem, ReductionError)):
+        raise problem
+    for rank, message in enumerate(told):
+        if message is not None:
+            raise ReductionError(f"process {rank}: {message}") from problem
 
 
 def _together(value: Value) -> list[Value]:
@@ -169,17 +207,3 @@ def all_reduce(value: torch.Tensor) -> torch.Tensor:
 
 def _is_group() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def logits_of(output: Any) -> torch.Tensor:
-    """The tensor in what a model gives: itself, its `logits`, or the first of several.
-
-    Raises:
-        ReductionError: there is none.
-    """
-    if isinstance(output, (list, tuple)) and output:
-        output = output[0]
-    output = getattr(output, "logits", output)
-    if not isinstance(output, torch.Tensor):
-        raise ReductionError(f"the model gives a {type(output).__name__}, not logits; give loss=, a function of it")
-    return output

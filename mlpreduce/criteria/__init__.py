@@ -14,12 +14,13 @@ An order serves every width, so narrower choices are nested. Only scores can be 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from mlpreduce.errors import ReductionError, call_text, did_you_mean
+from mlpreduce.errors import ReductionError, call_text, check_one_of, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ __all__ = [
     "Seen",
     "as_order",
     "choose",
+    "derived_seed",
     "get_criterion",
     "list_criteria",
     "register_criterion",
@@ -45,6 +47,7 @@ Needs = Literal["nothing", "weights", "images", "loss", "gates"]
 Objective = Callable[["nn.Module", "torch.Tensor"], "torch.Tensor"]
 
 # where a unit is looked at, and the leaves at which that is: what comes out of fc1, or goes into fc2
+GATE_OPTIONS = ("coefficient", "lr", "epochs")
 SITES = {"fc1": ("fc1",), "act": ("fc2",), "fc2": ("fc2",), "both": ("fc1", "fc2")}
 
 
@@ -92,9 +95,26 @@ class Choice:
     def sites(self) -> tuple[str, ...]:
         """Leaves at which it looks."""
         site = (self.criterion.options | self.options).get("site", "act")
-        if site not in SITES:
-            raise ReductionError(f"criterion {self}: site is {site!r}{did_you_mean(str(site), SITES)}")
+        check_one_of(f"criterion {self}: site", site, SITES)
         return SITES[site]
+
+    def values(self, given: Any) -> torch.Tensor:
+        """What the criterion makes of units, of what they did, or of their gates.
+
+        Raises:
+            ReductionError: it raises whatever it may, or gives no tensor.
+        """
+        import torch
+
+        try:
+            found: Any = self.criterion.function(given, **self.options)
+        except ReductionError:
+            raise
+        except Exception as error:  # whatever a user's criterion raises
+            raise ReductionError(f"criterion {self} raised {type(error).__name__}: {error}") from error
+        if not isinstance(found, torch.Tensor):
+            raise ReductionError(f"criterion {self} gave a {type(found).__name__}; give a tensor")
+        return found
 
 
 @dataclass(frozen=True)
@@ -104,7 +124,7 @@ class HiddenUnits:
     Attributes:
         mlp: the MLP.
         tensor: gives the values of a parameter or buffer by its path.
-        seed: for random choices.
+        seed: for random choices; another one for each MLP.
         wanted: how many units of the order matter.
     """
 
@@ -118,7 +138,7 @@ class HiddenUnits:
 
     def weights(self, *names: str) -> torch.Tensor:
         """What each unit is made of: see `unit_weights`."""
-        return unit_weights(self.mlp, self.tensor, names)
+        return unit_weights(self.mlp, self.tensor, names or UNIT_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -141,6 +161,8 @@ class Seen:
         """The change at `fc1`, `act` or `fc2`, or the sum over `both`: that over all weights of a unit."""
         return sum(self.change[leaf] for leaf in SITES[site])  # type: ignore[return-value]
 
+
+UNIT_WEIGHTS = ("fc1.weight", "fc1.bias", "fc2.weight")
 
 _CRITERIA: dict[str, Criterion] = {}
 
@@ -165,7 +187,13 @@ def register_criterion(
     def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if name in _CRITERIA:
             raise ReductionError(f"register_criterion({name!r}): there is a criterion of this name already")
+        check_one_of(f"register_criterion({name!r}): needs", needs, get_args(Needs))
         criterion = Criterion(name, function, needs, objective, probes)
+        missing = [] if needs != "gates" else [key for key in GATE_OPTIONS if key not in criterion.options]
+        if missing:
+            raise ReductionError(
+                f"register_criterion({name!r}): gates are learned with {', '.join(GATE_OPTIONS)}; add the option {missing[0]!r}"
+            )
         for key, default in criterion.options.items():
             if default is inspect.Parameter.empty or key == "name":
                 raise ReductionError(f"register_criterion({name!r}): option {key!r} needs a default and another name")
@@ -209,6 +237,11 @@ def choose(criterion: str | Mapping[str, Any]) -> Choice:
     return choice
 
 
+def derived_seed(seed: int, name: str) -> int:
+    """A seed for one of several random choices that are to have nothing in common, whatever the seed they follow from."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7])
+
+
 def list_criteria() -> list[str]:
     """Names of all criteria.
 
@@ -229,24 +262,31 @@ def as_order(answer: torch.Tensor) -> list[int]:
     return order
 
 
-def unit_weights(mlp: MLP, tensor: Callable[[str], torch.Tensor], names: Sequence[str] = ()) -> torch.Tensor:
+def unit_weights(mlp: MLP, tensor: Callable[[str], torch.Tensor], names: Sequence[str] = UNIT_WEIGHTS) -> torch.Tensor:
     """What each hidden unit is made of: fc1 rows (both halves of a gate), biases, fc2 columns, in float32 or wider.
+
+    What lies between fc1 and fc2, norms and convolutions, is of another scale and counts only if it is named.
 
     Args:
         mlp: the MLP.
         tensor: gives the values of a tensor by its path.
-        names: such as "fc1.weight"; all by default. Those that the MLP lacks are left out.
+        names: such as "fc1.weight" or "norm.weight". Those that the MLP lacks are left out.
 
     Returns:
         A matrix (hidden units, values).
+
+    Raises:
+        ReductionError: the MLP has none of them.
     """
     import torch
 
     roles = {leaf.path: leaf.role for leaf in mlp.leaves}
     parts = []
+    known = []
     for axis in mlp.axes:
         path, _, name = axis.tensor.rpartition(".")
-        if names and f"{roles.get(path)}.{name}" not in names:
+        known.append(f"{roles.get(path)}.{name}")
+        if known[-1] not in names:
             continue
         values = tensor(axis.tensor).detach()
         values = values.to(torch.promote_types(values.dtype, torch.float32))
@@ -255,6 +295,11 @@ def unit_weights(mlp: MLP, tensor: Callable[[str], torch.Tensor], names: Sequenc
         else:
             values = values.movedim(axis.dim, 0).reshape(values.shape[axis.dim], -1)
         parts += [values[offset : offset + mlp.hidden_features] for offset in axis.offsets]
+    if not parts:
+        near = did_you_mean(str(names[0]) if names else "", known)
+        raise ReductionError(
+            f"{mlp.name} has none of {', '.join(map(str, names)) or 'no names'} on its hidden axis{near}"
+        )
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 

@@ -6,10 +6,12 @@ mean of absolute activations; of what fc2 is given, after gates and norms.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from mlpreduce.criteria import Seen, register_criterion
-from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.errors import check_number, check_one_of
 
 
 @register_criterion("activation", needs="images")
@@ -21,10 +23,8 @@ def activation(seen: Seen, *, statistic: str = "mean", threshold: float = 0.0) -
         statistic: `mean`, or `frequency`: the share of positions with a > `threshold`.
         threshold: of `frequency`. GELU is below 0 for all negative inputs, so 0 counts the positive ones.
     """
-    if statistic not in ("mean", "frequency"):
-        raise ReductionError(
-            f"criterion activation: statistic is {statistic!r}{did_you_mean(str(statistic), ('mean', 'frequency'))}"
-        )
+    check_one_of("criterion activation: statistic", statistic, ("mean", "frequency"))
+    check_number("criterion activation: threshold", threshold, least=-math.inf)
     assert seen.hidden is not None
     if statistic == "mean":
         return seen.hidden.abs().mean(1)

@@ -12,14 +12,20 @@ import torch
 from torch import nn
 
 from mlpreduce.criteria import Seen, register_criterion
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import tensor_of
 
 INVERSE_TEMPERATURE = 15.0
 
 
 def entropy(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Mean entropy, in nats, of each image's softmax over its similarities to all images of the batch, itself too."""
-    output = model(images)
-    output = getattr(output, "logits", output)
+    if len(images) < 2:
+        raise ReductionError(
+            f"criterion entropy_taylor compares images with each other, and was given {len(images)}; give at least 2, in "
+            f"each process"
+        )
+    output = tensor_of(model(images), ("logits", "pooler_output", "last_hidden_state"))
     if output.dim() == 3:  # tokens (images, tokens, features)
         output = output.mean(1)
     elif output.dim() > 3:  # a map (images, features, height, width)

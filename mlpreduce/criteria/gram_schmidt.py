@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mlpreduce.criteria import HiddenUnits, register_criterion
-from mlpreduce.errors import ReductionError, did_you_mean, optional
+from mlpreduce.errors import ReductionError, check_one_of, optional
 
 SOURCES = {
     "fc1": ("fc1.weight",),
@@ -36,10 +36,9 @@ def gram_schmidt(units: HiddenUnits, *, source: str = "fc1", dtype: str | None =
         dtype: `float32` or `float64`; that of the weights by default. In float32 two rows of nearly the same length may be
             taken the other way round on another processor, and other rows from there on; float64 takes twice the memory.
     """
-    if source not in SOURCES:
-        raise ReductionError(f"criterion gram_schmidt: source is {source!r}{did_you_mean(str(source), SOURCES)}")
-    if dtype not in (None, *DTYPES):
-        raise ReductionError(f"criterion gram_schmidt: dtype is {dtype!r}{did_you_mean(str(dtype), DTYPES)}")
+    check_one_of("criterion gram_schmidt: source", source, SOURCES)
+    if dtype is not None:
+        check_one_of("criterion gram_schmidt: dtype", dtype, DTYPES)
     rows = units.weights(*SOURCES[source])
     if not rows.isfinite().all():
         raise ReductionError(f"criterion gram_schmidt: the weights of {units.mlp.name} are not all finite")

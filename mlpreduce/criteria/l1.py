@@ -1,7 +1,8 @@
 """`l1`: the units with the largest sum of absolute weights.
 
 Source: the rule by which S2ViTE (Chen et al., "Chasing Sparsity in Vision Transformers", arXiv 2106.04533) drops neurons:
-||fc1 row||_1 + ||fc2 column||_1. Here the bias counts too, as a unit is removed whole.
+||fc1 row||_1 + ||fc2 column||_1. Here fc1's bias counts too, as it goes with the
+unit; norms and convolutions between fc1 and fc2 do not.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`l2`: the units with the largest weights.
 
-Source: the magnitude baseline of structured pruning. The norm runs over all a unit owns, fc1 row, bias and fc2
-column, as a unit is removed whole; other codes take the fc1 row alone.
+Source: the magnitude baseline of structured pruning. The norm runs over fc1 row, bias and fc2 column, as they go
+together; other codes take the fc1 row alone.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import fx, nn
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph.describe import describe_mlp
 from mlpreduce.graph.flow import Flow
-from mlpreduce.graph.inputs import INPUTS, Inputs, call_with, example_inputs, map_tensors, tensors_in
+from mlpreduce.graph.inputs import INPUTS, Inputs, call_with, example_inputs, map_tensors, tensor_of, tensors_in
 from mlpreduce.graph.match import match_mlps
 from mlpreduce.graph.mlp import MLP, Leaf, chains, first_units, select, slice_edit
 from mlpreduce.graph.places import Place, locate
@@ -41,6 +41,7 @@ __all__ = [
     "slice_edit",
     "structural_copy",
     "survey",
+    "tensor_of",
     "tensors_in",
     "to_graph",
 ]

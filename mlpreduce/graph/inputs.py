@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["INPUTS", "Inputs", "call_with", "example_inputs", "map_tensors", "tensors_in"]
+__all__ = ["INPUTS", "Inputs", "call_with", "example_inputs", "map_tensors", "tensor_of", "tensors_in"]
 
 INPUTS = "mlpreduce_inputs"  # where a GraphModule keeps what it is called with
 
@@ -36,6 +36,31 @@ def tensors_in(inputs: Inputs) -> list[torch.Tensor]:
     """The tensors of inputs, in order."""
     plain = dict(inputs) if isinstance(inputs, Mapping) else inputs
     return [value for value in tree_leaves(plain) if isinstance(value, torch.Tensor)]
+
+
+def tensor_of(output: Any, names: Sequence[str]) -> torch.Tensor:
+    """The tensor in what a model gives: itself, the first of the names that it has, or the first of several.
+
+    Args:
+        output: what the model gave.
+        names: attributes or keys, the best first, as of what models of transformers give.
+
+    Raises:
+        ReductionError: there is none.
+    """
+    found = output
+    for name in names:
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if value is not None:
+            found = value
+            break
+    if isinstance(found, (list, tuple)) and found:
+        found = found[0]
+    if not isinstance(found, torch.Tensor):
+        raise ReductionError(
+            f"the model gives a {type(output).__name__} without {' or '.join(names)}; give loss=, a function of it"
+        )
+    return found
 
 
 def example_inputs(model: nn.Module, batch: int = 1) -> Inputs:

@@ -11,8 +11,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mlpreduce.budget import Slot
 from mlpreduce.edits import Slice
-from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.errors import ReductionError, check_number, check_one_of, check_whole, did_you_mean
 from mlpreduce.graph import MLP
 from mlpreduce.parts import Parts
 from mlpreduce.transforms import register
@@ -58,7 +59,7 @@ def shallow(
         latency_table: path of a table that `budget.LatencyTable` has saved.
         latency_weight: of the milliseconds that a unit costs, which are taken from its score (the eta of NViT, 5e-4 there).
         repair: `least_squares` refits fc2 and its bias on the data, so that each MLP best gives what it gave; or `none`.
-        seed: of the criterion `random`.
+        seed: of criteria that draw random numbers, `random` and `hessian_diag`.
 
     Raises:
         ReductionError: more than one size, a size out of range or that cannot be reached, an unknown criterion, or one that
@@ -71,16 +72,20 @@ def shallow(
         raise ReductionError(
             f"{len(sizes)} sizes are given ({', '.join(sizes)}); give one of {', '.join([*given, *targets])}"
         )
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise ReductionError(f"round_to is {round_to!r}; it must be a whole number from 1")
+    check_whole("round_to", round_to)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ReductionError(f"seed is {seed!r}; it must be a whole number")
     if not isinstance(criterion, (str, Mapping)):
         raise ReductionError(
             f"criterion is {criterion!r}; it must be a name, or a dictionary with its name and options"
         )
-    if scope not in SCOPES:
-        raise ReductionError(f"scope is {scope!r}{did_you_mean(str(scope), SCOPES)}")
+    check_one_of("scope", scope, SCOPES)
+    check_number("latency_weight", latency_weight)
+    if latency_weight and scope == "uniform":
+        raise ReductionError(
+            "latency_weight changes how MLPs compare, and scope='uniform' keeps the same part of each; give scope='global' or "
+            "'per_stage'"
+        )
     owners = _owners(parts)
     size = sizes[0] if sizes else "ratio"
     if size in UNITS or (size == "ratio" and scope != "uniform"):
@@ -92,10 +97,10 @@ def shallow(
         raise ReductionError(
             f"{size} tells the width of each MLP, and scope={scope!r} would, too; give ratio or a target"
         )
-    elif latency_weight or latency_table is not None:
+    elif latency_table is not None:
         raise ReductionError(
-            "latency_table and latency_weight count where widths are solved for: give a target, or scope='per_stage' or "
-            "scope='global'"
+            "latency_table counts where widths are solved for: give target_latency, or scope='per_stage' or scope='global' "
+            "with latency_weight"
         )
     else:
         asked = _widths(parts, owners, ratio, width, widths)
@@ -107,14 +112,11 @@ def shallow(
 
 def _rounded(mlp: MLP, target: int, round_to: int) -> int:
     """The width that is realised."""
-    step = math.lcm(round_to, mlp.groups)
-    kept = target if target == mlp.hidden_features else max(target // step, 1) * step
-    if not 1 <= target <= mlp.hidden_features or kept > mlp.hidden_features:
+    if not 1 <= target <= mlp.hidden_features:
         raise ReductionError(
-            f"{mlp.name} would keep {target if target < 1 else kept} of {mlp.hidden_features} hidden units; "
-            f"it must be 1 to {mlp.hidden_features}"
+            f"{mlp.name} would keep {target} of {mlp.hidden_features} hidden units; it must be 1 to {mlp.hidden_features}"
         )
-    return kept
+    return target if target == mlp.hidden_features else Slot.of(mlp, round_to, float).rounded(target)
 
 
 def _owners(parts: Parts) -> list[MLP]:

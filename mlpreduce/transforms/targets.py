@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlpreduce.budget import (
-    Budget,
     LatencyTable,
     Slot,
+    budget_of,
     number,
     price_of,
     ranked_widths,
@@ -23,6 +22,7 @@ from mlpreduce.parts import Parts
 __all__ = ["SCOPES", "UNITS", "solved_widths"]
 
 SCOPES = {"uniform": uniform_widths, "per_stage": staged_widths, "global": ranked_widths}
+_FEW = 16
 UNITS = {"target_params": "parameters", "target_macs": "MACs", "target_latency": "ms"}
 
 
@@ -43,41 +43,35 @@ def solved_widths(
     Raises:
         ReductionError: the target is none or cannot be reached, the criterion gives no scores, or there is no table.
     """
-    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < math.inf:
-        raise ReductionError(
-            f"{size} is {target!r}; it must be a positive number: at most 1 a fraction, above it absolute"
-        )
     table = _table(size, latency_table, latency_weight)
     present, prices = _prices(parts, owners, size, table)
     slots = [
-        Slot(
-            owner=mlp.name,
-            hidden=mlp.hidden_features,
-            step=math.lcm(round_to, mlp.groups),
-            price=prices[mlp.name],
-            stage=mlp.stage,
+        Slot.of(
+            mlp,
+            round_to,
+            prices[mlp.name],
             scores=None if scope == "uniform" else _sorted_scores(parts, mlp, criterion, seed),
             penalty=_penalty(table, mlp, latency_weight),
         )
         for mlp in owners
     ]
-    base = present - sum(slot.price(slot.hidden) for slot in slots)
-    most = target * present if target <= 1 else target
-    unit = UNITS.get(size, "hidden units")
-    if size != "target_latency":
-        most = math.floor(most)
-    budget = Budget(slots, base, most, unit)
+    budget = budget_of(slots, present, size, target, UNITS.get(size, "hidden units"))
     widths: dict[str, int] = SCOPES[scope](budget)
-    reached = budget.cost(widths)
     parts.notes.append(
-        f"{size}={target!r}: {number(reached)} of at most {number(most)} {unit}, {number(present)} before"
+        f"{size}={target!r}: {number(budget.cost(widths))} of at most {number(budget.target)} {budget.unit}, "
+        f"{number(present)} before"
     )
+    narrow = [slot for slot in slots if widths[slot.owner] * _FEW < slot.hidden]
+    if narrow:
+        parts.notes.append(
+            f"{len(narrow)} of {len(slots)} MLPs keep less than 1/{_FEW} of their units, {narrow[0].owner} "
+            f"{widths[narrow[0].owner]} of {narrow[0].hidden}; if the scores of unlike MLPs do not compare, use another "
+            f'criterion, or scope="uniform"'
+        )
     return widths
 
 
 def _table(size: str, path: str | None, weight: float) -> LatencyTable | None:
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise ReductionError(f"latency_weight is {weight!r}; it must be a number from 0")
     if path is not None:
         return LatencyTable.load(path)
     if size == "target_latency" or weight:
@@ -93,7 +87,8 @@ def _prices(
 ) -> tuple[float, dict[str, Callable[[int], float]]]:
     """What the model costs as it is, and the price of each MLP by width."""
     if size == "target_latency" and table is not None:
-        return table.predict({}), {mlp.name: _latency(table, mlp.name) for mlp in owners}
+        present = table.predict({mlp.owner: mlp.hidden_features for mlp in parts.counts.mlps})
+        return present, {mlp.name: _latency(table, mlp.name) for mlp in owners}
     if size == "ratio":
         return sum(mlp.hidden_features for mlp in owners), {mlp.name: float for mlp in owners}
     known = parts.counts if size == "target_params" else parts.baseline

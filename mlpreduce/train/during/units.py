@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mlpreduce.edits import Axis, Plan, Slice, as_units
-from mlpreduce.errors import ReductionError
+from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import MLP, module_at, refuse_wrapped
 
 __all__ = [
@@ -138,8 +138,7 @@ def fraction(name: str, value: Any, call: str, *, least: float = 0.0, most: floa
     Raises:
         ReductionError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise ReductionError(f"{call}: {name} is {value!r}; it must be a number from {least:g} to {most:g}")
+    check_number(f"{call}: {name}", value, least=least, most=most)
     return float(value)
 
 
@@ -149,6 +148,5 @@ def whole(name: str, value: Any, call: str, *, least: int = 1) -> int:
     Raises:
         ReductionError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < math.inf:
-        raise ReductionError(f"{call}: {name} is {value!r}; it must be a whole number from {least}")
-    return value
+    check_whole(f"{call}: {name}", value, least=least)
+    return int(value)
