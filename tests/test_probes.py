@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -496,7 +497,7 @@ def test_the_keys_may_differ_when_a_run_goes_on() -> None:
     before = recipes.load("digits_tiny")
     assert before.train.probes == ()
     assert differences(before.model_dump(mode="json"), now.model_dump(mode="json")) == []
-    with pytest.raises(ReductionError, match=r"train\.probes.*'gradients', 'similarity' or 'sharpness'"):
+    with pytest.raises(ReductionError, match=r"train\.probes.*'gradients', 'similarity', 'sharpness' or 'density'"):
         recipes.load("digits_tiny", ['train.probes=["norms"]'])
 
 
@@ -505,6 +506,7 @@ def test_the_keys_may_differ_when_a_run_goes_on() -> None:
 PROBES: dict[str, Any] = {
     "gradients": {"blocks.0.mlp": 0.5, "blocks.1.mlp@1": 0.25, "blocks.9.mlp": None},
     "similarity": [[1.0, 0.5, 0.1], [0.5, 1.0, 0.7], [0.1, 0.7, 1.0]],
+    "density": {"blocks.0.mlp": [1.0, 0.9, 0.75], "blocks.1.mlp": [1.0, 0.5, 0.25]},
     "sharpness": {"lambda_max": 12.5, "lambda_residual": 0.5, "sam_gap": 0.03},
 }
 
@@ -525,6 +527,8 @@ def test_records_have_the_probes_and_mlflow_their_numbers(tmp_path: Path, monkey
     metrics = client.get_run(record["mlflow_run_id"]).data.metrics
     expected = {f"probe/{name}": value for name, value in found["sharpness"].items()}
     expected |= {f"probe/gradient_norm/{name}": value for name, value in found["gradients"].items()}
+    for number, name in enumerate(("0", "0.001", "0.01")):
+        expected[f"probe/density_above_{name}"] = fmean(row[number] for row in found["density"].values())
     assert set(expected) >= {"probe/lambda_max", "probe/sam_gap", "probe/gradient_norm/blocks.0.mlp"}
     assert {name: value for name, value in metrics.items() if name.startswith("probe/")} == pytest.approx(expected)
     assert [m.step for m in client.get_metric_history(record["mlflow_run_id"], "probe/sam_gap")] == [2]
@@ -554,8 +558,8 @@ def test_the_report_has_a_table_of_the_last_probes(tmp_path: Path) -> None:
     report.build(place)
     rows = cells((place / "report.md").read_text(), "Probes at the last epoch")
     assert [variant for variant, _ in rows] == ["baseline", "grouped", "shallow"]
-    assert list(rows["baseline", "run"].values())[2:] == ["13", "0.03", "0.25", "0.5", "0.6"]
-    assert list(rows["grouped", "run"].values())[2:] == ["not measured"] * 4 + ["not finite"]
+    assert list(rows["baseline", "run"].values())[2:] == ["13", "0.03", "0.25", "0.5", "0.6", "0.5"]
+    assert list(rows["grouped", "run"].values())[2:] == ["not measured"] * 4 + ["not finite", "not measured"]
     assert set(list(rows["shallow", "run"].values())[2:]) == {"not measured"}
     assert "docs/probes.md" in (place / "report.html").read_text()
     assert "Probes at the last epoch" in (place / "report.html").read_text()

@@ -36,6 +36,7 @@ SETTINGS = [
     ("shallow", {"criterion": "taylor", "scope": "per_stage", "ratio": 0.25, "round_to": 8}),
     ("shallow", {"criterion": {"name": "nvit", "site": "both"}, "scope": "global", "target_params": 0.6}),
     ("shallow", {"criterion": "fisher", "repair": "least_squares"}),
+    ("shallow", {"criterion": "activation", "min_score": 0.02}),
     ("shallow", {"criterion": "hessian_diag"}),
     ("shallow", {"criterion": {"name": "activation", "statistic": "frequency"}}),
     ("shallow", {"criterion": "entropy_taylor"}),

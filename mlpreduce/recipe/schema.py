@@ -274,6 +274,11 @@ def _problems(recipe: Recipe) -> Iterable[str]:
                 continue
             if recipe.model.weights and is_construction(step["transform"]):
                 yield f"{place}: model.weights={recipe.model.weights!r}: {no_construction(step['transform'])}"
+            if step.get("min_score") is not None:
+                yield (
+                    f"{place}: what min_score={step['min_score']!r} leaves is known only when scores are, and a recipe tells "
+                    f"parameters before it trains; give ratio or a target"
+                )
             if needs_data(step) and recipe.data.name.startswith("wds/"):
                 yield (
                     f"{place}: step {number} looks at training images, which it takes by their number, and data.name="
@@ -300,6 +305,11 @@ def _problems(recipe: Recipe) -> Iterable[str]:
         yield (
             f"train.sam_rho={recipe.train.sam_rho:g}: it takes two gradients for an update, and the scaler of "
             f"train.amp='float16' knows one; use train.amp='bfloat16' or 'none'"
+        )
+    if recipe.train.density_weight and recipe.train.compile:
+        yield (
+            f"train.density_weight={recipe.train.density_weight:g}: activations are watched by hooks, which train.compile=true "
+            f"leaves out; use one of both"
         )
     if recipe.train.warmup_epochs >= recipe.train.epochs:
         yield (

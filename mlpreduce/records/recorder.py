@@ -8,12 +8,13 @@ import os
 import re
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.records.files import SCHEMA, read, store
 from mlpreduce.records.summaries import COUNTS, summary
-from mlpreduce.train.settings import Run
+from mlpreduce.train.settings import DENSITY_THRESHOLDS, Run
 from mlpreduce.values import flatten
 
 if TYPE_CHECKING:
@@ -247,6 +248,8 @@ def _probed(probes: dict[str, Any]) -> dict[str, float]:
     for name, value in probes.get("gradients", {}).items():
         plain = re.sub(r"[^\w.-]", "_", name)  # MLflow refuses the @ of a use that has no path of its own
         values[f"probe/gradient_norm/{plain}"[:250]] = value  # its longest name
+    for number, shares in enumerate(zip(*probes.get("density", {}).values(), strict=True)):
+        values[f"probe/density_above_{DENSITY_THRESHOLDS[number]:g}"] = fmean(shares)
     return {name: value for name, value in values.items() if value is not None}
 
 

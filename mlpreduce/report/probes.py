@@ -12,11 +12,14 @@ TITLE = "Probes at the last epoch"
 HEADERS = (
     *("variant", "source", "lambda_max", "SAM gap"),
     *("smallest gradient norm of an MLP", "largest gradient norm of an MLP", "mean CKA of neighbouring MLPs"),
+    "activations above 0.01",
 )
 NOTE = (
     "Probes, of the trained weights on images of the validation set, means over seeds. lambda_max: largest eigenvalue of the "
     "Hessian of the cross entropy. SAM gap: its growth over a step of length 0.05 along the gradient, in nats. Gradient norms: "
-    "of the parameters of each unique MLP. CKA: linear, of the outputs of MLPs that follow each other. docs/probes.md has more."
+    "of the parameters of each unique MLP. CKA: linear, of the outputs of MLPs that follow each other. Activations: "
+    "of hidden units, in magnitude, as a share, mean over "
+    "MLPs. docs/probes.md has more."
 )
 
 
@@ -34,8 +37,9 @@ def cells(records: Iterable[dict[str, Any]]) -> list[str]:
         lambda probes: _of(min, probes["gradients"].values()),
         lambda probes: _of(max, probes["gradients"].values()),
         lambda probes: _of(fmean, [rows[number + 1] for number, rows in enumerate(probes["similarity"][:-1])]),
+        lambda probes: fmean(shares[-1] for shares in probes["density"].values()),
     ]
-    needed = ("sharpness", "sharpness", "gradients", "gradients", "similarity")
+    needed = ("sharpness", "sharpness", "gradients", "gradients", "similarity", "density")
     return [
         _cell([column(probes) for probes in found if name in probes])
         for name, column in zip(needed, columns, strict=True)

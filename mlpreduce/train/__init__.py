@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlpreduce.train.density import DensityLoss
     from mlpreduce.train.distillation import FeatureDistill
     from mlpreduce.train.loop import TrainingStopped, fit
     from mlpreduce.train.parts import build_model, create_ema, learning_rates
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mlpreduce.train.validation import evaluate
 
 __all__ = [
+    "DensityLoss",
     "FeatureDistill",
     "ModelSettings",
     "Run",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "DensityLoss": "density",
     "evaluate": "validation",
     "FeatureDistill": "distillation",
     "Runtime": "runtime",

@@ -25,11 +25,12 @@ from mlpreduce.train.curvature import (
     sam_gap,
     undisturbed,
 )
+from mlpreduce.train.density import layer_density
 from mlpreduce.train.similarity import layer_similarity, linear_cka, mlps_of
 
-__all__ = ["NAMES", "gradient_norms", "layer_similarity", "linear_cka", "measure", "sharpness"]
+__all__ = ["NAMES", "gradient_norms", "layer_density", "layer_similarity", "linear_cka", "measure", "sharpness"]
 
-NAMES = ("gradients", "similarity", "sharpness")
+NAMES = ("gradients", "similarity", "sharpness", "density")
 
 
 def measure(model: nn.Module, images: torch.Tensor, targets: torch.Tensor, names: Sequence[str]) -> dict[str, Any]:
@@ -42,8 +43,8 @@ def measure(model: nn.Module, images: torch.Tensor, targets: torch.Tensor, names
         names: which of `NAMES`.
 
     Returns:
-        By name, what `gradient_norms`, `layer_similarity` and `sharpness` give; None for a number that is not finite, which
-        JSON does not have.
+        By name, what `gradient_norms`, `layer_similarity`, `sharpness` and `layer_density` give; None for a number that is not
+        finite, which JSON does not have.
 
     Raises:
         ReductionError: an unknown name, or a probe that cannot be carried out.
@@ -55,6 +56,7 @@ def measure(model: nn.Module, images: torch.Tensor, targets: torch.Tensor, names
         "gradients": lambda: gradient_norms(model, images, targets),
         "similarity": lambda: layer_similarity(model, images),
         "sharpness": lambda: sharpness(model, images, targets),
+        "density": lambda: layer_density(model, images),
     }
     return {name: _finite(probes[name]()) for name in dict.fromkeys(names)}
 

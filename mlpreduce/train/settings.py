@@ -42,7 +42,10 @@ LATER = (
     "train.sam_rho",
     "train.sam_adaptive",
     "train.sam_sync",
+    "train.density_weight",
+    "train.density_eps",
 )
+DENSITY_THRESHOLDS = (0.0, 1e-3, 1e-2)  # GELU is next to zero for many inputs, and zero for few
 Step = dict[str, Any]  # {"transform": name, **config}
 
 
@@ -86,6 +89,8 @@ class TrainSettings(AugmentSettings):
     sam_rho: Weight = 0.0  # sharpness-aware: how far weights move uphill before the gradient is taken; 0 = plain
     sam_adaptive: bool = False  # weights move in proportion to their squares; wants a ten times larger sam_rho
     sam_sync: bool = False  # true: by the gradient of the whole batch; false: of each worker's own part of it
+    density_weight: Weight = 0.0  # of the density of MLP activations in the loss (DEFT); 0 = not measured
+    density_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-7  # squared activation that counts half
     fidelity: Literal["corrected", "published"] = (
         "corrected"  # published: with what is wrong there, see docs/fidelity.md
     )
@@ -96,7 +101,9 @@ class TrainSettings(AugmentSettings):
     grad_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time (timm's)
     deterministic: bool = False  # only algorithms that give the same bits each time; an error where there is none
     keep_checkpoints: Count = 2  # the last ones that are kept, beside the best
-    probes: tuple[Literal["gradients", "similarity", "sharpness"], ...] = ()  # measured while training: docs/probes.md
+    probes: tuple[
+        Literal["gradients", "similarity", "sharpness", "density"], ...
+    ] = ()  # measured while training: docs/probes.md
     probe_every: Count = 10  # epochs between two probes; the last epoch is always probed
     probe_images: Count = 64  # images of the validation set they use
 

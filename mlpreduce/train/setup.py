@@ -18,6 +18,7 @@ import mlpreduce
 from mlpreduce.data import Loaders, load
 from mlpreduce.errors import ReductionError
 from mlpreduce.train import digests, distillation
+from mlpreduce.train.density import DensityLoss
 from mlpreduce.train.parts import build_model, create_ema, create_loss, create_optimizer, create_scheduler, outside_mlps
 from mlpreduce.train.runtime import Runtime, environment
 from mlpreduce.train.settings import Run
@@ -46,6 +47,7 @@ class Setup:
     loss: nn.Module  # of the task, from logits and targets
     teacher: nn.Module | None  # the unreduced model, for distillation; it gives what the student gives
     feature_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None  # in place of that of the task
+    density: DensityLoss | None  # of the activations, which is added to the loss
     supernet: Supernet | None  # the sub-models that are trained together
     facts: dict[str, Any]
     plans: list[str]  # the reductions of the model, as JSON
@@ -62,7 +64,7 @@ class Setup:
         """What is minimised, of one micro-batch: the loss of the task, with distillation blended with the teacher's.
 
         With distillation of features it is their loss alone, and the targets are not looked at. Of a supernet it is the mean
-        over the sub-models of this update.
+        over the sub-models of this update. The density of activations is added, if it has a weight.
 
         Args:
             images: (batch, channels, height, width), mixed already.
@@ -71,6 +73,13 @@ class Setup:
         Returns:
             A scalar: the mean over the batch.
         """
+        if self.density is None:
+            return self._task_loss(images, targets)
+        with self.density.watching() as density:
+            loss = self._task_loss(images, targets)
+        return loss + self.run.train.density_weight * density()
+
+    def _task_loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():  # before the student, whose activations are kept for the backward pass
             aims = None if self.teacher is None else self.teacher(images)
         if self.feature_loss is not None and aims is not None:
@@ -141,6 +150,7 @@ def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
         loss=create_loss(train),
         teacher=torch.compile(teacher) if train.compile and teacher is not None else teacher,  # type: ignore[arg-type]
         feature_loss=feature_loss,
+        density=DensityLoss(core, eps=train.density_eps) if train.density_weight else None,
         supernet=None if run.supernet is None else entangle(core, run),
         facts=facts,
         plans=plans,

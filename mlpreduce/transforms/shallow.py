@@ -27,6 +27,7 @@ def shallow(
     ratio: float | None = None,
     width: int | None = None,
     widths: Sequence[int] | Mapping[str, int] | None = None,
+    min_score: float | None = None,
     target_params: float | None = None,
     target_macs: float | None = None,
     target_latency: float | None = None,
@@ -48,6 +49,8 @@ def shallow(
             size is given. With a scope beyond one MLP, the fraction of all their hidden units.
         width: the width to keep, the same for all, which must be alike.
         widths: the width of each MLP that is not tied to an earlier one, in order of execution, or by name.
+        min_score: units whose score is above it stay, at least one multiple; 0 with `activation` takes away what is never
+            active on the data, which changes nothing there.
         target_params: the most parameters the model may have; at most 1: a fraction of those it has.
         target_macs: the most multiply-accumulates, in the convention of `Cost.macs`; at most 1: a fraction.
         target_latency: the most milliseconds by `latency_table`; at most 1: a fraction.
@@ -65,7 +68,7 @@ def shallow(
         ReductionError: more than one size, a size out of range or that cannot be reached, an unknown criterion, or one that
             needs data and there is none.
     """
-    given = {"ratio": ratio, "width": width, "widths": widths}
+    given = {"ratio": ratio, "width": width, "widths": widths, "min_score": min_score}
     targets = {"target_params": target_params, "target_macs": target_macs, "target_latency": target_latency}
     sizes = [name for name, value in {**given, **targets}.items() if value is not None]
     if len(sizes) > 1:
@@ -102,6 +105,9 @@ def shallow(
             "latency_table counts where widths are solved for: give target_latency, or scope='per_stage' or scope='global' "
             "with latency_weight"
         )
+    elif min_score is not None:
+        check_number("min_score", min_score, least=-math.inf)
+        kept = {mlp.name: _above(parts, mlp, min_score, criterion, round_to, seed) for mlp in owners}
     else:
         asked = _widths(parts, owners, ratio, width, widths)
         kept = {mlp.name: _rounded(mlp, count, round_to) for mlp, count in zip(owners, asked, strict=True)}
@@ -117,6 +123,14 @@ def _rounded(mlp: MLP, target: int, round_to: int) -> int:
             f"{mlp.name} would keep {target} of {mlp.hidden_features} hidden units; it must be 1 to {mlp.hidden_features}"
         )
     return target if target == mlp.hidden_features else Slot.of(mlp, round_to, float).rounded(target)
+
+
+def _above(parts: Parts, mlp: MLP, least: float, criterion: str | Mapping[str, Any], round_to: int, seed: int) -> int:
+    """The narrowest width that keeps every unit whose score is above the least."""
+    above = parts.scores(mlp, criterion, seed) > least
+    fullest = int(above.unflatten(0, (mlp.groups, -1)).sum(1).max()) * mlp.groups  # as many of each group are kept
+    slot = Slot.of(mlp, round_to, float)
+    return slot.above(max(fullest, 1) - 1)
 
 
 def _owners(parts: Parts) -> list[MLP]:
