@@ -131,6 +131,15 @@ class Parts(Sequence[MLP]):
         """Which of `data` and `loss` were given, and nothing has looked at."""
         return self._answers.unused
 
+    def similarity(self) -> dict[tuple[str, str], float]:
+        """How alike MLPs are by what they give on the calibration data: linear CKA in 0..1, for each pair of names in scope.
+
+        Raises:
+            ReductionError: there is no data, or it is not what is needed.
+        """
+        names = {mlp.name for mlp in self._mlps}
+        return {pair: value for pair, value in self._answers.similarity().items() if names.issuperset(pair)}
+
     def scores(self, mlp: MLP, criterion: str | Mapping[str, Any], seed: int = 0) -> torch.Tensor:
         """Scores of the hidden units of an MLP, (hidden units,), which can be compared between MLPs.
 

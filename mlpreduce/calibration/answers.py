@@ -10,6 +10,7 @@ from torch import nn
 
 from mlpreduce.calibration.learn import measure_gates
 from mlpreduce.calibration.measure import Loss, Measured, measure_scores
+from mlpreduce.calibration.similarity import measure_similarity
 from mlpreduce.criteria import Choice, HiddenUnits, derived_seed
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at
@@ -82,6 +83,12 @@ class Answers:
                 f"give each unit once, or scores in floating point"
             )
         return answer
+
+    def similarity(self) -> dict[tuple[str, str], float]:
+        """Linear CKA of what MLPs give on the data, for each pair of names: see `measure_similarity`."""
+        self._used.add("data")
+        pairs, self._measured["similarity", 0] = measure_similarity(self._model, self._mlps, self._data)
+        return pairs
 
     def _measure(self, choice: Choice, seed: int) -> Measured:
         self._used |= {"data"} if choice.criterion.objective or choice.criterion.needs == "images" else {"data", "loss"}

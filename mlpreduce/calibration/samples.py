@@ -12,7 +12,7 @@ from torch import nn
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["CHUNK", "Samples", "all_reduce", "raise_together"]
+__all__ = ["CHUNK", "Samples", "all_reduce", "raise_together", "together"]
 
 CHUNK = 16  # examples in one pass
 _IMAGES = ("pixel_values", "image", "images")
@@ -136,7 +136,7 @@ class Samples:
             ReductionError: as `raise_together`, or no process has an example.
         """
         raise_together(problem)
-        told = _together((self.count, "".join(part.hexdigest() for part in self._digests)))
+        told = together((self.count, "".join(part.hexdigest() for part in self._digests)))
         self.count = sum(count for count, _ in told)
         if not self.count:
             raise ReductionError("data is empty: it gave 0 images; a loader that was read once may be used up")
@@ -179,7 +179,7 @@ def raise_together(problem: Exception | None) -> None:
     text = None if problem is None else str(problem)
     if problem is not None and not isinstance(problem, ReductionError):
         text = f"{type(problem).__name__}: {problem}"
-    told = _together(text)
+    told = together(text)
     if problem is not None and (len(told) == 1 or not isinstance(problem, ReductionError)):
         raise problem
     for rank, message in enumerate(told):
@@ -187,7 +187,7 @@ def raise_together(problem: Exception | None) -> None:
             raise ReductionError(f"process {rank}: {message}") from problem
 
 
-def _together(value: Value) -> list[Value]:
+def together(value: Value) -> list[Value]:
     """What every process has, by rank; in one process its own."""
     if not _is_group():
         return [value]

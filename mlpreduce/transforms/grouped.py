@@ -2,8 +2,8 @@
 
 Source: GroupedMLP, Krishna Kumar, "Parameter Reduction Improves Vision Transformers", arXiv 2512.01059, equation 1:
 blocks (2i, 2i+1) use the MLP of the even one, whose W_fc1, W_fc2 and b_fc1 are scaled by 1/sqrt(2). The released code
-scales by 0.707 (`scale="paper"`). Patterns beyond pairs: ALBERT (arXiv 1909.11942), the sequence, cycle and cycle
-(rev) of Takase and Kiyono (arXiv 2104.06022). Here any group, pattern and depth, and 1/sqrt(uses) exactly.
+scales by 0.707 (`scale="paper"`). Here any group, pattern (see `mlpreduce.transforms.patterns`) and depth, and 1/sqrt(uses)
+exactly.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 
 from mlpreduce.criteria import unit_weights
 from mlpreduce.edits import Assign, Edit, Scale, Share
-from mlpreduce.errors import ReductionError, did_you_mean, optional
+from mlpreduce.errors import ReductionError, check_one_of, did_you_mean, optional
 from mlpreduce.graph import MLP
 from mlpreduce.parts import Parts
 from mlpreduce.transforms import register
+from mlpreduce.transforms.patterns import groups_of
 
 SCALED = ("fc1.weight", "fc1.bias", "fc2.weight")  # equation 1; fc2.bias stays
 KEEPS = ("first", "last", "mean", "align_mean")
@@ -28,7 +29,7 @@ KEEPS = ("first", "last", "mean", "align_mean")
 def grouped(
     parts: Parts,
     *,
-    group: int = 2,
+    group: int | str = 2,
     pattern: str | Sequence[Sequence[int]] = "sequence",
     scale: str | float | Mapping[str, float] = "inv_sqrt",
     keep: str = "first",
@@ -41,24 +42,27 @@ def grouped(
 
     Args:
         parts: the MLPs in scope.
-        group: blocks that share one MLP.
+        group: blocks that share one MLP; `all`: those of a stage.
         pattern: `sequence` (neighbours), `cycle` (every n-th block, n the number of MLPs left), `cycle_reverse` (the
-            same, the last cycle backwards), or lists of the row numbers that a printed plan shows.
+            same, the last cycle backwards), `sandwich` (neighbours, but the first and the last block of a stage keep
+            their own), `similarity` (blocks whose MLPs give what is alike on the data; as many MLPs are left as of
+            `cycle`), or lists of the row numbers that a printed plan shows.
         scale: factor of the shared fc1.weight, fc1.bias and fc2.weight: `inv_sqrt` (1/sqrt of the uses), `paper`
             (0.707), `none`, a number, a number for each of these tensors, or `match_forward`: measured, so that the shared
             MLP gives noise as much energy as the MLPs it stands for did on average. For training from scratch; keep
             trained weights with `none`.
         keep: whose weights stay: `first`, `last`, their `mean`, or `align_mean`, the mean after the hidden units of
             each are matched with those of the first.
-        remainder: of `sequence`, when blocks are left over: `error`, `own` (a smaller group), `merge` (into the last).
+        remainder: of `sequence` and `sandwich`, when blocks are left over: `error`, `own` (a smaller group), `merge` (into
+            the last).
         repair: `least_squares` refits the shared fc2 and its bias on the data, so that it best gives what the MLPs gave that
             it stands for; or `none`.
 
     Raises:
-        ReductionError: the blocks do not split so, are tied already, or an option is out of range.
+        ReductionError: the blocks do not split so, are tied already, or an option is out of range; or there is no data
+            for `similarity`.
     """
-    if keep not in KEEPS:
-        raise ReductionError(f"keep is {keep!r}{did_you_mean(str(keep), KEEPS)}")
+    check_one_of("keep", keep, KEEPS)
     tied = [mlp for mlp in parts if len({use.block for use in parts.uses(mlp)}) > 1]
     if tied:
         names = ", ".join(use.name for use in parts.uses(tied[0]))
@@ -66,13 +70,7 @@ def grouped(
             f"{names} are tied already, and nothing is scaled twice; mlpreduce.untie(model) undoes ties of this library, "
             f"exclude= leaves out those the model was built with"
         )
-    if not isinstance(pattern, (str, list, tuple)):
-        raise ReductionError(f"pattern is {pattern!r}; it must be a name or lists of row numbers")
-    if isinstance(pattern, str):
-        groups = [members for chain in parts.chains for members in _split(parts, chain, group, pattern, remainder)]
-    else:
-        groups = _listed(parts, pattern)
-    for members in groups:
+    for members in groups_of(parts, group, pattern, remainder):
         factors = _factors(scale, len(members))
         if len(members) > 1:
             means = dict(_means(parts, members, align=keep == "align_mean")) if keep in ("mean", "align_mean") else {}
@@ -81,64 +79,6 @@ def grouped(
                 factors = dict.fromkeys(SCALED, _matching_factor(parts, members, keeper, means))
             yield from (Assign(path, value) for path, value in means.items())
             yield from _tie(parts, members, keeper, factors)
-
-
-def _split(parts: Parts, chain: list[MLP], group: int, pattern: str, remainder: str) -> list[list[MLP]]:
-    """A chain in groups, by pattern."""
-    patterns, remainders = ("sequence", "cycle", "cycle_reverse"), ("error", "own", "merge")
-    if pattern not in patterns:
-        raise ReductionError(f"pattern is {pattern!r}{did_you_mean(pattern, patterns)}, or lists of row numbers")
-    if remainder not in remainders:
-        raise ReductionError(f"remainder is {remainder!r}{did_you_mean(str(remainder), remainders)}")
-    lengths = sorted({len(other) for other in parts.chains})
-    fitting = [size for size in range(2, lengths[-1] + 1) if all(length % size == 0 for length in lengths)]
-    advice = f"group must be one of {', '.join(map(str, fitting))}" if fitting else "no group divides all stages"
-    if isinstance(group, bool) or not isinstance(group, int) or group < 1:
-        raise ReductionError(f"group is {group!r}, the number of blocks that share one MLP; {advice}")
-    length = len(chain)
-    if remainder == "error" and length % group:
-        where = f" ({chain[0].name} to {chain[-1].name})" if len(parts.chains) > 1 else ""
-        raise ReductionError(
-            f'{length} MLPs{where} do not split into equal groups; {advice}, or remainder="own" or "merge"'
-        )
-    if pattern == "sequence":
-        count = max(length // group, 1) if remainder == "merge" else math.ceil(length / group)
-        which = [min(position // group, count - 1) for position in range(length)]
-    else:
-        count = math.ceil(length / group)
-        which = [position % count for position in range(length)]
-        if pattern == "cycle_reverse":
-            start = (math.ceil(length / count) - 1) * count
-            which[start:] = [count - 1 - index for index in which[start:]]
-    return [[mlp for mlp, index in zip(chain, which, strict=True) if index == number] for number in range(count)]
-
-
-def _listed(parts: Parts, pattern: Sequence[Sequence[int]]) -> list[list[MLP]]:
-    """Groups given by row numbers."""
-    seen: set[int] = set()
-    groups = []
-    for rows in pattern:
-        if not isinstance(rows, (list, tuple)) or not rows:
-            raise ReductionError(f"pattern has {rows!r}; it must be lists of row numbers, such as [[0, 1], [2, 3]]")
-        for row in rows:
-            if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < len(parts):
-                raise ReductionError(f"pattern has row {row!r}; rows in scope are 0 to {len(parts) - 1}")
-            if row in seen:
-                raise ReductionError(f"pattern has row {row} twice; a block has one MLP")
-            seen.add(row)
-        members = [parts[row] for row in sorted(rows)]
-        for mlp in members[1:]:
-            if mlp.chain != members[0].chain:
-                raise ReductionError(
-                    f"pattern groups {members[0].name} ({_shape(members[0])}) with {mlp.name} ({_shape(mlp)}), which "
-                    f"are unlike or of different stages; print(mlpreduce.plan(...)) and group within a stage"
-                )
-        groups.append(members)
-    return groups
-
-
-def _shape(mlp: MLP) -> str:
-    return f"{mlp.kind} {mlp.in_features}-{mlp.hidden_features}-{mlp.out_features} in {mlp.stage or 'the model'}"
 
 
 def _factors(scale: str | float | Mapping[str, float], uses: int) -> dict[str, float]:

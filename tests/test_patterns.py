@@ -1,0 +1,149 @@
+"""Which blocks share: patterns that look at data, that leave the ends alone, and that tie whole stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import mlpreduce
+from mlpreduce import ReductionError
+from mlpreduce import recipe as recipes
+from mlpreduce.calibration.similarity import cka, outputs_of
+from mlpreduce.edits import Plan
+from mlpreduce.search.points import Pricer
+from mlpreduce.search.spaces import Suggestion
+from mlpreduce.testing import tiny_vit
+from mlpreduce.train.calibrated import needs_data, without_data
+from mlpreduce.train.probes import layer_similarity
+
+
+def images(count: int = 40) -> torch.Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(9))
+
+
+def owners(made: Plan) -> list[int]:
+    names = [row.mlp for row in made.rows]
+    return [names.index(row.owner) for row in made.rows]
+
+
+def alike_in_turns() -> nn.Module:
+    """MLPs 0, 2 and 4 give the same, and so do 1, 3 and 5, as no block changes the stream by much."""
+    model = tiny_vit(depth=6).eval()
+    with torch.no_grad():
+        for number, block in enumerate(model.blocks):
+            block.load_state_dict(model.blocks[number % 2].state_dict())
+            block.attn.proj.weight.zero_()
+            block.mlp.fc2.weight.mul_(1e-4 if number < 2 else 1)
+    return model
+
+
+def test_similarity_puts_those_together_that_give_the_like(
+    unchanged: Callable[[nn.Module], Callable[[], None]],
+) -> None:
+    model = alike_in_turns()
+    check = unchanged(model)
+    config: dict[str, Any] = {"pattern": "similarity", "group": 3, "scale": "none"}
+    plans = [mlpreduce.plan(model, "grouped", **config, data=images().split(size)) for size in (1, 7, 40)]
+    check()
+    assert owners(plans[0]) == [0, 1, 0, 1, 0, 1]
+    assert len({plan.to_json() for plan in plans}) == 1
+    assert plans[0].data == {"samples": 40, "fingerprint": plans[0].data["fingerprint"]}  # type: ignore[index]
+    assert "the mean CKA of MLPs that share is 1.000, of all 0." in str(plans[0])
+    before = model(images(4))
+    torch.testing.assert_close(mlpreduce.apply(model, plans[0])(images(4)), before)
+    assert mlpreduce.plan(alike_in_turns(), "grouped", **config, data=images()).edits == plans[0].edits
+
+
+def test_similarity_is_that_of_the_probe() -> None:
+    """Where all tokens count: of few images, the probe takes all."""
+    model, batch = tiny_vit().eval(), images(20)
+    rows = outputs_of(model, mlpreduce.find_mlps(model), batch, 10**6)
+    expected = layer_similarity(model, batch)
+    for mine, theirs in zip(cka(rows), expected, strict=True):
+        assert mine == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"pattern": "sandwich"}, [0, 1, 1, 3, 3, 5]),
+        ({"pattern": "sandwich", "group": 4}, [0, 1, 1, 1, 1, 5]),
+        ({"pattern": "sandwich", "group": "all"}, [0, 1, 1, 1, 1, 5]),
+        ({"pattern": "sandwich", "group": 3, "remainder": "own"}, [0, 1, 1, 1, 4, 5]),
+        ({"pattern": "sandwich", "group": 3, "remainder": "merge"}, [0, 1, 1, 1, 1, 5]),
+        ({"group": "all"}, [0] * 6),
+        ({"group": "all", "pattern": "cycle"}, [0] * 6),
+        ({"group": "all", "pattern": "cycle_reverse"}, [0] * 6),
+    ],
+)
+def test_patterns(config: dict[str, Any], expected: list[int]) -> None:
+    assert owners(mlpreduce.plan(tiny_vit(depth=6), "grouped", **config)) == expected
+    at_all = mlpreduce.plan(tiny_vit(depth=6), "grouped", pattern="similarity", group="all", data=images(4))
+    assert owners(at_all) == [0] * 6
+
+
+def test_stages_share_within_themselves() -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, window_size=7, depths=(1, 2, 4, 2))
+    assert owners(mlpreduce.plan(model, "grouped", group="all")) == [0, 0, 2, 2, 2, 2, 6, 6]
+    assert owners(mlpreduce.plan(model, "grouped", pattern="sandwich", group=2)) == [0, 1, 2, 3, 3, 5, 6, 7]
+    made = mlpreduce.plan(model, "grouped", pattern="similarity", group=2, data=torch.randn(20, 3, 56, 56))
+    assert len(set(owners(made))) == 4
+    assert all(owner < 2 for owner in owners(made)[:2])
+
+
+def test_wrong_calls_are_told() -> None:
+    model = tiny_vit(depth=6)
+    for config, message in {
+        "no data": ({"pattern": "similarity"}, "needs calibration data; give data=, a loader of images"),
+        "a name": ({"pattern": "sandwhich"}, "pattern is 'sandwhich'; did you mean 'sandwich'"),
+        "a word": ({"group": "every"}, "group is 'every', the number of blocks that share one MLP, or 'all'"),
+        "a fraction": ({"group": 2.0, "pattern": "similarity"}, r"group is 2\.0, the number of blocks"),
+        "left over": ({"group": 3, "pattern": "sandwich"}, r"4 MLPs \(blocks\.1\.mlp to blocks\.4\.mlp\) do not split"),
+        "a list": ({"remainder": ["own"]}, r"remainder is \['own'\]"),
+    }.values():  # fmt: skip
+        with pytest.raises(ReductionError, match=message):
+            mlpreduce.plan(model, "grouped", **config)
+    with pytest.raises(ReductionError, match="nothing would change"):
+        mlpreduce.plan(tiny_vit(depth=2), "grouped", pattern="sandwich")
+
+
+def test_a_recipe_and_a_search_know_its_cost_before() -> None:
+    step = {"transform": "grouped", "pattern": "similarity", "group": 2, "scale": "none"}
+    assert needs_data(step)
+    assert without_data(step) == {**step, "pattern": "cycle"}
+    recipe = recipes.load("digits_tiny")
+    cycle = {**step, "pattern": "cycle"}
+    points = [Pricer(recipe).price(Suggestion((some,), {})) for some in (step, cycle)]
+    assert points[0].cost == points[1].cost
+    assert points[0].key != points[1].key
+
+
+def _plans(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    try:
+        torch.set_num_threads(1)
+        made = mlpreduce.plan(alike_in_turns(), "grouped", pattern="similarity", group=3, data=[images()[rank::2]])
+        made.save(Path(folder) / f"{rank}.json")
+        assert owners(made) == [0, 1, 0, 1, 0, 1]
+        one = mlpreduce.plan(alike_in_turns(), "grouped", pattern="similarity", group=3, data=[] if rank else images())
+        assert owners(one) == [0, 1, 0, 1, 0, 1]
+        with pytest.raises(ReductionError, match="process 1: data is a int"):
+            mlpreduce.plan(alike_in_turns(), "grouped", pattern="similarity", data=3 if rank else [images()])
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_plan(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_plans, args=(str(tmp_path),), nprocs=2)
+    one, other = (Plan.load(tmp_path / f"{rank}.json") for rank in range(2))
+    assert one.to_json() == other.to_json()
+    assert one.data is not None
+    assert one.data["samples"] == 40
