@@ -15,7 +15,7 @@ from mlpreduce.calibration import Answers, Loss
 from mlpreduce.criteria import as_order, choose
 from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import MLP, Inputs, Leaf, chains, first_units, module_at, slice_edit, structural_copy
+from mlpreduce.graph import MLP, Inputs, Leaf, block_leaves, chains, first_units, module_at, slice_edit, structural_copy
 
 __all__ = ["Parts"]
 
@@ -100,6 +100,10 @@ class Parts(Sequence[MLP]):
                 f"{mlp.name} ({type(module).__name__}) cannot be measured on inputs of shape {tuple(inputs.shape)}: {error}"
             ) from error
         return output
+
+    def beside(self, mlp: MLP) -> list[Leaf]:
+        """Leaf modules in the block of an MLP that belong to no MLP, of role `attention` or `other`: see `block_leaves`."""
+        return block_leaves(self._model, mlp.block, self._every)
 
     def tensors_of(self, leaf: Leaf) -> list[str]:
         """Paths of the floating-point parameters and buffers of a leaf."""

@@ -17,9 +17,11 @@ from mlpreduce import ReductionError
 from mlpreduce import recipe as recipes
 from mlpreduce.calibration.similarity import cka, outputs_of
 from mlpreduce.edits import Plan
+from mlpreduce.recipe.schema import runs
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.spaces import Suggestion
 from mlpreduce.testing import tiny_vit
+from mlpreduce.train import build_model
 from mlpreduce.train.calibrated import needs_data, without_data
 from mlpreduce.train.probes import layer_similarity
 
@@ -147,3 +149,108 @@ def test_two_processes_make_one_plan(tmp_path: Path) -> None:
     assert one.to_json() == other.to_json()
     assert one.data is not None
     assert one.data["samples"] == 40
+
+
+# --- what is shared -----------------------------------------------------------------------------------------------------------
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_one_block_for_all() -> None:
+    """The model then is one block in a loop, as the Universal Transformer is."""
+    model, original = tiny_vit().eval(), tiny_vit().eval()
+    made = mlpreduce.apply(model, "grouped", share="block", group="all", scale="none")
+    with torch.no_grad():
+        x = original._pos_embed(original.patch_embed(images(3)))
+        for _ in range(4):
+            x = original.blocks[0](x)
+        expected = original.forward_head(original.norm(x))
+        torch.testing.assert_close(made(images(3)), expected)
+    assert count(model) == count(original) - 3 * count(original.blocks[0])
+    assert mlpreduce.profile(model).params == count(model)
+    assert "MLPs" in str(mlpreduce.history(model)[0])
+
+
+def test_attention_alone() -> None:
+    model, original = tiny_vit(), tiny_vit()
+    mlpreduce.apply(model, "grouped", share="attention", group=2, keep="last")
+    assert count(model) == count(original) - 2 * count(original.blocks[0].attn)
+    assert model.blocks[0].attn.qkv is model.blocks[1].attn.qkv
+    assert torch.equal(model.blocks[0].attn.qkv.weight, original.blocks[1].attn.qkv.weight)
+    for ours, theirs in zip(model.blocks, original.blocks, strict=True):  # and nothing is scaled
+        assert torch.equal(ours.mlp.fc1.weight, theirs.mlp.fc1.weight)
+        assert torch.equal(ours.norm1.weight, theirs.norm1.weight)
+    mean = mlpreduce.apply(tiny_vit(), "grouped", share="attention", keep="mean").blocks[1].attn.proj.weight
+    expected = (original.blocks[0].attn.proj.weight + original.blocks[1].attn.proj.weight) / 2
+    torch.testing.assert_close(mean, expected)
+
+
+@pytest.mark.parametrize("share", ["attention", "block"])
+def test_it_composes_with_slicing_and_with_shared_mlps(share: str) -> None:
+    config: dict[str, Any] = {"share": share, "scale": "none"}
+    one = mlpreduce.apply(mlpreduce.apply(tiny_vit(), "grouped", **config), "shallow", ratio=0.5)
+    other = mlpreduce.apply(mlpreduce.apply(tiny_vit(), "shallow", ratio=0.5), "grouped", **config)
+    assert mlpreduce.verify(one).ok
+    assert count(one) == count(other)
+    torch.testing.assert_close(one.eval()(images(2)), other.eval()(images(2)))
+    if share == "attention":
+        both = mlpreduce.apply(mlpreduce.apply(tiny_vit(), "grouped", **config), "grouped", scale="none")
+        whole = mlpreduce.apply(tiny_vit(), "grouped", share="block", scale="none")
+        assert count(both) - count(whole) == 2 * 2 * count(tiny_vit().blocks[0].norm1)
+    plain = mlpreduce.merge(one)
+    assert plain.state_dict().keys() == tiny_vit().state_dict().keys()
+
+
+def test_what_attention_holds_beside_layers_and_statistics_stay_each_blocks_own() -> None:
+    kwargs: dict[str, Any] = {"img_size": 56, "window_size": 7, "depths": (2, 2, 2, 2)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", **kwargs)
+    cost = mlpreduce.plan(model, "grouped", share="block")
+    mlpreduce.apply(model, cost)
+    first, second = model.layers[0].blocks
+    assert first.attn.qkv is second.attn.qkv
+    assert first.norm1 is second.norm1
+    assert first.attn.relative_position_bias_table is not second.attn.relative_position_bias_table
+    visformer = timm.create_model("visformer_tiny", depth=(2, 2, 2), img_size=64)
+    mlpreduce.apply(visformer, "grouped", share="block", scale="none")
+    first, second = visformer.stage2
+    assert first.attn.qkv is second.attn.qkv
+    assert first.norm1 is not second.norm1
+    assert isinstance(first.norm1, nn.modules.batchnorm._BatchNorm)
+
+
+def test_a_block_with_two_mlps_is_shared_once() -> None:
+    model = timm.create_model("tnt_s_patch16_224", img_size=32, depth=2)
+    whole, block = count(model), count(model.blocks[0])
+    mlpreduce.apply(model, "grouped", share="block")
+    assert count(model) == whole - block
+    assert mlpreduce.verify(model).ok
+
+
+def test_blocks_that_cannot_share_are_told(unchanged: Callable[[nn.Module], Callable[[], None]]) -> None:
+    model = timm.create_model("convnext_atto", depths=(2, 2, 2, 2))
+    check = unchanged(model)
+    with pytest.raises(
+        ReductionError, match=r"stages\.0\.blocks\.0 .* there is no attention; use share='mlp', or exclude it"
+    ):
+        mlpreduce.apply(model, "grouped", share="attention")
+    check()
+    vit = tiny_vit()
+    vit.blocks[1].attn.q_norm = nn.LayerNorm(16)
+    with pytest.raises(
+        ReductionError, match=r"blocks\.1 cannot share with blocks\.0: attn\.q_norm is in one of them only"
+    ):
+        mlpreduce.apply(vit, "grouped", share="block")
+    with pytest.raises(ReductionError, match="share is 'atention'; did you mean 'attention'"):
+        mlpreduce.plan(tiny_vit(), "grouped", share="atention")
+    with pytest.raises(ReductionError, match="refits MLPs that share, and share='attention' leaves each its own"):
+        mlpreduce.plan(tiny_vit(), "grouped", share="attention", repair="least_squares", data=images())
+
+
+def test_a_search_prices_it() -> None:
+    steps = ({"transform": "grouped", "share": "block"}, {"transform": "shallow", "ratio": 0.5})
+    recipe = recipes.load("digits_tiny")
+    point = Pricer(recipe).price(Suggestion(steps, {}))
+    run = runs(recipe, ".")[0].model_copy(update={"steps": steps})
+    assert point.cost.params == count(build_model(run))

@@ -23,6 +23,8 @@ SETTINGS = [
     ("grouped", {"group": 3, "pattern": "cycle_reverse", "remainder": "own", "scale": "none"}),
     ("grouped", {"group": 3, "remainder": "own"}),
     ("grouped", {"group": "all"}),
+    ("grouped", {"share": "attention", "group": "all", "keep": "last"}),
+    ("grouped", {"share": "block", "keep": "mean", "pattern": "cycle"}),
     ("grouped", {"pattern": "sandwich"}),
     ("grouped", {"pattern": "similarity", "scale": "none"}),
     ("grouped", {"group": 3, "remainder": "merge"}),

@@ -30,6 +30,7 @@ from mlpreduce.graph import (
     call_with,
     example_inputs,
     find_mlps,
+    leaf_parameters,
     map_tensors,
     module_at,
     projection,
@@ -78,15 +79,20 @@ class Baseline:
         cost: of the model as it is.
         mlps: its MLPs.
         positions: for each of them, the tokens it acts on in one image.
+        leaves: parameters of every leaf module by path, of a tied one under its first path only.
     """
 
     cost: Cost
     mlps: tuple[MLP, ...]
     positions: tuple[int, ...]
+    leaves: Mapping[str, int]
 
     def after(self, plan: Plan) -> Cost:
         """Exact cost of the model after a plan; nothing is changed."""
-        return self._cost(outcome(self.mlps, plan))
+        of_mlps = {leaf.path for mlp in self.mlps for leaf in mlp.leaves}
+        beside = {share.target for share in plan.of(Share)} - of_mlps
+        cost = self._cost(outcome(self.mlps, plan))
+        return replace(cost, params=cost.params - sum(self.leaves.get(path, 0) for path in beside))
 
     def with_widths(self, widths: Mapping[str, int]) -> Cost:
         """Exact cost of the model with other hidden widths, by owner; those that are not given stay."""
@@ -139,7 +145,7 @@ def counted(model: nn.Module, mlps: Sequence[MLP]) -> Baseline:
         macs=0,
         macs_with_attention=0,
     )
-    return Baseline(cost, tuple(mlps), (0,) * len(mlps))
+    return Baseline(cost, tuple(mlps), (0,) * len(mlps), leaf_parameters(model))
 
 
 def measure(
@@ -195,13 +201,14 @@ def measure(
     linear = sum(count for op, count in flops.items() if op in _LINEAR) // 2
     norms = flops.get(_NORM, 0) * LAYER_NORM_MACS
     attention = sum(count for op, count in flops.items() if op not in _LINEAR and op is not _NORM) // 2
+    known = counted(model, mlps)
     cost = replace(
-        counted(model, mlps).cost,
+        known.cost,
         macs_linear=linear,
         macs=linear + norms,
         macs_with_attention=linear + norms + attention,
     )
-    return Baseline(cost, tuple(mlps), tuple(calls[id(leaf)].pop(0) for leaf in contracts))
+    return replace(known, cost=cost, positions=tuple(calls[id(leaf)].pop(0) for leaf in contracts))
 
 
 def _tokens_of_blocks(mlps: Sequence[MLP], tokens: Sequence[int] | None) -> dict[str, int]:

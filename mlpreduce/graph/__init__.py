@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.graph.blocks import block_leaves, leaf_parameters
 from mlpreduce.graph.describe import describe_mlp
 from mlpreduce.graph.flow import Flow
 from mlpreduce.graph.inputs import INPUTS, Inputs, call_with, example_inputs, map_tensors, tensor_of, tensors_in
@@ -26,11 +27,13 @@ __all__ = [
     "Inputs",
     "Leaf",
     "Survey",
+    "block_leaves",
     "call_with",
     "chains",
     "example_inputs",
     "find_mlps",
     "first_units",
+    "leaf_parameters",
     "map_tensors",
     "mlps_or_raise",
     "module_at",

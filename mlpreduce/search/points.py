@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 import mlpreduce
-from mlpreduce.budget import Baseline, Cost, measure, outcome
+from mlpreduce.budget import Baseline, Cost, counted, measure, outcome
 from mlpreduce.edits import Assign, Plan, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Survey, mlps_or_raise, structural_copy, survey
@@ -164,7 +164,7 @@ class Pricer:
             if number < len(rest):  # what follows needs the structure; no value is looked at where one was changed
                 carry_out(tree, plan, weights=False)
                 found = replace(survey(tree), tree=None)
-                measured = Baseline(cost, tuple(found.mlps), measured.positions)
+                measured = replace(counted(tree, found.mlps), cost=cost, positions=measured.positions)
         return plans, cost, after
 
     def _unreduced(self, recipe: Recipe, first: Step | None, device: str | None, seed: int = 0) -> _Known:

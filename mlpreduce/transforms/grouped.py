@@ -22,6 +22,7 @@ from mlpreduce.transforms import register
 from mlpreduce.transforms.patterns import groups_of
 
 SCALED = ("fc1.weight", "fc1.bias", "fc2.weight")  # equation 1; fc2.bias stays
+SHARES = {"mlp": (), "attention": ("attention",), "block": ("attention", "other")}  # roles of leaves beside the MLP
 KEEPS = ("first", "last", "mean", "align_mean")
 
 
@@ -30,6 +31,7 @@ def grouped(
     parts: Parts,
     *,
     group: int | str = 2,
+    share: str = "mlp",
     pattern: str | Sequence[Sequence[int]] = "sequence",
     scale: str | float | Mapping[str, float] = "inv_sqrt",
     keep: str = "first",
@@ -43,6 +45,7 @@ def grouped(
     Args:
         parts: the MLPs in scope.
         group: blocks that share one MLP; `all`: those of a stage.
+        share: `mlp`; `attention` in its place, MLPs staying each block's own; or the whole `block`, norms and layer scales too.
         pattern: `sequence` (neighbours), `cycle` (every n-th block, n the number of MLPs left), `cycle_reverse` (the
             same, the last cycle backwards), `sandwich` (neighbours, but the first and the last block of a stage keep
             their own), `similarity` (blocks whose MLPs give what is alike on the data; as many MLPs are left as of
@@ -63,16 +66,24 @@ def grouped(
             for `similarity`.
     """
     check_one_of("keep", keep, KEEPS)
+    check_one_of("share", share, SHARES)
+    if share == "attention" and repair != "none":
+        raise ReductionError(f"repair={repair!r} refits MLPs that share, and share='attention' leaves each its own")
     tied = [mlp for mlp in parts if len({use.block for use in parts.uses(mlp)}) > 1]
-    if tied:
+    if tied and share != "attention":
         names = ", ".join(use.name for use in parts.uses(tied[0]))
         raise ReductionError(
             f"{names} are tied already, and nothing is scaled twice; mlpreduce.untie(model) undoes ties of this library, "
             f"exclude= leaves out those the model was built with"
         )
+    together: set[tuple[str, ...]] = set()
     for members in groups_of(parts, group, pattern, remainder):
         factors = _factors(scale, len(members))
-        if len(members) > 1:
+        blocks = tuple(member.block for member in members)
+        if len(members) > 1 and share != "mlp" and blocks not in together:  # a block may have several MLPs
+            together.add(blocks)
+            yield from _tie_beside(parts, members, keep, SHARES[share])
+        if len(members) > 1 and share != "attention":
             means = dict(_means(parts, members, align=keep == "align_mean")) if keep in ("mean", "align_mean") else {}
             keeper = members[-1] if keep == "last" else members[0]
             if scale == "match_forward":
@@ -111,6 +122,31 @@ def _tie(parts: Parts, members: list[MLP], keeper: MLP, factors: Mapping[str, fl
             for source, target in zip(keeper.leaves, member.leaves, strict=True):
                 if source.shareable:
                     yield Share(source.path, target.path)
+
+
+def _tie_beside(parts: Parts, members: list[MLP], keep: str, roles: Sequence[str]) -> Iterator[Edit]:
+    """The edits that leave one of what the blocks of all members have beside their MLPs."""
+    blocks = []
+    for member in members:
+        leaves = [leaf for leaf in parts.beside(member) if leaf.role in roles and leaf.shareable]
+        blocks.append({leaf.path.removeprefix(member.block): leaf for leaf in leaves})
+    first, keeper = blocks[0], blocks[-1 if keep == "last" else 0]
+    for member, block in zip(members, blocks, strict=True):
+        if block.keys() != first.keys() or (not block and "other" not in roles):
+            odd = sorted(block.keys() ^ first.keys())
+            fact = f"{odd[0].lstrip('.')} is in one of them only" if odd else "there is no attention"
+            raise ReductionError(
+                f"{member.block} cannot share with {members[0].block}: {fact}; use share='mlp', or exclude it"
+            )
+    for relative, source in keeper.items():
+        if keep in ("mean", "align_mean"):
+            for path in parts.tensors_of(source):
+                name = path.removeprefix(source.path)
+                values = [parts.tensor(block[relative].path + name).detach() for block in blocks]
+                yield Assign(path, torch.stack(values).mean(0))
+        for block in blocks:
+            if block is not keeper:
+                yield Share(source.path, block[relative].path)
 
 
 def _matching_factor(parts: Parts, members: list[MLP], keeper: MLP, means: Mapping[str, torch.Tensor]) -> float:
