@@ -27,6 +27,7 @@ ORDER = [
     ["reduction"],
     ["construction"],
     ["checkpoint", "profiling", "registration", "verification"],
+    ["models"],
     ["timm_models"],
     ["__init__"],
     ["testing", "data", "coverage"],

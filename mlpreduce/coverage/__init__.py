@@ -17,7 +17,7 @@ from typing import TypeVar
 import timm
 import torch
 
-from mlpreduce.coverage.entries import Entry, examine, family_of
+from mlpreduce.coverage.entries import Entry, architectures, examine, family_of
 from mlpreduce.coverage.proofs import Proof, prove
 from mlpreduce.coverage.table import family_row, markdown, smallest
 from mlpreduce.errors import ReductionError, did_you_mean
@@ -36,12 +36,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print every architecture as JSON instead of the table")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     options = parser.parse_args(argv)
-    families = sorted({family_of(name) for name in timm.list_models()})
+    families = sorted({family_of(name) for name in architectures()})
     for pattern in options.family or ():
         if not fnmatch.filter(families, pattern):
             raise ReductionError(f"coverage: timm has no module {pattern!r}{did_you_mean(pattern, families)}")
     chosen = {f for f in families if any(fnmatch.fnmatchcase(f, pattern) for pattern in options.family or ("*",))}
-    names = [name for name in timm.list_models() if family_of(name) in chosen]
+    names = [name for name in architectures() if family_of(name) in chosen]
     entries = sorted(_all(examine, names, options.workers, "on the meta device"), key=lambda e: e.architecture)
     small = [entry.architecture for entry in smallest(entries).values() if entry.params <= PROVED_PARAMS]
     proved = _all(prove, small, options.workers, "on the CPU")

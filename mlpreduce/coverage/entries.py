@@ -16,7 +16,7 @@ from mlpreduce.graph import structural_copy, survey
 from mlpreduce.planning import make_plan
 from mlpreduce.surgery import carry_out
 
-__all__ = ["Entry", "build", "examine", "family_of"]
+__all__ = ["Entry", "architectures", "build", "examine", "family_of"]
 
 SETTINGS: dict[str, dict[str, Any]] = {"grouped": {"group": 2, "remainder": "own"}, "shallow": {"ratio": 0.5}}
 
@@ -48,6 +48,11 @@ class Entry:
     left_out: dict[str, int] = field(default_factory=dict)
     reason: str = ""
     failure: str = ""
+
+
+def architectures() -> list[str]:
+    """Names of all architectures of timm, without those that other packages, as this one, have registered."""
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("timm.")]
 
 
 def family_of(architecture: str) -> str:

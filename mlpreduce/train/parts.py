@@ -16,7 +16,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import mlpreduce
-from mlpreduce.errors import ReductionError, call_text, did_you_mean
+import mlpreduce.timm_models  # its names may stand in recipes
+from mlpreduce.errors import ReductionError, call_text, check_whole, did_you_mean
 from mlpreduce.ties import full_state
 from mlpreduce.train.calibrated import apply_as_before, apply_step, calibration_data, needs_data, without_data
 from mlpreduce.train.settings import Run, TrainSettings
@@ -121,23 +122,27 @@ class _PerAliasEma(ModelEmaV3):
                 average.copy_(now)
 
 
-def create_ema(model: nn.Module, decay: float, *, per_alias: bool = False) -> ModelEmaV3:
+def create_ema(
+    model: nn.Module, decay: float, *, warmup: bool = False, start: int = 0, per_alias: bool = False
+) -> ModelEmaV3:
     """A moving average of the weights in which a tied tensor moves once per update, by exactly `decay`.
 
-    Buffers are copied, and there is no warm-up. timm's own averages do the same for a model with ties, whose state dict
+    Buffers are copied. timm's own averages do the same for a model with ties, whose state dict
     has a tied tensor once. In the published runs it stood there once per block that uses it: with groups of g blocks it
     was averaged g times per update, and its effective decay was decay**g.
 
     Args:
         model: the reduced model, before DDP or compilation wraps it.
         decay: weight of the old average, per update.
+        warmup: let the decay grow from 0 with the updates t after the start: 1 - (1 + t)^(-2/3), until it is `decay`.
+        start: updates before averaging begins; until then the average is a copy. Both need `update(model, step=updates)`.
         per_alias: average a tied tensor once per use, as in the published runs.
 
     Returns:
         timm's `ModelEmaV3`: call `update(model)` after each optimizer update; the averaged model is `.module`.
 
     Raises:
-        ReductionError: `decay` is no fraction below 1.
+        ReductionError: `decay` is no fraction below 1, or `start` no whole number from 0.
 
     Example:
         >>> import torch
@@ -155,8 +160,9 @@ def create_ema(model: nn.Module, decay: float, *, per_alias: bool = False) -> Mo
         raise ReductionError(
             f"create_ema(decay={decay!r}): the decay is the weight of the old average; use 0 <= decay < 1"
         )
+    check_whole("create_ema: start", start, least=0)
     kind = _PerAliasEma if per_alias else ModelEmaV3
-    return kind(model, decay=decay, use_warmup=False, exclude_buffers=not per_alias)
+    return kind(model, decay=decay, use_warmup=warmup, update_after_step=start, exclude_buffers=not per_alias)
 
 
 def create_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optimizer:

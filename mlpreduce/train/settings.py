@@ -43,6 +43,8 @@ LATER = (
     "train.sam_adaptive",
     "train.sam_sync",
     "train.density_weight",
+    "train.ema_warmup",
+    "train.ema_start",
     "train.density_eps",
 )
 DENSITY_THRESHOLDS = (0.0, 1e-3, 1e-2)  # GELU is next to zero for many inputs, and zero for few
@@ -81,6 +83,8 @@ class TrainSettings(AugmentSettings):
     min_lr: NonNegative = 0.0  # learning rate the schedule ends at
     schedule_per_update: bool = False  # true: the learning rate moves each update; false: each epoch (as published)
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998  # per update, of the averaged weights; 0 = no averaging
+    ema_warmup: bool = False  # true: the decay grows to ema_decay, as 1 - (1 + t)^(-2/3) with the updates t
+    ema_start: Annotated[int, Field(ge=0)] = 0  # updates before averaging begins; until then the average is a copy
     distillation: Literal["none", "soft", "hard", "features"] = "none"  # from the unreduced model: docs/finetune.md
     distill_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5  # weight of the teacher's part of the loss
     distill_tau: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # temperature of soft distillation

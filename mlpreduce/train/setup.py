@@ -131,7 +131,10 @@ def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
         if digest is not None:
             facts["start_digest"] = digest
     per_alias = train.fidelity == "published"
-    ema = create_ema(core, train.ema_decay, per_alias=per_alias) if train.ema_decay else None
+    ema = None
+    if train.ema_decay:
+        variant: dict[str, Any] = {"warmup": train.ema_warmup, "start": train.ema_start, "per_alias": per_alias}
+        ema = create_ema(core, train.ema_decay, **variant)
     optimizer = create_optimizer(core, train)
     replica = trained
     if runtime.world > 1 and dist.is_initialized():
