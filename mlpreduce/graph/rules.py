@@ -35,6 +35,7 @@ __all__ = [
     "is_norm",
     "is_of_library",
     "is_stock",
+    "keeps_units_apart",
     "norm_dim",
     "operand",
     "operation",
@@ -211,6 +212,31 @@ def _keeps_elements_apart(module: nn.Module, x: torch.Tensor) -> bool:
         return False
     parts = ((y.narrow(dim, 1, 2), module(x.narrow(dim, 1, 2))) for dim in range(x.dim()))
     return all(torch.allclose(whole, part, rtol=1e-4, atol=1e-5) for whole, part in parts)  # kernels differ in rounding
+
+
+def keeps_units_apart(module: nn.Module, shape: tuple[int, ...] | None, dim: int) -> bool:
+    """Whether a user's leaf without tensors treats the positions of one dimension alone and alike, whatever it does elsewhere.
+
+    Spiking neurons do, whose time steps are one of the others. It is asked, on a copy, with random numbers of that shape.
+    """
+    if shape is None or not -len(shape) <= dim < len(shape) or is_stock(module):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = 2 * torch.randn(shape, generator=generator, device="cpu")
+    order = torch.randperm(shape[dim], generator=generator, device="cpu")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            whole = copy.deepcopy(module)(x)
+            if not isinstance(whole, torch.Tensor) or whole.shape != x.shape:
+                return False
+            moved = copy.deepcopy(module)(x.index_select(dim, order))
+            few = copy.deepcopy(module)(x.index_select(dim, order[: (len(order) + 1) // 2]))
+    except Exception:  # whatever a foreign module raises on such a tensor
+        return False
+    wanted = whole.index_select(dim, order)
+    return torch.allclose(moved, wanted, rtol=1e-4, atol=1e-5) and torch.allclose(
+        few, wanted.narrow(dim, 0, few.shape[dim]), rtol=1e-4, atol=1e-5
+    )
 
 
 def is_nonlinear(module: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from mlpreduce.graph.rules import (
     is_nonlinear,
     is_norm,
     is_stock,
+    keeps_units_apart,
     norm_dim,
     operand,
     operation,
@@ -117,7 +118,8 @@ class Walk:
         tensors = tensors_of(module)
         if not tensors:
             self.nonlinear |= is_nonlinear(module)
-            return not module._modules and is_elementwise(module) and self.visit(operand(node), dim, offset)
+            alone = is_elementwise(module) or keeps_units_apart(module, self.flow.shape(operand(node)), dim)
+            return not module._modules and alone and self.visit(operand(node), dim, offset)
         if is_depthwise(module):
             if not self._same(node, dim, 1) or not self._convolution(node, module):
                 return False
