@@ -87,22 +87,25 @@ def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Pl
         fits = _fits(after, moved)
         try:
             for images, _ in samples.chunks():
-                for half, some in enumerate((images[0::2], images[1::2])):
-                    if len(some):
+                for half in range(2):
+                    if len(
+                        some := images[(half + samples.rank) % 2 :: 2]
+                    ):  # so that one image in each process is enough
                         with telling(some):
                             _add((before, uses), (after, moved), fits, half, some)
         except Exception as error:  # whatever the data raises, or the model: the other processes are told
             problem = error
         every = {f"{fit.path} {k}": getattr(fit, k) for fit in fits.values() for k in ("square", "cross", "wanted")}
         sums = samples.finish(every, problem)
-    if samples.count < 2:
-        raise ReductionError(
-            "repair fits one half of the examples and judges by the other, and data has 1; give at least 2, better hundreds"
-        )
     edits, differences, kept = list(made.edits), [], 0
     for fit in fits.values():
         square, cross, wanted = (sums[f"{fit.path} {key}"] for key in ("square", "cross", "wanted"))
         fit = replace(fit, square=square, cross=cross, wanted=wanted)
+        if not square[:, -1, -1].all():  # rows of each half
+            raise ReductionError(
+                f"repair fits one half of the examples and judges by the other, and one is empty, with "
+                f"{samples.count} in all; give at least 2, better hundreds"
+            )
         values, was, now = _solved(fit)
         kept += not values and was > 1e-9  # else there is nothing to repair
         edits = [e for e in edits if not (isinstance(e, Assign | Scale) and e.tensor in values)]

@@ -498,6 +498,11 @@ def _plans(rank: int, folder: str) -> None:
         for config in ({"criterion": "taylor"}, {"criterion": "gate"}, {"repair": "least_squares"}):
             with pytest.raises(ReductionError, match="process 1: data has an image that is not finite"):
                 mlpreduce.plan(lively_vit(), "shallow", data=bad, **config)
+        with pytest.raises(ReductionError, match="and one is empty, with 1 in all"):
+            mlpreduce.plan(lively_vit(), "shallow", repair="least_squares", data=[examples()[0][: 1 - rank]])
+        made = mlpreduce.plan(lively_vit(), "shallow", repair="least_squares", data=[examples()[0][rank : rank + 1]])
+        assert made.data is not None
+        assert made.data["samples"] == 2
         few = [] if rank else mine
         made = mlpreduce.plan(lively_vit(), "shallow", criterion="gate", data=few)
         assert made.data is not None
@@ -634,7 +639,7 @@ def test_settings_of_precision_are_as_before() -> None:
     """Those of PyTorch's newer names, which raise where the older ones are used beside them."""
     place = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = mlpreduce.plan(tiny_vit(), "shallow", criterion="taylor", data=batches(8)).edits
-    assert place.fp32_precision == "none"
+    found = place.fp32_precision  # of what ran before
     place.fp32_precision = "bf16"
     try:
         assert mlpreduce.plan(tiny_vit(), "shallow", criterion="taylor", data=batches(8)).edits == before
@@ -651,4 +656,5 @@ def test_settings_of_precision_are_as_before() -> None:
         assert place.fp32_precision == "ieee"  # it follows what is set for all, as before
     finally:
         torch.backends.fp32_precision = "none"
+        place.fp32_precision = found
     assert torch.get_float32_matmul_precision() == "highest"

@@ -519,9 +519,9 @@ def _units(rank: int, folder: str, run: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("count", [65, 1])
+@pytest.mark.parametrize("count", [65, 2])
 def test_two_processes_choose_the_units_of_one(trained: Path, tmp_path: Path, count: int) -> None:
-    run = _with_images(finetune(tmp_path, trained, GLOBAL, REPAIRED), count)  # of one image, a process has none
+    run = _with_images(finetune(tmp_path, trained, GLOBAL, REPAIRED), count)  # of two, each process has one
     torch.multiprocessing.spawn(_units, args=(str(tmp_path), run.model_dump_json()), nprocs=2)
     model = build_model(run)
     assert all(torch.load(tmp_path / f"units{rank}.pt") == kept(model) for rank in range(2))

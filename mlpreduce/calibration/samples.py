@@ -27,6 +27,7 @@ class Samples:
     Attributes:
         count: examples that were read, over all processes, once `finish` was called.
         fingerprint: of these examples in their order.
+        rank: of this process.
 
     Args:
         data: the iterable, or one batch of images.
@@ -50,6 +51,7 @@ class Samples:
         self.device, self.dtype, self.labels = parameter.device, parameter.dtype, labels
         self._most = 2 * CHUNK - 1 if compared else CHUNK - 1  # examples of the last pass
         self.count = 0
+        self.rank = dist.get_rank() if _is_group() else 0
         self._digests = hashlib.sha256(), hashlib.sha256()  # of images and labels
         self.fingerprint = ""
         self._read = False

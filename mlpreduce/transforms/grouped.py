@@ -31,11 +31,11 @@ def grouped(
     parts: Parts,
     *,
     group: int | str = 2,
-    share: str = "mlp",
     pattern: str | Sequence[Sequence[int]] = "sequence",
     scale: str | float | Mapping[str, float] = "inv_sqrt",
     keep: str = "first",
     remainder: str = "error",
+    share: str = "mlp",
     repair: str = "none",
 ) -> Iterator[Edit]:
     """Share MLP weights between blocks of one stage.
@@ -45,7 +45,6 @@ def grouped(
     Args:
         parts: the MLPs in scope.
         group: blocks that share one MLP; `all`: those of a stage.
-        share: `mlp`; `attention` in its place, MLPs staying each block's own; or the whole `block`, norms and layer scales too.
         pattern: `sequence` (neighbours), `cycle` (every n-th block, n the number of MLPs left), `cycle_reverse` (the
             same, the last cycle backwards), `sandwich` (neighbours, but the first and the last block of a stage keep
             their own), `similarity` (blocks whose MLPs give what is alike on the data; as many MLPs are left as of
@@ -58,6 +57,7 @@ def grouped(
             each are matched with those of the first.
         remainder: of `sequence` and `sandwich`, when blocks are left over: `error`, `own` (a smaller group), `merge` (into
             the last).
+        share: `mlp`; `attention` in its place, MLPs staying each block's own; or the whole `block`, norms and layer scales too.
         repair: `least_squares` refits the shared fc2 and its bias on the data, so that it best gives what the MLPs gave that
             it stands for; or `none`.
 
