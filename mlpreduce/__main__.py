@@ -157,9 +157,10 @@ def _model(options: argparse.Namespace, settings: dict[str, Any], steps: Sequenc
     import torch
 
     import mlpreduce
+    from mlpreduce.models import is_model
     from mlpreduce.transforms import check_config
 
-    if not timm.is_model(options.model.split(".")[0]):
+    if not is_model(options.model):
         raise ReductionError(
             f"timm has no architecture {options.model!r}{did_you_mean(options.model, timm.list_models())[:200]}"
         )

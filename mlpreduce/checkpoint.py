@@ -327,7 +327,9 @@ def _build(build: Any, call: str, device: str = "cpu") -> nn.Module:
     build = _checked(build, call)
     import timm
 
-    if not timm.is_model(build["name"].split(".")[0]):
+    from mlpreduce.models import is_model
+
+    if not is_model(build["name"]):
         raise ReductionError(f"{call}: timm {timm.__version__} has no architecture {build['name']!r}")
     forbidden = [key for key in build["kwargs"] if key in ("pretrained", *NOT_RECORDED)]
     if forbidden:

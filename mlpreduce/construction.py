@@ -55,8 +55,10 @@ def create_model(
     """
     import timm
 
+    from mlpreduce.models import is_model
+
     entry = get_transform(transform) if transform is not None else None
-    if not timm.is_model(name.split(".")[0]):
+    if not is_model(name):
         raise ReductionError(
             f"create_model: timm has no architecture {name!r}{did_you_mean(name, timm.list_models())[:200]}"
         )

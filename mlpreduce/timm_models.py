@@ -4,7 +4,6 @@
   has it, with a factor of 0.707.
 - `vit_*_patch16_224_revit`: the rule that NViT (arXiv 2110.04869) reads from what it prunes: MLPs of 3 times the embedding
   in the first and the last three blocks, of 6 times in between; attention stays as it is.
-- `smlpnet_tiny`, `_small`, `_base`: sMLPNet, which timm lacks.
 
     python -c "import mlpreduce.timm_models, runpy; runpy.run_path('train.py', run_name='__main__')" \\
         --model vit_base_patch16_224_grouped ...
@@ -12,7 +11,6 @@
 
 from __future__ import annotations
 
-import mlpreduce.models  # noqa: F401  (it registers its architectures)
 from mlpreduce.registration import Steps, register_model
 
 register_model("vit_base_patch16_224_grouped", "vit_base_patch16_224", [("grouped", {"group": 2})])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,52 @@ def test_a_recipe_trains_it(tmp_path: Path) -> None:
     run = run.model_copy(update={"model": run.model.model_copy(update={"name": "smlpnet_tiny", "kwargs": kwargs})})
     (entry,) = fit(run.model_copy(update={"steps": ({"transform": "grouped"},)}))
     assert entry["train_loss"] > 0
+
+
+def in_a_fresh_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_fresh_process_loads_it_and_knows_its_name(tmp_path: Path) -> None:
+    mlpreduce.save(small(), tmp_path / "model")
+    assert (
+        in_a_fresh_process(f"import mlpreduce; print(type(mlpreduce.load({str(tmp_path / 'model')!r})).__name__)")
+        == "SMLPNet"
+    )
+    told = "import mlpreduce; print(mlpreduce.create_model('smlpnet_tiny', 'shallow', embed_dim=8).num_classes)"
+    assert in_a_fresh_process(told) == "1000"
+
+
+def test_names_that_another_package_has_taken_are_left_alone() -> None:
+    """The published script registers one of them; importing the training loop must not mind."""
+    code = """
+import sys, timm
+sys.modules[__name__].default_cfgs = {}
+@timm.models.register_model
+def vit_base_patch16_224_dgmlp(pretrained=False, **kwargs):
+    return timm.create_model("vit_tiny_patch16_224", **kwargs)
+import mlpreduce.train.parts
+from mlpreduce import recipe as recipes
+from mlpreduce.recipe.schema import runs
+from mlpreduce.train import build_model
+kwargs = 'model.kwargs={img_size=32}'
+theirs = runs(recipes.load("digits_tiny", ["model.name=vit_base_patch16_224_dgmlp", kwargs]), ".")[0]
+print(build_model(theirs, device="meta").embed_dim)
+"""
+    assert in_a_fresh_process(code) == "192"
+    ours = (
+        code.partition("import sys")[0]
+        + """
+from mlpreduce import recipe as recipes
+from mlpreduce.recipe.schema import runs
+from mlpreduce.train import build_model
+run = runs(recipes.load("digits_tiny", ["model.name=vit_tiny_patch16_224_revit", "model.kwargs={img_size=32}"]), ".")[0]
+print([block.mlp.fc1.out_features for block in build_model(run, device="meta").blocks][2:4])
+"""
+    )
+    assert in_a_fresh_process(ours) == "[576, 1152]"
 
 
 @pytest.mark.parametrize(("size", "width"), [("tiny", 192), ("small", 384), ("base", 768)])

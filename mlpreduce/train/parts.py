@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +17,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import mlpreduce
-import mlpreduce.timm_models  # its names may stand in recipes
 from mlpreduce.errors import ReductionError, call_text, check_whole, did_you_mean
+from mlpreduce.models import is_model
 from mlpreduce.ties import full_state
 from mlpreduce.train.calibrated import apply_as_before, apply_step, calibration_data, needs_data, without_data
 from mlpreduce.train.settings import Run, TrainSettings
@@ -58,6 +59,10 @@ def build_model(run: Run, device: torch.device | str | None = None, plans: Seque
     if name is not None and run.model.weights:
         raise ReductionError(f"train({run.label}): model.weights={run.model.weights!r}: {no_construction(name)}")
     pretrained = run.model.weights == "pretrained" and device is None
+    if not is_model(run.model.name):
+        import_module(
+            "mlpreduce.timm_models"
+        )  # its names may stand in recipes, but are taken only where one is asked for
 
     def create(transform: str | None, **config: Any) -> nn.Module:
         torch.manual_seed(run.seed)
