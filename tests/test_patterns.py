@@ -116,6 +116,20 @@ def test_wrong_calls_are_told() -> None:
         mlpreduce.plan(tiny_vit(depth=2), "grouped", pattern="sandwich")
 
 
+def test_mlps_that_give_constants_are_like_none() -> None:
+    model = tiny_vit()
+    for block in model.blocks[:2]:
+        nn.init.zeros_(block.mlp.fc2.weight)
+    made = mlpreduce.plan(model, "grouped", pattern="similarity", group=2, data=images(4))
+    assert owners(made)[3] == 2  # the only two that are alike
+    assert "nan" not in str(made)
+    apart = mlpreduce.plan(model, "grouped", pattern="similarity", group=4, data=images(4))
+    assert owners(apart) == [0] * 4
+    nn.init.zeros_(model.blocks[3].mlp.fc2.weight)  # one is left
+    with pytest.raises(ReductionError, match="no two of 4 MLPs give anything but a constant on the data"):
+        mlpreduce.plan(model, "grouped", pattern="similarity", data=images(4))
+
+
 def test_a_recipe_and_a_search_know_its_cost_before() -> None:
     step = {"transform": "grouped", "pattern": "similarity", "group": 2, "scale": "none"}
     assert needs_data(step)

@@ -88,6 +88,12 @@ def _similar(parts: Parts, group: int | str) -> list[list[MLP]]:
     """As many clusters of each chain as `cycle` would leave MLPs."""
     hierarchy = optional("scipy.cluster.hierarchy", "pattern='similarity'")
     alike = parts.similarity()
+    known = [value for (one, other), value in alike.items() if one != other and not math.isnan(value)]
+    if not known:
+        raise ReductionError(
+            f"pattern='similarity': no two of {len(parts)} MLPs give anything but a constant on the data, so none are alike; "
+            f"use other data, or another pattern"
+        )
     groups, within = [], []
     for chain in parts.chains:
         count = 1 if group == "all" else math.ceil(len(chain) / int(group))
@@ -99,11 +105,10 @@ def _similar(parts: Parts, group: int | str) -> list[list[MLP]]:
         ]
         within += [alike[one.name, other.name] for members in clusters for one, other in combinations(members, 2)]
         groups += clusters
-    if within:
-        every = [value for (one, other), value in alike.items() if one != other]
-        shared, of_all = (fmean(v for v in values if not math.isnan(v)) for values in (within, every))
+    shared = [value for value in within if not math.isnan(value)]
+    if shared:
         parts.notes.append(
-            f"pattern='similarity': the mean CKA of MLPs that share is {shared:.3f}, of all {of_all:.3f}"
+            f"pattern='similarity': the mean CKA of MLPs that share is {fmean(shared):.3f}, of all {fmean(known):.3f}"
         )
     return groups
 
