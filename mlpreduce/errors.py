@@ -63,7 +63,10 @@ def check_number(name: str, value: Any, *, least: float = 0.0, most: float = mat
     Raises:
         ReductionError: it is none.
     """
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond floating point
+        number = False
     if not number or not least <= value <= most or (above and value == least):
         upper = "" if most == math.inf else f" to {most:g}"
         raise ReductionError(

@@ -10,17 +10,22 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_train import digits_run, same, state
+import torch.distributed as dist
+from test_train import digits_run, join, same, state
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import mlpreduce
 from mlpreduce import ReductionError, criteria
 from mlpreduce import recipe as recipes
 from mlpreduce.edits import Slice
+from mlpreduce.search.points import Pricer
+from mlpreduce.search.spaces import Suggestion
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import DensityLoss, fit
 from mlpreduce.train.density import layer_density
 from mlpreduce.train.settings import DENSITY_THRESHOLDS as THRESHOLDS
+from mlpreduce.train.settings import SupernetSettings
 
 
 def images(count: int = 6) -> torch.Tensor:
@@ -120,6 +125,44 @@ def test_wrong_calls_are_told() -> None:
         recipes.load("digits_tiny", ["train.density_weight=1.0", "train.compile=true"])
     with pytest.raises(ReductionError, match=r"what min_score=0\.0 leaves is known only when scores are"):
         recipes.load("digits_tiny", ['variants={a=[{transform="shallow",criterion="activation",min_score=0.0}]}'])
+
+
+def _gradients(rank: int, folder: str) -> None:
+    join(rank, folder, "density")
+    model = tiny_vit().double()
+    density, replica = DensityLoss(model), DistributedDataParallel(model)
+    with density.watching() as found:
+        logits = replica(images(8).double()[rank::2])
+    (logits.square().mean() + found()).backward()
+    torch.save([parameter.grad for parameter in model.parameters()], f"{folder}/grads{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_gradients, args=(str(tmp_path),), nprocs=2)
+    model = tiny_vit().double()
+    with DensityLoss(model).watching() as found:
+        logits = model(images(8).double())
+    (logits.square().mean() + found()).backward()
+    for rank in range(2):
+        for theirs, parameter in zip(torch.load(tmp_path / f"grads{rank}.pt"), model.parameters(), strict=True):
+            torch.testing.assert_close(theirs, parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_search_and_a_supernet_refuse_what_they_cannot_price_or_watch(tmp_path: Path) -> None:
+    for criterion in ("l2", "activation"):
+        step = {"transform": "shallow", "criterion": criterion, "min_score": 0.0}
+        with pytest.raises(
+            ReductionError, match="follow from the scores of given weights, and a search knows costs before"
+        ):
+            Pricer(recipes.load("digits_tiny")).price(Suggestion((step,), {}))
+    run = digits_run(tmp_path, density_weight=1.0)
+    point = ({"transform": "shallow", "ratio": 0.5},)
+    with pytest.raises(ReductionError, match=r"density_weight=1 watches the MLPs of the whole model"):
+        fit(run.model_copy(update={"supernet": SupernetSettings(points=(point,), smallest=point), "steps": ()}))
+    with pytest.raises(ReductionError, match="it must be a number"):
+        mlpreduce.plan(tiny_vit(), "shallow", criterion="l2", min_score=10**400)
 
 
 # --- units that are never active ----------------------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ POINTS: dict[str, tuple[Step, ...]] = {
     "any": (ANY,),
     "pairs": (PAIRS,),
     "crossed": (CROSSED,),
+    "attention": ({"transform": "grouped", "share": "attention", "pattern": "cycle"},),
+    "blocks": ({"transform": "grouped", "share": "block", "scale": "none", "keep": "last"}, LAST),
     "narrow, then shared": (LAST, CROSSED),
     "shared, then narrow": (PAIRS, OWNERS),
     "twice narrow, then shared": (ANY, {"transform": "shallow", "ratio": 0.5, "criterion": "last"}, PAIRS),

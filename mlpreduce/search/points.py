@@ -189,8 +189,13 @@ def _priced(step: Step) -> Step:
         ReductionError: its cost follows from the data.
     """
     plain = without_data(step)
+    call = call_text(step["transform"], {key: value for key, value in step.items() if key != "transform"})
+    if step.get("min_score") is not None:
+        raise ReductionError(
+            f"{call}: the widths, and so the cost, follow from the scores of given weights, and a search knows costs before; "
+            f"search over ratio or widths"
+        )
     if plain.get("scope") != step.get("scope"):
-        call = call_text(step["transform"], {key: value for key, value in step.items() if key != "transform"})
         raise ReductionError(
             f"{call}: the widths, and so the cost, follow from training images, and a search knows costs before; search with "
             f'scope="uniform", or the width of each block (width_per_block)'

@@ -79,6 +79,11 @@ def check_supernet(run: Run, runtime: Runtime) -> None:
         )
     if train.compile:
         raise ReductionError(f"{call}: train.compile=true would compile each sub-model anew; leave it out")
+    if train.density_weight:
+        raise ReductionError(
+            f"{call}: train.density_weight={train.density_weight:g} watches the MLPs of the whole model, and sub-models are "
+            f"narrower; leave it out"
+        )
     if train.grad_checkpointing:
         raise ReductionError(
             f"{call}: train.grad_checkpointing=true computes blocks again when their sub-model is gone; use more "
