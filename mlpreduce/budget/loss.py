@@ -137,14 +137,14 @@ class _Kept:
             gate = torch.zeros(1, self._taps.hidden[owner], device=self.device)
             gate[0, some] = 1
             gates[owner, "fc2"] = gate
-        total, problem = torch.zeros(2, dtype=torch.float64), None
+        total, problem = torch.zeros(2, dtype=torch.float64), None  # type: torch.Tensor, Exception | None
         try:
             for images, labels in self.batches:
                 masks = {key: gate.to(images) for key, gate in gates.items()}
                 with telling(images), self._taps.multiplying(masks), torch.no_grad():
                     mean = objective_of(self._choice, self._tree, images, labels, self._function)()
                 total += torch.tensor([mean.double().item() * len(images), len(images)], dtype=torch.float64)
-        except ReductionError as error:
+        except Exception as error:  # whatever the model raises: the other processes are told
             problem = error
         raise_together(problem)
         total = all_reduce(total)

@@ -58,7 +58,8 @@ def tensor_of(output: Any, names: Sequence[str]) -> torch.Tensor:
         found = found[0]
     if not isinstance(found, torch.Tensor):
         raise ReductionError(
-            f"the model gives a {type(output).__name__} without {' or '.join(names)}; give loss=, a function of it"
+            f"the model gives a {type(output).__name__} without {' or '.join(names)}; wrap it so that it gives a tensor, or, "
+            f"where a loss is asked for, give loss=, a function of it"
         )
     return found
 
