@@ -18,10 +18,10 @@ from torch import nn
 import mlpreduce
 from mlpreduce import ReductionError
 from mlpreduce.budget import Budget, LatencyTable, Slot, measure, ranked_widths, staged_widths, uniform_widths
-from mlpreduce.budget.latency import _monotone
+from mlpreduce.budget.latency import _grid, _monotone, timed
 from mlpreduce.criteria import choose, register_criterion
 from mlpreduce.edits import Slice
-from mlpreduce.graph import Survey, survey
+from mlpreduce.graph import Survey, find_mlps, survey
 from mlpreduce.planning import make_plan
 from mlpreduce.testing import tiny_vit
 
@@ -225,6 +225,44 @@ def test_a_latency_table_is_monotone_and_saved_whole(table: LatencyTable, tmp_pa
     table.save(tmp_path / "table.json")
     assert LatencyTable.load(tmp_path / "table.json") == table
     assert table.conditions["batch_size"] == 2
+
+
+def test_a_table_of_a_machine_that_has_changed_its_speed() -> None:
+    found = linear_table({"a": 0.01, "b": 0.02}, 100)
+    widths = {"a": 50}
+    assert found.predict(widths, whole=2 * found.predict({})) == pytest.approx(2 * found.predict(widths))
+    assert found.predict({}, whole=7.0) == pytest.approx(7.0)
+
+
+def test_each_model_is_timed_against_the_first_of_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that becomes slower and slower changes no ratio."""
+    clock = [0.0]
+    monkeypatch.setattr("mlpreduce.budget.latency.time.perf_counter", lambda: clock[0])
+
+    class Taking(torch.nn.Module):
+        def __init__(self, seconds: float) -> None:
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            clock[0] += self.seconds * (1 + clock[0])
+            return x
+
+    for repeats in (1, 5):
+        clock[0] = 0.0
+        whole, half, double = timed(
+            [Taking(1e-4), Taking(5e-5), Taking(2e-4)], torch.zeros(1), torch.device("cpu"), repeats
+        )
+        assert [half / whole, double / whole] == pytest.approx([0.5, 2], rel=1e-3)
+    clock[0] = 0.0
+    assert timed([Taking(1e-4)], torch.zeros(1), torch.device("cpu"), 3) == pytest.approx([0.1], rel=1e-2)
+
+
+def test_the_widths_of_a_table_are_typical_ones() -> None:
+    (mlp, *_) = find_mlps(tiny_vit(mlp_ratio=8))
+    assert mlp.hidden_features == 256
+    assert _grid(mlp, 5, 1) == (1, 63, 127, 191, 256)
+    assert _grid(mlp, 5, 16) == (16, 64, 128, 192, 256)
 
 
 def test_isotonic_regression_gives_the_nearest_that_never_fall() -> None:

@@ -1,7 +1,7 @@
 """How well a latency table predicts: `python -m mlpreduce bench latency`.
 
-A table is measured; then models with random hidden widths are timed in turns with the whole one, and what the table predicts of
-each is put beside what it takes.
+Models with random hidden widths are timed in the same turns as those that a table is made of, and what the table predicts of
+each is put beside what it takes. So what is seen is the error of the table, not how the machine has changed since.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import torch
 
 import mlpreduce
 from mlpreduce.bench.rounds import at_least_one, check_file, read_models
-from mlpreduce.budget import LatencyTable
-from mlpreduce.budget.latency import sliced_copy, timed
+from mlpreduce.budget.latency import Trial, sliced_copy, timed
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import example_inputs, find_mlps
 
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--widths", type=int, default=20, help="models of random widths (default: 20)")
     parser.add_argument("--batch-size", type=int, default=8, help="images (default: 8)")
-    parser.add_argument("--points", type=int, default=9, help="widths in the table (default: 9)")
+    parser.add_argument("--points", type=int, default=9, help="widths in the table, at least 2 (default: 9)")
     parser.add_argument("--repeats", type=int, default=15, help="turns (default: 15)")
     parser.add_argument("--seed", type=int, default=0, help="of the widths")
     parser.add_argument("--save", type=Path, help="a file for the table")
@@ -58,9 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measured(name: str, kwargs: dict[str, Any], options: argparse.Namespace) -> str:
     torch.manual_seed(0)
     model = mlpreduce.create_model(name, **kwargs).eval()
-    table = LatencyTable.measure(model, batch_size=options.batch_size, points=options.points, repeats=options.repeats)
-    if options.save is not None:
-        table.save(options.save)
     mlps = find_mlps(model)
     owners = [mlp for mlp in mlps if mlp.owner == mlp.name]
     draw = random.Random(options.seed)
@@ -68,12 +64,16 @@ def _measured(name: str, kwargs: dict[str, Any], options: argparse.Namespace) ->
         {mlp.name: draw.randint(1, mlp.hidden_features // mlp.groups) * mlp.groups for mlp in owners}
         for _ in range(options.widths)
     ]
-    models = [model, *(sliced_copy(model, mlps, widths) for widths in drawn)]
+    trial = Trial(model, mlps, options.points)
+    models = trial.models + [sliced_copy(model, mlps, widths) for widths in drawn]
     batch = example_inputs(model, options.batch_size)
     taken = timed(models, batch, next(model.parameters()).device, options.repeats)
-    lines = [f"{name}, {table.conditions}: whole {taken[0]:.2f} ms, the table says {table.predict({}):.2f} ms", ""]
+    table = trial.table(taken[: len(trial.models)], batch)
+    if options.save is not None:
+        table.save(options.save)
+    lines = [f"{name}, {table.conditions}: whole {taken[0]:.2f} ms", ""]
     errors = []
-    for widths, measured in zip(drawn, taken[1:], strict=True):
+    for widths, measured in zip(drawn, taken[len(trial.models) :], strict=True):
         predicted = table.predict(widths)
         errors.append(predicted / measured - 1)
         mean = statistics.mean(widths[mlp.name] / mlp.hidden_features for mlp in owners)

@@ -32,7 +32,7 @@ from mlpreduce.graph import (
 from mlpreduce.graph import example_inputs as inputs_of
 from mlpreduce.slicing import slice_all
 
-__all__ = ["LatencyTable", "sliced_copy", "timed"]
+__all__ = ["LatencyTable", "Trial", "sliced_copy", "timed"]
 
 _VERSION = 1
 
@@ -71,8 +71,8 @@ class LatencyTable:
     ) -> LatencyTable:
         """Time a model with its MLPs at a few widths, group by group, the others full.
 
-        The widths are timed in turns, so that what else the machine does falls on all alike, and the medians are made
-        monotone by isotonic regression. The model is not changed, and timed in eval mode.
+        Each width is timed between two runs of the whole model, in turns, so that a machine that changes its speed changes
+        no ratio; the medians are made monotone by isotonic regression. The model is not changed, and timed in eval mode.
 
         Args:
             model: the model, where it is to be timed.
@@ -102,34 +102,8 @@ class LatencyTable:
         first = tensors_in(batch)[0]
         if first.is_meta or next(model.parameters()).is_meta:
             raise ReductionError(f"{call}: a model on the meta device cannot be timed; move it to a device")
-        groups = _groups(mlps)
-        grids = [_grid(group[0], points, round_to) for group in groups]
-        variants: list[tuple[int, int]] = [(-1, 0)]
-        variants += [(g, width) for g, grid in enumerate(grids) for width in grid[:-1]]
-        models = [
-            sliced_copy(model, mlps, {m.name: width for m in groups[g]} if g >= 0 else {}) for g, width in variants
-        ]
-        found = timed(models, batch, first.device, repeats)
-        full = found[0]
-        rows = []
-        for g, group in enumerate(groups):
-            times = [seconds for (which, _), seconds in zip(variants, found, strict=True) if which == g] + [full]
-            rows.append([float(t) / len(group) for t in _monotone(times)])
-        base = full - sum((row[-1] - row[0]) * len(group) for row, group in zip(rows, groups, strict=True))
-        return cls(
-            base=base,
-            groups=tuple(tuple(mlp.owner for mlp in group) for group in groups),
-            widths=tuple(grids),
-            milliseconds=tuple(tuple(t - row[0] for t in row) for row in rows),
-            conditions={
-                "batch_size": len(first),
-                "device": torch.cuda.get_device_name(first.device)
-                if first.device.type == "cuda"
-                else first.device.type,
-                "dtype": str(first.dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(),
-            },
-        )
+        trial = Trial(model, mlps, points, round_to)
+        return trial.table(timed(trial.models, batch, first.device, repeats), batch)
 
     def of(self, owner: str, width: int) -> float:
         """Milliseconds of one MLP above `base`, in all its uses; narrower than the table, those of its narrowest width.
@@ -147,13 +121,26 @@ class LatencyTable:
                 return float(np.interp(width, widths, milliseconds))
         raise ReductionError(f"the latency table has no {owner}; it is of another model: measure one of this")
 
-    def predict(self, widths: Mapping[str, int]) -> float:
-        """Milliseconds of a batch with these widths, by owner; those that are not given are full."""
+    def predict(self, widths: Mapping[str, int], *, whole: float | None = None) -> float:
+        """Milliseconds of a batch with these widths.
+
+        Args:
+            widths: hidden units by owner; those that are not given are full.
+            whole: milliseconds that the whole model takes now, if the machine's speed has changed since the table was
+                measured; what is predicted changes in proportion.
+
+        Raises:
+            ReductionError: an MLP or a width that the table does not have.
+        """
         full = {owner: row[-1] for group, row in zip(self.groups, self.widths, strict=True) for owner in group}
         unknown = [owner for owner in widths if owner not in full]
         if unknown:
             raise ReductionError(f"the latency table has no {unknown[0]}; it is of another model: measure one of this")
-        return self.base + sum(self.of(owner, widths.get(owner, size)) for owner, size in full.items())
+        taken, of_all = (
+            self.base + sum(self.of(owner, kept.get(owner, size)) for owner, size in full.items())
+            for kept in (widths, {})
+        )
+        return taken if whole is None else taken / of_all * whole
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
@@ -183,6 +170,43 @@ class LatencyTable:
             raise ReductionError(f"{call}: no latency table ({type(error).__name__}: {error})") from error
 
 
+class Trial:
+    """The models that a table is measured by, the whole one first, and what their times say.
+
+    Attributes:
+        models: to be timed.
+    """
+
+    def __init__(self, model: nn.Module, mlps: Sequence[MLP], points: int, round_to: int = 1) -> None:
+        self._groups = _groups(mlps)
+        self._grids = [_grid(group[0], points, round_to) for group in self._groups]
+        self.models = [sliced_copy(model, mlps, {})]
+        for group, grid in zip(self._groups, self._grids, strict=True):
+            self.models += [sliced_copy(model, mlps, {m.name: width for m in group}) for width in grid[:-1]]
+
+    def table(self, found: Sequence[float], batch: Inputs) -> LatencyTable:
+        """The table, from the milliseconds of each model for a batch."""
+        full, *rest = found
+        rows = []
+        for group, grid in zip(self._groups, self._grids, strict=True):
+            times, rest = [*rest[: len(grid) - 1], full], rest[len(grid) - 1 :]
+            rows.append([float(t) / len(group) for t in _monotone(times)])
+        first = tensors_in(batch)[0]
+        is_gpu = first.device.type == "cuda"
+        return LatencyTable(
+            base=full - sum((row[-1] - row[0]) * len(group) for row, group in zip(rows, self._groups, strict=True)),
+            groups=tuple(tuple(mlp.owner for mlp in group) for group in self._groups),
+            widths=tuple(self._grids),
+            milliseconds=tuple(tuple(t - row[0] for t in row) for row in rows),
+            conditions={
+                "batch_size": len(first),
+                "device": torch.cuda.get_device_name(first.device) if is_gpu else first.device.type,
+                "dtype": str(first.dtype).removeprefix("torch."),
+                "threads": torch.get_num_threads(),
+            },
+        )
+
+
 def _groups(mlps: Sequence[MLP]) -> list[list[MLP]]:
     """Unique MLPs that are alike: same chain, and as many uses."""
     uses: dict[str, int] = {}
@@ -196,10 +220,14 @@ def _groups(mlps: Sequence[MLP]) -> list[list[MLP]]:
 
 
 def _grid(mlp: MLP, points: int, round_to: int) -> tuple[int, ...]:
-    """Evenly spaced widths, from the narrowest to the full one."""
+    """Evenly spaced widths, from the narrowest to the full one.
+
+    Multiplications are faster at multiples of 8, which few widths are unless `round_to` makes them, so the grid has none.
+    """
     slot = Slot.of(mlp, round_to, float)
-    spaced = np.linspace(slot.step, slot.hidden, points)
-    return tuple(sorted({slot.rounded(int(width)) for width in spaced} | {slot.hidden}))
+    spaced = [slot.rounded(int(width)) for width in np.linspace(slot.step, slot.hidden, points)]
+    typical = {w - slot.step if w % 8 == 0 and slot.step % 8 and w > slot.step else w for w in spaced}
+    return tuple(sorted((typical - {slot.hidden - slot.step}) | {slot.hidden}))
 
 
 def sliced_copy(model: nn.Module, mlps: Sequence[MLP], widths: Mapping[str, int]) -> nn.Module:
@@ -215,19 +243,36 @@ def sliced_copy(model: nn.Module, mlps: Sequence[MLP], widths: Mapping[str, int]
 
 
 def timed(models: Sequence[nn.Module], batch: Inputs, device: torch.device, repeats: int) -> list[float]:
-    """The median milliseconds of each, in turns, the first of which is not counted."""
+    """Milliseconds of each; the first turn is not counted.
+
+    The first model runs before and after each of the others, and what one takes is the median of its ratios to the mean of
+    those two, times the first's median: a machine that changes its speed changes no ratio.
+    """
     batch = map_tensors(batch, lambda tensor: tensor.detach())
-    taken: list[list[float]] = [[] for _ in models]
+
+    def run(model: nn.Module) -> float:
+        start = time.perf_counter()
+        call_with(model, batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) * 1e3
+
+    first, *others = models
+    firsts: list[float] = []
+    found: list[list[float]] = [[] for _ in others]
     with torch.inference_mode():
         for turn in range(repeats + 1):
-            for index in range(len(models))[:: 1 if turn % 2 else -1]:
-                start = time.perf_counter()
-                call_with(models[index], batch)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+            before = run(first)
+            for model, ratios in zip(others, found, strict=True):
+                taken, after = run(model), run(first)
                 if turn:
-                    taken[index].append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(times) for times in taken]
+                    ratios.append(2 * taken / (before + after))
+                    firsts.append(after)
+                before = after
+            if not others:
+                firsts.append(before)
+    whole = statistics.median(firsts)
+    return [whole, *(whole * statistics.median(ratios) for ratios in found)]
 
 
 def _monotone(times: Sequence[float]) -> np.ndarray:
