@@ -1,0 +1,31 @@
+"""From values to a `Linear`, which layers are made from and merged to."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mlpreduce.errors import ReductionError
+
+__all__ = ["linear_of", "weight_of"]
+
+
+def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A `Linear` with these values, copied; its type and place are those of the weight."""
+    outputs, inputs = weight.shape
+    layer = nn.Linear(inputs, outputs, bias=bias is not None, device="meta", dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer
+
+
+def weight_of(layer: nn.Module, call: str) -> torch.Tensor:
+    """The weight of a `Linear`, (outputs, inputs).
+
+    Raises:
+        ReductionError: it is none.
+    """
+    if not isinstance(layer, nn.Linear):
+        raise ReductionError(f"{call}: {type(layer).__name__} is no torch.nn.Linear")
+    return layer.weight.detach()

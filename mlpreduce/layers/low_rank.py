@@ -1,0 +1,136 @@
+"""A projection through fewer features than it has inputs or outputs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from mlpreduce.errors import ReductionError, check_number, check_whole
+from mlpreduce.layers.linear import linear_of, weight_of
+
+__all__ = ["LowRankLinear"]
+
+RIDGE = 1e-6  # of the mean second moment, so that inputs that never vary divide nothing by zero
+
+
+class LowRankLinear(nn.Module):
+    """y = up (down x) + b. It has fewer weights than a dense layer where rank < inputs * outputs / (inputs + outputs).
+
+    Attributes:
+        down: (rank, inputs).
+        up: (outputs, rank).
+        bias: (outputs,), or None.
+        kept: share of the energy of the layer that it was made of, 0..1: of its weight, or of what it gives for the
+            inputs whose moments were given. 1 of a new one.
+
+    Args:
+        in_features: inputs.
+        out_features: outputs.
+        rank: features between, at most the lesser of both.
+        bias: whether there is one.
+        device: where the weights lie.
+        dtype: their type.
+
+    Raises:
+        ReductionError: a rank out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        call = f"LowRankLinear({in_features}, {out_features}, {rank})"
+        for name, value in (("in_features", in_features), ("out_features", out_features), ("rank", rank)):
+            check_whole(f"{call}: {name}", value)
+        if rank > min(in_features, out_features):
+            raise ReductionError(f"{call}: rank is at most {min(in_features, out_features)}")
+        self.down = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.kept = 1.0
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """New values: the product has entries of the variance that those of a new `torch.nn.Linear` have."""
+        inputs, rank = self.down.shape[1], self.down.shape[0]
+        std = (1 / (3 * inputs * rank)) ** 0.25
+        nn.init.normal_(self.down, std=std)
+        nn.init.normal_(self.up, std=std)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Linear,
+        rank: int | None = None,
+        *,
+        energy: float | None = None,
+        moments: torch.Tensor | None = None,
+    ) -> LowRankLinear:
+        """The nearest layer of a rank: a truncated singular value decomposition, in float64.
+
+        Args:
+            layer: the dense layer.
+            rank: features between.
+            energy: in place of the rank, the share of the energy to keep, in (0, 1]; the rank is the least that does.
+            moments: (inputs, inputs), sums of products of the inputs. With them what is nearest is W x over those inputs, and
+                not W.
+
+        Raises:
+            ReductionError: neither or both of rank and energy, one out of range, or moments of another size.
+        """
+        call = "LowRankLinear.from_linear"
+        weight = weight_of(layer, call).double()
+        if (rank is None) == (energy is None):
+            raise ReductionError(f"{call}: give one of rank and energy")
+        root = None
+        if moments is not None:
+            if moments.shape != (weight.shape[1], weight.shape[1]) or not bool(moments.isfinite().all()):
+                raise ReductionError(
+                    f"{call}: moments are {tuple(moments.shape)}; give finite ones of {weight.shape[1]} inputs"
+                )
+            sums = moments.to(weight)
+            ridge = RIDGE * sums.diagonal().mean() + torch.finfo(torch.float64).tiny
+            root = torch.linalg.cholesky(sums + ridge * torch.eye(len(sums), dtype=sums.dtype, device=sums.device))
+        left, values, right = torch.linalg.svd(weight if root is None else weight @ root, full_matrices=False)
+        shares = values.square().cumsum(0) / values.square().sum()
+        if energy is not None:
+            check_number(f"{call}: energy", energy, most=1, above=True)
+            rank = min(int((shares < energy * (1 - 1e-12)).sum()) + 1, len(values))
+        assert rank is not None
+        outputs, inputs = weight.shape
+        made = cls(inputs, outputs, rank, layer.bias is not None, device=weight.device, dtype=layer.weight.dtype)
+        scale = values[:rank].sqrt()
+        down = right[:rank]
+        if root is not None:
+            down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
+        with torch.no_grad():
+            made.up.copy_(left[:, :rank] * scale)
+            made.down.copy_(scale[:, None] * down)
+            if made.bias is not None:
+                made.bias.copy_(layer.bias)
+        made.kept = float(shares[rank - 1]) if bool(values.any()) else 1.0
+        return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) to (..., outputs)."""
+        return nn.functional.linear(nn.functional.linear(x, self.down), self.up, self.bias)
+
+    def merged(self) -> nn.Linear:
+        """The dense layer that computes the same."""
+        weight = (self.up.detach().double() @ self.down.detach().double()).to(self.up.dtype)
+        return linear_of(weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Widths, rank and whether there is a bias."""
+        return f"{self.down.shape[1]}, {self.up.shape[0]}, rank={self.down.shape[0]}, bias={self.bias is not None}"

@@ -1,0 +1,128 @@
+"""A projection whose weight trains at a few entries between its singular vectors, which stay.
+
+Source: SVFT (arXiv 2405.19597): W = U (diag(s) + sigmoid(gate) M) V^T.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from mlpreduce.errors import ReductionError, check_one_of, check_whole
+from mlpreduce.layers.linear import linear_of, weight_of
+
+__all__ = ["SvftLinear"]
+
+PATTERNS = ("plain", "banded", "random", "top_k")
+INITS = ("normal", "zeros")
+
+
+class SvftLinear(nn.Module):
+    """y = U (diag(s) + sigmoid(gate) M) V^T x + b: only M, on a fixed set of entries, and the gate train.
+
+    Attributes:
+        left: (outputs, rank), left singular vectors; a buffer.
+        values: (rank,), singular values; a buffer.
+        right: (rank, inputs), right singular vectors; a buffer.
+        rows, columns: (entries,), where M may differ from 0; buffers.
+        entries: (entries,), its values there.
+        gate: a scalar, before the sigmoid.
+        bias: (outputs,), frozen, or None.
+
+    Args:
+        layer: the dense layer.
+        pattern: `plain` (the diagonal), `banded` (at most `band` beside it), `random` (as many entries as `banded`, each once),
+            `top_k` (as many, where left and right singular vectors are most alike; of a layer that is not square the
+            largest entries of the square one of both).
+        band: entries on each side of the diagonal.
+        rank: singular values that are kept; all, if none is given. With fewer the function changes.
+        init: of M: `normal` with variance 2 / entries, as released, or `zeros`, which changes nothing.
+        seed: of random entries and values.
+
+    Raises:
+        ReductionError: an option is out of range, or the layer is no `Linear`.
+    """
+
+    left: torch.Tensor
+    values: torch.Tensor
+    right: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    def __init__(
+        self,
+        layer: nn.Linear,
+        pattern: str = "plain",
+        *,
+        band: int = 1,
+        rank: int | None = None,
+        init: str = "normal",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        weight = weight_of(layer, "SvftLinear")
+        check_one_of("SvftLinear: pattern", pattern, PATTERNS)
+        check_one_of("SvftLinear: init", init, INITS)
+        check_whole("SvftLinear: band", band, least=0)
+        size = min(weight.shape)
+        rank = size if rank is None else rank
+        check_whole("SvftLinear: rank", rank)
+        band = 0 if pattern == "plain" else band
+        if rank > size or band >= rank:
+            raise ReductionError(f"SvftLinear: rank is {rank} and band {band}; rank is at most {size}, band below it")
+        left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+        left, values, right = left[:, :rank], values[:rank], right[:rank]
+        generator = torch.Generator().manual_seed(seed)
+        rows, columns = _entries(pattern, left, right, band, generator)
+        for name, vectors in (("left", left), ("values", values), ("right", right)):
+            self.register_buffer(name, vectors.to(weight.dtype).contiguous())
+        self.register_buffer("rows", rows.to(weight.device))
+        self.register_buffer("columns", columns.to(weight.device))
+        drawn = torch.randn(len(rows), generator=generator) * math.sqrt(2 / len(rows))
+        self.entries = nn.Parameter((drawn if init == "normal" else torch.zeros_like(drawn)).to(weight))
+        self.gate = nn.Parameter(weight.new_zeros(()))
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+
+    def weight(self) -> torch.Tensor:
+        """The weight as it is, (outputs, inputs)."""
+        core = torch.diag(self.values).index_put(
+            (self.rows, self.columns), self.gate.sigmoid() * self.entries, accumulate=True
+        )
+        return self.left @ (core @ self.right)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) to (..., outputs). The weight is made at each call, which many tokens share."""
+        return nn.functional.linear(x, self.weight(), self.bias)
+
+    def merged(self) -> nn.Linear:
+        """The dense layer that computes the same."""
+        return linear_of(self.weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        """Widths, rank, entries and whether there is a bias."""
+        outputs, rank = self.left.shape
+        return (
+            f"{self.right.shape[1]}, {outputs}, rank={rank}, entries={len(self.entries)}, bias={self.bias is not None}"
+        )
+
+
+def _entries(
+    pattern: str, left: torch.Tensor, right: torch.Tensor, band: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns of the entries that train, each once."""
+    rank = len(right)
+    number = torch.arange(rank)
+    near = (number[:, None] - number).abs() <= band
+    if pattern == "random":
+        flat = torch.randperm(rank * rank, generator=generator)[: int(near.sum())].sort().values
+    elif pattern == "top_k":
+        same = left.shape[0] == right.shape[1]
+        alike = left.T @ right.T if same else left if left.shape[0] == rank else right
+        if alike.shape != (rank, rank):
+            raise ReductionError(f"SvftLinear: pattern='top_k' with rank {rank} needs the full rank; leave rank out")
+        flat = alike.flatten().topk(int(near.sum())).indices.cpu().sort().values
+    else:
+        flat = near.flatten().nonzero().flatten()
+    return flat // rank, flat % rank
