@@ -190,6 +190,13 @@ def test_the_counts_of_scheme_on_vit_base() -> None:
         assert round((outside + 12 * count) / 1e6, 2) == millions
 
 
+def test_under_autocast_it_gives_what_a_linear_gives() -> None:
+    layer = nn.Linear(12, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for made in (BlockDiagonalLinear.from_linear(layer, 4), LowRankLinear.from_linear(layer, 4), SvftLinear(layer)):
+            assert made(torch.randn(2, 3, 12)).dtype == layer(torch.randn(2, 3, 12)).dtype == torch.bfloat16
+
+
 # --- channel covariance -------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +372,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: block_orders([torch.ones(6, 4)], torch.ones(4, 6), 4),
         "4 groups do not divide the widths 4, 6, 4",
     ),
+    "no weights": (lambda: block_orders([], torch.ones(4, 6), 2), "weights are [] and (4, 6)"),
+    "another MLP": (lambda: block_orders([torch.ones(8, 4)], torch.ones(4, 6), 2), "weights are [(8, 4)] and (4, 6)"),
+    "NaN": (lambda: LowRankLinear.from_linear(linear(torch.full((4, 4), torch.nan)), 2), "not finite"),
+    "meta": (lambda: SvftLinear(nn.Linear(4, 4, device="meta")), "on the meta device"),
+    "no moments": (lambda: LowRankLinear.from_linear(dense(), 2, moments=-torch.eye(12)), "negative eigenvalue"),
     "no energy": (lambda: block_orders([torch.zeros(4, 4)], torch.zeros(4, 4), 2), "all zero"),
     "no linear": (lambda: BlockDiagonalLinear.from_linear(nn.ReLU(), 2), "ReLU is no torch.nn.Linear"),  # type: ignore[arg-type]
     "rank": (lambda: LowRankLinear(12, 20, 13), "rank is at most 12"),

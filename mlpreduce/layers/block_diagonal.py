@@ -132,7 +132,7 @@ class BlockDiagonalLinear(nn.Module):
         y = y.transpose(0, 1).reshape(*x.shape[:-1], self.weight.shape[0])
         if self.outputs_order is not None:
             y = y.index_select(-1, self.outputs_order.argsort())
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)  # autocast makes y of its type alone
 
     def merged(self) -> nn.Linear:
         """The dense layer that computes the same, with zeros outside of the blocks."""

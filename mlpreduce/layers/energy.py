@@ -15,7 +15,7 @@ __all__ = ["BlockOrders", "block_orders"]
 ROUNDS = 20  # it ends earlier, as each round keeps at least as much
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockOrders:
     """Orders of features in which those of one block lie together, and what the blocks keep.
 
@@ -49,12 +49,16 @@ def block_orders(
         features: whether inputs and outputs are divided too, and not just the hidden units.
 
     Raises:
-        ReductionError: groups that do not divide the widths, or weights that are not finite.
+        ReductionError: weights that do not fit together or are not finite, or groups that do not divide the widths.
     """
     check_whole("block_orders: groups", groups)
-    first = sum(weight.detach().double().square() for weight in expand)
+    shapes = [tuple(weight.shape) for weight in expand]
+    if not shapes or len(set(shapes)) > 1 or contract.dim() != 2 or shapes[0][:1] != tuple(contract.shape[1:]):
+        raise ReductionError(
+            f"block_orders: weights are {shapes} and {tuple(contract.shape)}; give (hidden, inputs) alike and (outputs, hidden)"
+        )
+    first = torch.stack([weight.detach().double().square() for weight in expand]).sum(0)
     second = contract.detach().double().square()
-    assert isinstance(first, torch.Tensor)
     sizes = (first.shape[1], first.shape[0], second.shape[0])
     if any(size % groups for size in sizes):
         raise ReductionError(f"block_orders: {groups} groups do not divide the widths {', '.join(map(str, sizes))}")

@@ -7,7 +7,7 @@ from torch import nn
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["linear_of", "weight_of"]
+__all__ = ["decomposed", "linear_of", "weight_of"]
 
 
 def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
@@ -29,3 +29,14 @@ def weight_of(layer: nn.Module, call: str) -> torch.Tensor:
     if not isinstance(layer, nn.Linear):
         raise ReductionError(f"{call}: {type(layer).__name__} is no torch.nn.Linear")
     return layer.weight.detach()
+
+
+def decomposed(weight: torch.Tensor, call: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Left singular vectors, values and right singular vectors of a weight, in float64.
+
+    Raises:
+        ReductionError: the weight has no values, or some that are not finite.
+    """
+    if weight.is_meta or not bool(weight.isfinite().all()):
+        raise ReductionError(f"{call}: the weight is on the meta device or not finite, and has no singular values")
+    return tuple(torch.linalg.svd(weight.double(), full_matrices=False))

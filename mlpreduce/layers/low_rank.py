@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mlpreduce.errors import ReductionError, check_number, check_whole
-from mlpreduce.layers.linear import linear_of, weight_of
+from mlpreduce.layers.linear import decomposed, linear_of, weight_of
 
 __all__ = ["LowRankLinear"]
 
@@ -101,8 +101,12 @@ class LowRankLinear(nn.Module):
                 )
             sums = moments.to(weight)
             ridge = RIDGE * sums.diagonal().mean() + torch.finfo(torch.float64).tiny
-            root = torch.linalg.cholesky(sums + ridge * torch.eye(len(sums), dtype=sums.dtype, device=sums.device))
-        left, values, right = torch.linalg.svd(weight if root is None else weight @ root, full_matrices=False)
+            root, failed = torch.linalg.cholesky_ex(sums + ridge * torch.eye(len(sums)).to(sums))
+            if failed:
+                raise ReductionError(
+                    f"{call}: moments are no sums of products of inputs: they have a negative eigenvalue"
+                )
+        left, values, right = decomposed(weight if root is None else weight @ root, call)
         shares = values.square().cumsum(0) / values.square().sum()
         if energy is not None:
             check_number(f"{call}: energy", energy, most=1, above=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mlpreduce.errors import ReductionError, check_one_of, check_whole
-from mlpreduce.layers.linear import linear_of, weight_of
+from mlpreduce.layers.linear import decomposed, linear_of, weight_of
 
 __all__ = ["SvftLinear"]
 
@@ -72,7 +72,7 @@ class SvftLinear(nn.Module):
         band = 0 if pattern == "plain" else band
         if rank > size or band >= rank:
             raise ReductionError(f"SvftLinear: rank is {rank} and band {band}; rank is at most {size}, band below it")
-        left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+        left, values, right = decomposed(weight, "SvftLinear")
         left, values, right = left[:, :rank], values[:rank], right[:rank]
         generator = torch.Generator().manual_seed(seed)
         rows, columns = _entries(pattern, left, right, band, generator)
@@ -85,7 +85,7 @@ class SvftLinear(nn.Module):
         self.gate = nn.Parameter(weight.new_zeros(()))
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
 
-    def weight(self) -> torch.Tensor:
+    def dense_weight(self) -> torch.Tensor:
         """The weight as it is, (outputs, inputs)."""
         core = torch.diag(self.values).index_put(
             (self.rows, self.columns), self.gate.sigmoid() * self.entries, accumulate=True
@@ -94,11 +94,11 @@ class SvftLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., inputs) to (..., outputs). The weight is made at each call, which many tokens share."""
-        return nn.functional.linear(x, self.weight(), self.bias)
+        return nn.functional.linear(x, self.dense_weight(), self.bias)
 
     def merged(self) -> nn.Linear:
         """The dense layer that computes the same."""
-        return linear_of(self.weight(), self.bias)
+        return linear_of(self.dense_weight(), self.bias)
 
     def extra_repr(self) -> str:
         """Widths, rank, entries and whether there is a bias."""
