@@ -76,6 +76,10 @@ def test_what_cannot_be_measured_is_told_before(tmp_path: Path, capsys: pytest.C
         (["latency", "--save", nowhere], "there is no folder"),
         (["latency", "vit_tiny_patch16_224", "deit_tiny_patch16_224", "--save", str(tmp_path / "table")], "one by one"),
         (["latency", "vit_tiny_patch16_225"], "vit_tiny_patch16_224"),
+        (
+            ["latency", "vit_tiny_patch16_224", "depth=1", "--points", "1"],
+            "points is 1; it must be a whole number from 2",
+        ),
     ):
         assert main(["bench", *words]) == 2
         assert message in capsys.readouterr().err

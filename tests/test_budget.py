@@ -232,6 +232,8 @@ def test_a_table_of_a_machine_that_has_changed_its_speed() -> None:
     widths = {"a": 50}
     assert found.predict(widths, whole=2 * found.predict({})) == pytest.approx(2 * found.predict(widths))
     assert found.predict({}, whole=7.0) == pytest.approx(7.0)
+    with pytest.raises(ReductionError, match="whole is -1"):
+        found.predict({}, whole=-1)
 
 
 def test_each_model_is_timed_against_the_first_of_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:

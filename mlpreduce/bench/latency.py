@@ -18,7 +18,7 @@ import torch
 
 import mlpreduce
 from mlpreduce.bench.rounds import at_least_one, check_file, read_models
-from mlpreduce.budget.latency import Trial, sliced_copy, timed
+from mlpreduce.budget.latency import Variants, sliced_copy, timed
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import example_inputs, find_mlps
 
@@ -64,16 +64,16 @@ def _measured(name: str, kwargs: dict[str, Any], options: argparse.Namespace) ->
         {mlp.name: draw.randint(1, mlp.hidden_features // mlp.groups) * mlp.groups for mlp in owners}
         for _ in range(options.widths)
     ]
-    trial = Trial(model, mlps, options.points)
-    models = trial.models + [sliced_copy(model, mlps, widths) for widths in drawn]
+    variants = Variants(model, mlps, f"bench latency {name}", options.points)
+    models = variants.models + [sliced_copy(model, mlps, widths) for widths in drawn]
     batch = example_inputs(model, options.batch_size)
     taken = timed(models, batch, next(model.parameters()).device, options.repeats)
-    table = trial.table(taken[: len(trial.models)], batch)
+    table = variants.table(taken[: len(variants.models)], batch)
     if options.save is not None:
         table.save(options.save)
     lines = [f"{name}, {table.conditions}: whole {taken[0]:.2f} ms", ""]
     errors = []
-    for widths, measured in zip(drawn, taken[len(trial.models) :], strict=True):
+    for widths, measured in zip(drawn, taken[len(variants.models) :], strict=True):
         predicted = table.predict(widths)
         errors.append(predicted / measured - 1)
         mean = statistics.mean(widths[mlp.name] / mlp.hidden_features for mlp in owners)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mlpreduce.budget.solve import Slot
-from mlpreduce.errors import ReductionError, check_whole, optional
+from mlpreduce.errors import ReductionError, check_number, check_whole, optional
 from mlpreduce.graph import (
     MLP,
     Inputs,
@@ -32,7 +32,7 @@ from mlpreduce.graph import (
 from mlpreduce.graph import example_inputs as inputs_of
 from mlpreduce.slicing import slice_all
 
-__all__ = ["LatencyTable", "Trial", "sliced_copy", "timed"]
+__all__ = ["LatencyTable", "Variants", "sliced_copy", "timed"]
 
 _VERSION = 1
 
@@ -87,23 +87,15 @@ class LatencyTable:
         """
         call = f"LatencyTable.measure({type(model).__name__})"
         refuse_wrapped(model, call)
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("points", points, 2),
-            ("repeats", repeats, 1),
-            ("round_to", round_to, 1),
-        ):
-            check_whole(f"{call}: {name}", value, least=least)
-        optional("scipy.optimize", "LatencyTable.measure")  # before minutes are spent
+        check_whole(f"{call}: batch_size", batch_size)
+        check_whole(f"{call}: repeats", repeats)
         mlps = find_mlps(model, example_inputs)
-        if not mlps:
-            raise ReductionError(f"{call}: found no MLP")
         batch = inputs_of(model, batch_size) if example_inputs is None else example_inputs
         first = tensors_in(batch)[0]
         if first.is_meta or next(model.parameters()).is_meta:
             raise ReductionError(f"{call}: a model on the meta device cannot be timed; move it to a device")
-        trial = Trial(model, mlps, points, round_to)
-        return trial.table(timed(trial.models, batch, first.device, repeats), batch)
+        variants = Variants(model, mlps, call, points, round_to)
+        return variants.table(timed(variants.models, batch, first.device, repeats), batch)
 
     def of(self, owner: str, width: int) -> float:
         """Milliseconds of one MLP above `base`, in all its uses; narrower than the table, those of its narrowest width.
@@ -130,17 +122,17 @@ class LatencyTable:
                 measured; what is predicted changes in proportion.
 
         Raises:
-            ReductionError: an MLP or a width that the table does not have.
+            ReductionError: an MLP or a width that the table does not have, or `whole` is no positive number.
         """
         full = {owner: row[-1] for group, row in zip(self.groups, self.widths, strict=True) for owner in group}
         unknown = [owner for owner in widths if owner not in full]
         if unknown:
             raise ReductionError(f"the latency table has no {unknown[0]}; it is of another model: measure one of this")
-        taken, of_all = (
-            self.base + sum(self.of(owner, kept.get(owner, size)) for owner, size in full.items())
-            for kept in (widths, {})
-        )
-        return taken if whole is None else taken / of_all * whole
+        taken = self.base + sum(self.of(owner, widths.get(owner, size)) for owner, size in full.items())
+        if whole is None:
+            return taken
+        check_number("whole", whole, above=True)
+        return taken / self.predict({}) * whole
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
@@ -170,14 +162,19 @@ class LatencyTable:
             raise ReductionError(f"{call}: no latency table ({type(error).__name__}: {error})") from error
 
 
-class Trial:
+class Variants:
     """The models that a table is measured by, the whole one first, and what their times say.
 
     Attributes:
         models: to be timed.
     """
 
-    def __init__(self, model: nn.Module, mlps: Sequence[MLP], points: int, round_to: int = 1) -> None:
+    def __init__(self, model: nn.Module, mlps: Sequence[MLP], call: str, points: int, round_to: int = 1) -> None:
+        check_whole(f"{call}: points", points, least=2)
+        check_whole(f"{call}: round_to", round_to)
+        optional("scipy.optimize", call)  # before minutes are spent
+        if not mlps:
+            raise ReductionError(f"{call}: found no MLP")
         self._groups = _groups(mlps)
         self._grids = [_grid(group[0], points, round_to) for group in self._groups]
         self.models = [sliced_copy(model, mlps, {})]
@@ -225,9 +222,9 @@ def _grid(mlp: MLP, points: int, round_to: int) -> tuple[int, ...]:
     Multiplications are faster at multiples of 8, which few widths are unless `round_to` makes them, so the grid has none.
     """
     slot = Slot.of(mlp, round_to, float)
-    spaced = [slot.rounded(int(width)) for width in np.linspace(slot.step, slot.hidden, points)]
+    spaced = [slot.rounded(int(width)) for width in np.linspace(slot.step, slot.hidden, points)[:-1]]
     typical = {w - slot.step if w % 8 == 0 and slot.step % 8 and w > slot.step else w for w in spaced}
-    return tuple(sorted((typical - {slot.hidden - slot.step}) | {slot.hidden}))
+    return tuple(sorted(typical | {slot.hidden}))
 
 
 def sliced_copy(model: nn.Module, mlps: Sequence[MLP], widths: Mapping[str, int]) -> nn.Module:
