@@ -15,9 +15,26 @@ from mlpreduce.calibration import Answers, Loss
 from mlpreduce.criteria import as_order, choose
 from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import MLP, Inputs, Leaf, block_leaves, chains, first_units, module_at, slice_edit, structural_copy
+from mlpreduce.graph import (
+    MLP,
+    Inputs,
+    Leaf,
+    block_leaves,
+    chains,
+    first_units,
+    is_leaf,
+    module_at,
+    slice_edit,
+    structural_copy,
+)
+from mlpreduce.layers import Wrapper
 
 __all__ = ["Parts"]
+
+
+def _holds(module: nn.Module) -> bool:
+    """Whether a module has tensors itself, other than those that a layer around another adds."""
+    return bool(module._parameters or module._buffers) and not isinstance(module, Wrapper)
 
 
 class Parts(Sequence[MLP]):
@@ -72,23 +89,55 @@ class Parts(Sequence[MLP]):
         """
         return self._answers.tensor(path)
 
+    def module(self, path: str) -> nn.Module:
+        """The module at a path, to read.
+
+        Raises:
+            ReductionError: there is none.
+        """
+        module = module_at(self._model, path)
+        if module is None:
+            raise ReductionError(f"{type(self._model).__name__} has no module {path!r}")
+        return module
+
+    def whole(self, mlp: MLP) -> nn.Module:
+        """The module that is the MLP, and nothing else.
+
+        Raises:
+            ReductionError: there is none, or the model is a graph.
+        """
+        if isinstance(self._model, fx.GraphModule):
+            raise ReductionError(f"{mlp.name} is part of a torch.fx graph and no module by itself; give the model")
+        module = module_at(self._model, mlp.name)
+        leaves = {leaf.path for leaf in mlp.leaves}
+        held = [] if module is None else [path for path, m in module.named_modules(remove_duplicate=False) if _holds(m)]
+        if module is None or not {f"{mlp.name}.{path}".rstrip(".") for path in held} <= leaves:
+            raise ReductionError(f"{mlp.name} is no module of the MLP alone, as this needs")
+        return module
+
+    def outside(self) -> list[tuple[str, nn.Module]]:
+        """Leaf modules with parameters that lie in no block of an MLP, such as the patch embedding and the last norm."""
+        blocks = tuple(f"{mlp.block}." for mlp in self._every)
+        named = self._model.named_modules()
+        return [(path, m) for path, m in named if m._parameters and is_leaf(m) and not path.startswith(blocks)]
+
+    def moments(self, leaf: Leaf) -> torch.Tensor:
+        """Sums of x x^T, x what an expanding or contracting layer is given on the calibration data: (inputs, inputs), float64.
+
+        Raises:
+            ReductionError: there is no data, or it is not what is needed.
+        """
+        return self._answers.moments()[leaf.path]
+
     def output(self, mlp: MLP, inputs: torch.Tensor, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What an MLP makes of inputs `(batch, features)`, computed in their dtype, with other values of some tensors.
 
         Raises:
             ReductionError: it is no module of the MLP alone that takes one tensor, or the model is a graph, or on meta.
         """
-        if isinstance(self._model, fx.GraphModule):
-            raise ReductionError(
-                f"{mlp.name} is part of a torch.fx graph and cannot be measured by itself; give the model"
-            )
-        module = module_at(self._model, mlp.name)
-        leaves = tuple(f"{leaf.path}." for leaf in mlp.leaves)
-        named = [] if module is None else [*module.named_parameters(), *module.named_buffers()]
-        if module is None or not all(f"{mlp.name}.{name}".startswith(leaves) for name, _ in named):
-            raise ReductionError(f"{mlp.name} is no module of the MLP alone, so it cannot be measured by itself")
+        module = self.whole(mlp)
         held = {}
-        for name, _ in named:
+        for name, _ in [*module.named_parameters(), *module.named_buffers()]:
             value = values.get(path := f"{mlp.name}.{name}")
             value = self.tensor(path) if value is None else value
             held[name] = value.detach().to(inputs) if value.is_floating_point() else value

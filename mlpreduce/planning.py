@@ -13,7 +13,7 @@ from torch import nn
 
 from mlpreduce.budget import Baseline, Cost, measure, outcome
 from mlpreduce.calibration import Loss
-from mlpreduce.edits import Assign, Plan, Row, Scale, Share, Slice
+from mlpreduce.edits import Assign, Plan, Replace, Row, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import (
     MLP,
@@ -21,6 +21,7 @@ from mlpreduce.graph import (
     Survey,
     chains,
     example_inputs,
+    find_mlps,
     mlps_or_raise,
     module_at,
     record,
@@ -33,7 +34,7 @@ from mlpreduce.repair import repaired
 from mlpreduce.surgery import rehearse
 from mlpreduce.transforms import Transform, check_config
 
-__all__ = ["Globs", "make_plan", "plain", "plan"]
+__all__ = ["Globs", "make_plan", "plain", "plan", "planned"]
 
 Globs = str | Sequence[str] | None
 
@@ -79,6 +80,25 @@ def plan(
     return replace(made, costs=_costs(structural_copy(model, device="meta"), found.mlps, made, example_inputs))
 
 
+def planned(
+    model: nn.Module, measured: Baseline, made: Plan, inputs: Inputs | None = None
+) -> tuple[Cost, dict[str, tuple[int, str]]]:
+    """The exact cost of a model after a plan, and the hidden width and owner of each MLP by name; nothing is changed.
+
+    Args:
+        model: the model, or a copy on the meta device.
+        measured: what it costs as it is.
+        made: the plan.
+        inputs: what the model is called with, as for `find_mlps`.
+    """
+    if not made.of(Replace):
+        return measured.after(made), outcome(measured.mlps, made)
+    tree = rehearse(model, made, weights=False)
+    mlps = find_mlps(tree, inputs)
+    widths = {mlp.name: (0, mlp.name) for mlp in measured.mlps}  # of what is dropped
+    return measure(tree, inputs, mlps).cost, widths | {mlp.name: (mlp.hidden_features, mlp.owner) for mlp in mlps}
+
+
 def make_plan(
     model: nn.Module,
     transform: str,
@@ -117,9 +137,11 @@ def make_plan(
             raise ReductionError(f"none of {len(mlps)} MLPs is in scope ({reasons})")
         parts = Parts(model, scope, mlps, data=data, loss=loss, example_inputs=example_inputs)
         edits = tuple(entry.function(parts, **config) or ())
-        strange = [edit for edit in edits if not isinstance(edit, Slice | Share | Assign | Scale)]
+        strange = [edit for edit in edits if not isinstance(edit, Slice | Share | Replace | Assign | Scale)]
         if strange:
-            raise ReductionError(f"the transform gave {strange[0]!r}; edits are Slice, Share, Assign and Scale")
+            raise ReductionError(
+                f"the transform gave {strange[0]!r}; edits are Slice, Share, Replace, Assign and Scale"
+            )
     except ReductionError as error:
         raise ReductionError(f"{call}: {error}") from error
     if not edits:
@@ -133,13 +155,37 @@ def make_plan(
     if config.get("repair", "none") != "none":
         unused = [name for name in unused if name != "data"]
         try:
-            draft = repaired(model, mlps, draft, data)
+            draft = repaired(model, mlps, draft.without(Replace), data)
+            draft = replace(draft, edits=(*draft.edits, *(edit for edit in edits if isinstance(edit, Replace))))
         except ReductionError as error:
             raise ReductionError(str(error) if str(error).startswith(call) else f"{call}: {error}") from error
     if unused:
         parts.notes.append(f"{' and '.join(unused)} made no difference: nothing here looks at it")
     notes = (*parts.notes, *draft.notes, *_notes(edits, chosen="criterion" in config), *_look_alikes(found.others))
-    return replace(draft, rows=_rows(scope, mlps, draft), notes=notes), found
+    after = _replaced(model, mlps, draft, example_inputs, call) if draft.of(Replace) else None
+    return replace(draft, rows=_rows(scope, mlps, draft, after), notes=notes), found
+
+
+def _replaced(model: nn.Module, mlps: list[MLP], draft: Plan, inputs: Inputs | None, call: str) -> dict[str, MLP]:
+    """The MLPs of the model with new layers, by name, which shows that it runs.
+
+    Raises:
+        ReductionError: it does not, or one of them is an MLP no longer.
+    """
+    tree = rehearse(model, draft, weights=False)
+    layers = ", ".join(sorted({edit.layer for edit in draft.of(Replace)}))
+    try:
+        found = {mlp.name: mlp for mlp in find_mlps(tree, inputs)}
+    except ReductionError as error:
+        raise ReductionError(
+            f"{call}: with {layers} the model does not run: its forward reads what only the layers that were there have "
+            f"({error})"
+        ) from error
+    dropped = {edit.module for edit in draft.of(Replace)}
+    lost = [mlp.name for mlp in mlps if mlp.name not in found and mlp.name not in dropped]
+    if lost:
+        raise ReductionError(f"{call}: with {layers}, {lost[0]} is no MLP that can be found; exclude it")
+    return found
 
 
 def _check_whole(model: nn.Module, mlps: list[MLP], edits: Sequence[object], call: str) -> None:
@@ -203,25 +249,32 @@ def _scope(entry: Transform, mlps: list[MLP], left_out: dict[str, str]) -> tuple
     return [mlp for mlp in mlps if mlp.name not in left_out], left_out
 
 
-def _rows(scope: list[MLP], mlps: list[MLP], made: Plan) -> tuple[Row, ...]:
+def _rows(scope: list[MLP], mlps: list[MLP], made: Plan, replaced: dict[str, MLP] | None) -> tuple[Row, ...]:
+    """What becomes of each MLP; `replaced` are those with new layers, if there are some."""
     after = outcome(mlps, made)
     rows = []
     for mlp in scope:
         hidden, owner = after[mlp.name]
         before = mlp.params(owned=mlp.owner == mlp.name)
-        now = mlp.params(hidden, owned=owner == mlp.name)
+        if replaced is None:
+            now = mlp.params(hidden, owned=owner == mlp.name)
+        elif new := replaced.get(mlp.name):
+            hidden, owner, now = new.hidden_features, new.owner, new.params(owned=new.owner == new.name)
+        else:
+            hidden, owner, now = 0, mlp.name, 0
         rows.append(Row(mlp.name, mlp.kind, mlp.hidden_features, hidden, mlp.owner, owner, before, now))
     return tuple(rows)
 
 
 def _costs(model: nn.Module, mlps: list[MLP], made: Plan, inputs: Inputs | None) -> Callable[[], tuple[Cost, Cost]]:
     """Costs before and after, measured when the plan is printed, on a meta copy: the model may have changed by then."""
-    measured: list[Baseline] = []
+    measured: list[tuple[Cost, Cost]] = []
 
     def costs() -> tuple[Cost, Cost]:
         if not measured:
-            measured.append(measure(model, inputs, mlps))
-        return measured[0].cost, measured[0].after(made)
+            before = measure(model, inputs, mlps)
+            measured.append((before.cost, planned(model, before, made, inputs)[0]))
+        return measured[0]
 
     return costs
 

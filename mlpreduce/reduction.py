@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 from torch import fx, nn
 
 from mlpreduce.calibration import Loss
-from mlpreduce.edits import Assign, Edit, Plan, Share, Slice
+from mlpreduce.edits import Assign, Plan, Replace, Share
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Inputs, find_mlps, module_at, refuse_wrapped
+from mlpreduce.layers import StandIn, Wrapper, merged
 from mlpreduce.planning import Globs, make_plan
+from mlpreduce.rewriting import without_layers, without_ties
 from mlpreduce.surgery import carry_out, untie_leaves
-from mlpreduce.ties import guard, unguard
+from mlpreduce.ties import guard, shares_of, unguard
 
 __all__ = ["apply", "broken_ties", "history", "merge", "remember", "untie"]
 
@@ -98,7 +100,14 @@ def _check_same(model: nn.Module, made: Plan, example_inputs: Inputs | None) -> 
 
 def remember(model: nn.Module, made: Plan) -> None:
     """Append a plan to the model's history, without the tensors it may hold."""
-    edits = tuple(Assign(edit.tensor) if isinstance(edit, Assign) else edit for edit in made.edits)
+    edits = tuple(
+        Assign(edit.tensor)
+        if isinstance(edit, Assign)
+        else replace(edit, values=None)
+        if isinstance(edit, Replace)
+        else edit
+        for edit in made.edits
+    )
     plans = [*history(model), replace(made, edits=edits, costs=None)]
     model.mlpreduce_history = plans  # type: ignore[assignment]
     if isinstance(model, fx.GraphModule):
@@ -122,53 +131,49 @@ def untie(model: Model) -> Model:
         ReductionError: nothing is tied, or a tie that the history tells of is gone.
     """
     refuse_wrapped(model, "untie")
-    shares = [share for made in history(model) for share in made.of(Share)]
+    shares = shares_of(history(model))
     if not shares:
         raise ReductionError("untie: this model has no tie made by mlpreduce")
     untie_leaves(model, shares)
-    plans = _without_ties(history(model))
+    plans = without_ties(history(model))
     model.mlpreduce_history = [made for made in plans if made.edits]  # type: ignore[assignment]
     unguard(model)
     return model
 
 
 def merge(model: Model) -> Model:
-    """Turn a reduced model into a plain one, in place. Exact: no output changes.
+    """Turn a reduced model into a plain one, in place. Exact: no output in evaluation changes beyond rounding.
 
-    What reductions added is folded into the weights, and what they tied is untied, so that the state dict is that of the
-    architecture again; sliced MLPs stay as narrow as they are. A model with nothing to merge is returned as it is.
+    What reductions added is folded into the weights, layers that stand for others become dense, and what was tied is untied,
+    so that classes and state dict are those of the architecture again; sliced MLPs stay as narrow as they are. A model with
+    nothing to merge is returned as it is.
 
     Raises:
         ReductionError: the model is wrapped, or a tie that the history tells of is gone.
     """
     refuse_wrapped(model, "merge")
-    return untie(model) if any(made.of(Share) for made in history(model)) else model
-
-
-def _without_ties(plans: list[Plan]) -> list[Plan]:
-    """Plans that give the same shapes without sharing: a slice of what was tied becomes one of each use."""
-    uses: dict[str, set[str]] = {}  # leaf path -> all paths of its tie
-    untied = []
-    for made in plans:
-        edits: list[Edit] = []
-        for edit in made.edits:
-            if isinstance(edit, Share):
-                together = uses.get(edit.source, {edit.source}) | uses.get(edit.target, {edit.target})
-                uses.update(dict.fromkeys(together, together))
-            elif isinstance(edit, Slice):
-                axes = []
-                for axis in edit.axes:
-                    leaf, _, name = axis.tensor.rpartition(".")
-                    axes += [replace(axis, tensor=f"{path}.{name}") for path in sorted(uses.get(leaf, {leaf}))]
-                edits.append(replace(edit, axes=tuple(axes)))
-            else:
-                edits.append(edit)
-        untied.append(replace(made, edits=tuple(edits)))
-    return untied
+    if any(made.of(Share) for made in history(model)):
+        untie(model)
+    plains: dict[int, nn.Module] = {}  # of a module in several places one
+    for layer in [module for module in model.modules() if isinstance(module, Wrapper | StandIn)]:
+        plains[id(layer)] = merged(layer)
+    while any(id(plain) in plains for plain in plains.values()):  # a layer was around a layer
+        plains = {key: plains.get(id(plain), plain) for key, plain in plains.items()}
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if id(child) in plains:
+                module._modules[name] = plains[id(child)].train(child.training)  # type: ignore[union-attr]
+    if plains:
+        plans = without_layers(history(model))
+        model.mlpreduce_history = [made for made in plans if made.edits]  # type: ignore[assignment]
+    return model
 
 
 def broken_ties(model: nn.Module, tree: nn.Module | None = None) -> list[Share]:
     """Ties of the model's history that no longer hold in it, or in `tree`, such as its EMA."""
     tree = model if tree is None else tree
-    shares = (share for made in history(model) for share in made.of(Share))
-    return [share for share in shares if module_at(tree, share.source) is not module_at(tree, share.target)]
+    return [
+        share
+        for share in shares_of(history(model))
+        if module_at(tree, share.source) is not module_at(tree, share.target)
+    ]

@@ -141,13 +141,13 @@ def _fits(tree: nn.Module, uses: Sequence[MLP]) -> dict[int, _Fit]:
     """One fit for each fc2 of the reduced model, by the id of the layer."""
     fits: dict[int, _Fit] = {}
     for mlp in uses:
-        path = mlp.leaf("fc2").path
+        path = mlp.leaf("fc2").call
         module = module_at(tree, path)
         layer = projection(module)
-        if module is None or layer is None:
+        if module is None or layer is None or not layer.dense:
             raise ReductionError(f"repair: {path} is no linear layer or 1 x 1 convolution; exclude it")
         weight = module.get_parameter("weight")
-        inputs, outputs = weight.shape[layer.inputs] + 1, weight.shape[layer.outputs]
+        inputs, outputs = layer.in_features + 1, layer.out_features
         zeros = weight.new_zeros(2, inputs, inputs, dtype=torch.float64)
         sums = zeros.new_zeros(2, outputs, inputs), zeros.new_zeros(2, 3, outputs)
         fits.setdefault(id(module), _Fit(module, path, zeros, *sums))
@@ -236,7 +236,9 @@ def _solved(fit: _Fit) -> tuple[dict[str, torch.Tensor], float, float]:
     if gain <= 0:
         return {}, was, was
     change = _change(square, cross, _RIDGES[gains.index(gain)], bias is not None)
-    new = weight.double() + (change[:, :-1] if layer.outputs == 0 else change[:, :-1].T).reshape(weight.shape)
+    new = weight.double() + (change[:, :-1] if layer.outputs[0] == ("weight", 0) else change[:, :-1].T).reshape(
+        weight.shape
+    )
     values = {f"{fit.path}.weight": new.to(weight.dtype)}
     if bias is not None:
         values[f"{fit.path}.bias"] = (bias.double() + change[:, -1]).to(bias.dtype)

@@ -106,7 +106,7 @@ class _Apart:
 def _cut(tensor: torch.Tensor, axes: list[Axis], edit: Slice) -> tuple[torch.Tensor, _Apart | None]:
     """What is left of a tensor, in memory of its own; and what to make the tensor of again, where that can be told."""
     values = tensor.detach()
-    if len(axes) > 1:  # a grouped convolution: the input axis first, which tells the groups
+    if any(axis.groups > 1 for axis in axes):  # that axis first, by which rows belong to groups
         for axis in sorted(axes, key=lambda axis: -axis.groups):
             kept = axis.positions(edit.hidden, edit.units)
             values = _of_groups(values, axis, edit) if axis.groups > 1 else _picked(values, axis.dim, kept)

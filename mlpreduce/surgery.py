@@ -13,26 +13,28 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
-from mlpreduce.edits import Assign, Plan, Scale, Share, Slice
+from mlpreduce.edits import Assign, Plan, Replace, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
-from mlpreduce.graph import canonicalize, module_at, structural_copy
+from mlpreduce.graph import canonicalize, is_one_node, module_at, structural_copy
+from mlpreduce.layers import make_layer, wraps
 from mlpreduce.slicing import find_tensor, slice_all
 
 __all__ = ["carry_out", "rehearse", "untie_leaves"]
 
 
-def rehearse(model: nn.Module, plan: Plan, rehearsal: nn.Module | None = None) -> nn.Module:
+def rehearse(model: nn.Module, plan: Plan, rehearsal: nn.Module | None = None, *, weights: bool = True) -> nn.Module:
     """The reduced model on the meta device; `model` is not touched.
 
     Args:
         model: the model.
         plan: what to do.
         rehearsal: a structural copy of the model on the meta device to do it on; one is made if there is none.
+        weights: whether it is to have all values that its edits give.
 
     Raises:
         ReductionError: the plan does not fit the model; the message names the module or tensor.
@@ -60,6 +62,8 @@ def rehearse(model: nn.Module, plan: Plan, rehearsal: nn.Module | None = None) -
             raise ReductionError(f"{call}: {edit.tensor} has two {type(edit).__name__} edits; make them one")
         given.add((type(edit), id(tensor)))
         _check_value(tensor, edit, call)
+    for edit, layer in _replace_all(rehearsal, plan.of(Replace), undo, call):
+        _check_layer(layer, edit, f"{call}: {edit.module}", weights=weights, weightless=weightless)
     return rehearsal
 
 
@@ -77,7 +81,7 @@ def carry_out(model: nn.Module, plan: Plan, *, weights: bool = True, rehearsal: 
         ReductionError: the plan does not fit the model, which is then unchanged.
     """
     plan = plan if weights else plan.structure()
-    rehearse(model, plan, rehearsal)
+    rehearse(model, plan, rehearsal, weights=weights)
     with _uninterrupted(), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         slice_all(model, plan.of(Slice), undo)
         _share_all(model, plan.of(Share), undo)
@@ -85,6 +89,9 @@ def carry_out(model: nn.Module, plan: Plan, *, weights: bool = True, rehearsal: 
             _tensor(model, edit.tensor, plan.transform).copy_(edit.value)
         for edit in plan.of(Scale):
             _tensor(model, edit.tensor, plan.transform).mul_(edit.factor)
+        for edit, layer in _replace_all(model, plan.of(Replace), undo, plan.transform):
+            for name, value in (edit.values or {}).items() if weights else ():
+                getattr(layer, name).copy_(value)
         if isinstance(model, fx.GraphModule):
             canonicalize(model)
         undo.pop_all()
@@ -114,6 +121,35 @@ def _share_all(model: nn.Module, shares: list[Share], undo: ExitStack) -> None:
             parent._modules[name] = source
 
 
+def _replace_all(model: nn.Module, edits: list[Replace], undo: ExitStack, call: str) -> list[tuple[Replace, nn.Module]]:
+    """Put layers in their places; each comes back with its edit."""
+    made: list[tuple[Replace, nn.Module]] = []
+    for edit in edits:
+        module = module_at(model, edit.module)
+        if module is None or not edit.module:
+            raise ReductionError(f"{call}: {type(model).__name__} has no module {edit.module!r} to replace")
+        if isinstance(model, fx.GraphModule) and not is_one_node(module):
+            raise ReductionError(
+                f"{call}: {edit.module} is no call of a torch.fx graph, but what it was made of; give the model"
+            )
+        if any(edit.module == other.module for other, _ in made):
+            raise ReductionError(
+                f"{call}: {edit.module} would be replaced twice; a torch.fx graph calls a tied module by one path, so give "
+                f"the model, or untie it first"
+            )
+        try:
+            layer = make_layer(edit.layer, module, edit.config)
+        except ReductionError as error:
+            raise ReductionError(f"{call}: {edit.module}: {error}") from error
+        made.append((edit, layer))
+        parent, _, name = edit.module.rpartition(".")
+        here = cast(nn.Module, module_at(model, parent)), name
+        for owner, key in [here] if wraps(edit.layer) else _places(model)[id(module)]:
+            undo.callback(owner._modules.__setitem__, key, module)
+            owner._modules[key] = layer
+    return made
+
+
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every (parent, name) under which each module is registered, aliases too."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -136,12 +172,12 @@ def _check_hooks(model: nn.Module, plan: Plan, call: str) -> None:
             raise ReductionError(
                 f"{call}: {path} has forward hooks, which may know its old width; remove them, or exclude the MLP"
             )
-    for share in plan.of(Share):
-        state = getattr(module_at(model, share.target), "__dict__", {})
+    going = [share.target for share in plan.of(Share)]
+    going += [edit.module for edit in plan.of(Replace) if not wraps(edit.layer)]
+    for path in going:
+        state = getattr(module_at(model, path), "__dict__", {})
         if any("_hooks" in name and value for name, value in state.items()):
-            raise ReductionError(
-                f"{call}: {share.target} has hooks, which would go with it; remove them or exclude the MLP"
-            )
+            raise ReductionError(f"{call}: {path} has hooks, which would go with it; remove them or exclude the MLP")
 
 
 def _check_memory(model: nn.Module, plan: Plan, call: str) -> None:
@@ -152,7 +188,8 @@ def _check_memory(model: nn.Module, plan: Plan, call: str) -> None:
             holders.setdefault(id(parameter), set()).add(id(module))
     in_place = [edit.tensor for edit in plan.of(Assign, Scale)]
     paths = in_place + [axis.tensor for edit in plan.of(Slice) for axis in edit.axes]
-    for path in {path for share in plan.of(Share) for path in (share.source, share.target)}:
+    leaves = {path for share in plan.of(Share) for path in (share.source, share.target)}
+    for path in leaves | {edit.module for edit in plan.of(Replace)}:
         leaf = module_at(model, path)
         paths += [f"{path}.{name}" for name in (leaf._parameters if leaf is not None else ())]
     for path in paths:
@@ -232,6 +269,22 @@ def _check_value(tensor: torch.Tensor, edit: Assign | Scale, call: str) -> None:
         raise ReductionError(f"{where} has shape {tuple(tensor.shape)}, its new values {fact}")
     if edit.value.layout != torch.strided:
         raise ReductionError(f"{where}: its new values are {edit.value.layout}; give a dense tensor")
+
+
+def _check_layer(layer: nn.Module, edit: Replace, where: str, *, weights: bool, weightless: bool) -> None:
+    """Whether the values of a new layer are its own and fit."""
+    if weights and edit.values is None:
+        raise ReductionError(f"{where}: the values of the new layer are not in the plan; they lie beside it")
+    own = {*layer._parameters, *layer._buffers}
+    for name, value in (edit.values or {}).items():
+        tensor = getattr(layer, name, None) if name in own else None
+        if tensor is None or tensor.shape != value.shape or tensor.is_floating_point() != value.is_floating_point():
+            fact = "no such tensor" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise ReductionError(
+                f"{where}: {edit.layer} has {fact} where {name!r} is {tuple(value.shape)} of {value.dtype}"
+            )
+        if value.is_meta and not weightless:
+            raise ReductionError(f"{where}: the new values of {name} are on the meta device; give them values")
 
 
 def _form(leaf: nn.Module | None) -> tuple[Any, ...]:

@@ -12,9 +12,13 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce.budget import measure
-from mlpreduce.edits import Assign, Plan, Scale, Share, Slice
+from mlpreduce.edits import Assign, Plan, Replace, Scale, Share, Slice
 from mlpreduce.errors import ReductionError
-from mlpreduce.ties import full_state
+from mlpreduce.graph import is_leaf
+from mlpreduce.layers import ChannelCovariance, wraps
+from mlpreduce.planning import planned
+from mlpreduce.ties import full_state, moved_by
+from mlpreduce.transforms import get_transform
 
 __all__ = ["check_transform", "tiny_vit"]
 
@@ -56,7 +60,7 @@ def check_transform(
     state = torch.random.get_rng_state()
     made = mlpreduce.plan(model, name, data=data, **config)
     _same_tensors(before, model, "plan")
-    expected = measure(model).after(made)
+    expected, _ = planned(model, measure(model), made)
     returned = mlpreduce.apply(model, name, data=data, **config)
     _must(torch.equal(state, torch.random.get_rng_state()), "plan and apply consume no random numbers")
     _must(returned is model and type(model) is type(before), "apply returns the same object, of the same class")
@@ -68,24 +72,45 @@ def check_transform(
     with torch.no_grad():
         output = model(images)
     _must(bool(output.isfinite().all()), "the output is finite")
-    again = mlpreduce.apply(make().eval(), Plan.from_json(made.to_json(), {e.tensor: e.value for e in made.of(Assign)}))
-    _same_output(again, images, output, "the plan read back from JSON")
+    if get_transform(name).preserves == "exact" or (get_transform(name).preserves == "at_init" and not config):
+        _near(before, images, output, "the unreduced model, as the transform declares,")
+    with tempfile.TemporaryDirectory() as directory:
+        made.save(f"{directory}/made.json")
+        again = mlpreduce.apply(make().eval(), Plan.load(f"{directory}/made.json"))
+        _same_output(again, images, output, "the plan read back from its files")
     _same_output(copy.deepcopy(model), images, output, "a deep copy")
     _must(mlpreduce.history(copy.deepcopy(model)) == [made], "a deep copy has the history")
     graph = mlpreduce.to_graph(model)
     _same_output(graph, images, output, "to_graph")
-    _must(_count(graph) == _count(model), "the graph has the parameters of the model, and no dead ones")
-    reduced_graph = mlpreduce.apply(mlpreduce.to_graph(make().eval()), name, data=data, **config)
-    _same_output(reduced_graph, images, output, "the transform applied to a GraphModule")
-    _must(_count(reduced_graph) == _count(model), "a GraphModule comes back with as many parameters")
+    training = sum(module.mix.numel() for module in model.modules() if isinstance(module, ChannelCovariance))
+    _must(_count(graph) == _count(model) - training, "the graph has the parameters of the model, and no dead ones")
+    flat = mlpreduce.to_graph(make().eval())
+    if all(is_leaf(before.get_submodule(edit.module)) for edit in made.of(Replace)):
+        _same_output(
+            mlpreduce.apply(flat, name, data=data, **config), images, output, "the transform applied to a GraphModule"
+        )
+        _must(_count(flat) == _count(model), "a GraphModule comes back with as many parameters")
+    else:  # whole MLPs are replaced, of which a graph has no module
+        _refused(flat, name, {"data": data, **config})
+    plain = mlpreduce.merge(copy.deepcopy(model))
+    _near(plain, images, output, "the merged model")
+    if get_transform(name).mergeable:
+        classes = {path: type(module) for path, module in before.named_modules()}
+        _must(
+            list(plain.state_dict()) == list(before.state_dict())
+            and {path: type(module) for path, module in plain.named_modules()} == classes,
+            "a merged model has the names and classes of the architecture",
+        )
     with tempfile.TemporaryDirectory() as directory:
         mlpreduce.save(model, directory)
         _same_output(mlpreduce.load(directory).eval(), images, output, "a saved model")
+        mlpreduce.save(plain, directory)
+        _near(mlpreduce.load(directory).eval(), images, output, "a merged and saved model")
     if made.of(Share):
         _same_output(mlpreduce.untie(copy.deepcopy(model)), images, output, "untie")
         _refused(copy.deepcopy(model), name, {"data": data, **config})
-    model(images).sum().backward()
-    idle = [path for path, parameter in model.named_parameters() if parameter.grad is None]
+    model.train()(images).sum().backward()
+    idle = [path for path, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
     _must(not idle, f"every parameter gets a gradient, not {idle[:3]}")
     return made
 
@@ -106,6 +131,12 @@ def _same_output(model: nn.Module, images: torch.Tensor, output: torch.Tensor, w
     _must(torch.equal(other, output), f"{what} gives the same output, bit for bit (largest difference {gap:.3g})")
 
 
+def _near(model: nn.Module, images: torch.Tensor, output: torch.Tensor, what: str) -> None:
+    with torch.no_grad():
+        gap = ((model(images) - output).abs().max() / output.abs().max()).item()
+    _must(gap < 1e-5, f"{what} gives the same output to 1e-5 of the largest (difference {gap:.3g})")
+
+
 def _same_tensors(model: nn.Module, other: nn.Module, call: str) -> None:
     ours, theirs = model.state_dict(), other.state_dict()
     _must(list(ours) == list(theirs), f"{call} leaves the state dict's names")
@@ -118,9 +149,14 @@ def _untouched(before: nn.Module, model: nn.Module, made: Plan) -> None:
     named = {axis.tensor for edit in made.of(Slice) for axis in edit.axes}
     named |= {edit.tensor for edit in made.of(Assign, Scale)}
     shares = {share.target: share.source for share in made.of(Share)}
+    gone = tuple(f"{edit.module}." for edit in made.of(Replace) if not wraps(edit.layer))
     state = full_state(model)
     for name, tensor in before.state_dict().items():
-        if name not in named and name.rpartition(".")[0] not in shares and name in state:
+        if name in named or name.rpartition(".")[0] in shares or name.startswith(gone):
+            continue
+        for edit in made.of(Replace):
+            name = moved_by(edit, name)
+        if name in state:
             _must(torch.equal(tensor, state[name]), f"{name}, which no edit names, is bit-identical")
 
 

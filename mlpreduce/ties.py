@@ -8,21 +8,48 @@ also with `strict=False`, which timm uses unasked when the number of classes is 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from mlpreduce.edits import Share
+from mlpreduce.edits import Plan, Replace, Share
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import module_at
+from mlpreduce.layers import wraps
 
-__all__ = ["full_state", "guard", "is_guarded", "tied", "unguard"]
+__all__ = ["full_state", "gone_by", "guard", "is_guarded", "moved_by", "shares_of", "tied", "unguard"]
+
+
+def shares_of(plans: Iterable[Plan]) -> list[Share]:
+    """The ties of a history, by the paths that the leaf modules have after it: a layer around one moves it."""
+    groups: list[list[str]] = []  # paths of one leaf each, the one that stayed first
+    for made in plans:
+        for share in made.of(Share):
+            ends = [group for group in groups if share.source in group or share.target in group]
+            joined = dict.fromkeys([path for group in ends for path in group] or [share.source])
+            groups = [group for group in groups if group not in ends]
+            groups.append(list(joined | dict.fromkeys([share.source, share.target])))
+        for edit in made.of(Replace):
+            groups = [[moved_by(edit, path) for path in group if not gone_by(edit, path)] for group in groups]
+    return [Share(group[0], path) for group in groups for path in group[1:]]
+
+
+def gone_by(edit: Replace, path: str) -> bool:
+    """Whether what was at `path` lay inside of a module that another has taken the place of."""
+    return not wraps(edit.layer) and path.startswith(f"{edit.module}.")
+
+
+def moved_by(edit: Replace, path: str) -> str:
+    """The path of what was at `path`, after a layer was put in the place of a module."""
+    moved = wraps(edit.layer) and f"{path}.".startswith(f"{edit.module}.")
+    return f"{edit.module}.base{path.removeprefix(edit.module)}" if moved else path
 
 
 def tied(model: nn.Module) -> dict[str, list[str]]:
     """The ties of a model's history that hold: first path of each shared leaf module -> its other paths."""
-    shares = (share for made in getattr(model, "mlpreduce_history", ()) for share in made.of(Share))
+    shares = shares_of(getattr(model, "mlpreduce_history", ()))
     shared = {id(module_at(model, path)) for share in shares for path in (share.source, share.target)}
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlpreduce.edits import Share
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import find_mlps, refuse_wrapped
 from mlpreduce.reduction import broken_ties, history
-from mlpreduce.ties import is_guarded, tied
+from mlpreduce.ties import is_guarded, shares_of, tied
 
 __all__ = ["Report", "reentrant_problem", "verify"]
 
@@ -62,7 +61,7 @@ def verify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, ema
     """
     refuse_wrapped(model, "verify")
     mlps = find_mlps(model)
-    shares = [share for made in history(model) for share in made.of(Share)]
+    shares = shares_of(history(model))
     problems = [f"{share.target} is no longer tied to {share.source}" for share in broken_ties(model)]
     holders: dict[int, list[str]] = {}
     for path, module in model.named_modules():

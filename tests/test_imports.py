@@ -24,6 +24,7 @@ ORDER = [
     ["parts"],
     ["transforms", "repair"],
     ["planning"],
+    ["rewriting"],
     ["reduction"],
     ["models"],
     ["construction"],

@@ -18,6 +18,7 @@ from mlpreduce.layers import (
     ScaleShift,
     SvftLinear,
     block_orders,
+    make_layer,
 )
 
 
@@ -61,12 +62,12 @@ MERGEABLE: dict[str, Callable[[bool], nn.Module]] = {
     "low rank": lambda bias: LowRankLinear.from_linear(dense(bias=bias), 5),
     "low rank, new": lambda bias: LowRankLinear(12, 20, 3, bias, dtype=torch.float64),
     "lora": lambda bias: LoraLinear(dense(bias=bias), 3, alpha=6.0),
-    "svft plain": lambda bias: SvftLinear(dense(bias=bias)),
-    "svft banded": lambda bias: SvftLinear(dense(bias=bias), "banded", band=2),
-    "svft random": lambda bias: SvftLinear(dense(bias=bias), "random", band=2),
-    "svft top_k": lambda bias: SvftLinear(dense(bias=bias), "top_k", band=2),
-    "svft, narrow": lambda bias: SvftLinear(dense(20, 12, bias=bias), "top_k", rank=None),
-    "svft, rank": lambda bias: SvftLinear(dense(bias=bias), "banded", rank=6),
+    "svft plain": lambda bias: SvftLinear.from_linear(dense(bias=bias)),
+    "svft banded": lambda bias: SvftLinear.from_linear(dense(bias=bias), "banded", band=2),
+    "svft random": lambda bias: SvftLinear.from_linear(dense(bias=bias), "random", band=2),
+    "svft top_k": lambda bias: SvftLinear.from_linear(dense(bias=bias), "top_k", band=2),
+    "svft, narrow": lambda bias: SvftLinear.from_linear(dense(20, 12, bias=bias), "top_k", rank=None),
+    "svft, rank": lambda bias: SvftLinear.from_linear(dense(bias=bias), "banded", rank=6),
 }
 
 
@@ -193,7 +194,11 @@ def test_the_counts_of_scheme_on_vit_base() -> None:
 def test_under_autocast_it_gives_what_a_linear_gives() -> None:
     layer = nn.Linear(12, 20)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for made in (BlockDiagonalLinear.from_linear(layer, 4), LowRankLinear.from_linear(layer, 4), SvftLinear(layer)):
+        for made in (
+            BlockDiagonalLinear.from_linear(layer, 4),
+            LowRankLinear.from_linear(layer, 4),
+            SvftLinear.from_linear(layer),
+        ):
             assert made(torch.randn(2, 3, 12)).dtype == layer(torch.randn(2, 3, 12)).dtype == torch.bfloat16
 
 
@@ -298,7 +303,7 @@ def test_the_counts_of_svft_on_vit_base(band: int, count: int) -> None:
     """METHODS 5.4: n(2k + 1) - k(k + 1) entries a layer, 24 layers, gates not counted."""
     number = torch.arange(768)
     assert 24 * int(((number[:, None] - number).abs() <= band).sum()) == count
-    small = SvftLinear(dense(24, 30), "banded", band=min(band, 4))
+    small = SvftLinear.from_linear(dense(24, 30), "banded", band=min(band, 4))
     k = min(band, 4)
     assert len(small.entries) == 24 * (2 * k + 1) - k * (k + 1)
 
@@ -306,7 +311,7 @@ def test_the_counts_of_svft_on_vit_base(band: int, count: int) -> None:
 @pytest.mark.parametrize("pattern", ["plain", "banded", "random", "top_k"])
 def test_svft_changes_nothing_at_zero_trains_entries_alone_and_has_each_once(pattern: str) -> None:
     layer = dense()
-    made = SvftLinear(layer, pattern, band=2, init="zeros")
+    made = SvftLinear.from_linear(layer, pattern, band=2, init="zeros")
     assert_same(made(tokens()), layer(tokens()))
     assert len({*zip(made.rows.tolist(), made.columns.tolist(), strict=True)}) == len(made.entries)
     assert len(made.entries) == (12 if pattern == "plain" else 12 * 5 - 2 * 3)
@@ -320,17 +325,17 @@ def test_svft_changes_nothing_at_zero_trains_entries_alone_and_has_each_once(pat
 
 def test_svft_takes_the_largest_signed_entries_and_moves_the_weight_a_little() -> None:
     layer = dense(12, 12)
-    made = SvftLinear(layer, "top_k", band=1, init="zeros")
+    made = SvftLinear.from_linear(layer, "top_k", band=1, init="zeros")
     left, _, right = torch.linalg.svd(layer.weight.detach())
     alike = left.T @ right.T
     least = alike.flatten().sort().values[-len(made.entries)]
     assert bool((alike[made.rows, made.columns] >= least - 1e-12).all())
     wide = dense(12, 20)
-    tall = SvftLinear(wide, "top_k", band=1)
+    tall = SvftLinear.from_linear(wide, "top_k", band=1)
     right = torch.linalg.svd(wide.weight.detach(), full_matrices=False)[2]
     least = right.flatten().sort().values[-len(tall.entries)]
     assert bool((right[tall.rows, tall.columns] >= least - 1e-12).all())
-    change = SvftLinear(dense(64, 256), "banded", band=4).merged().weight - dense(64, 256).weight
+    change = SvftLinear.from_linear(dense(64, 256), "banded", band=4).merged().weight - dense(64, 256).weight
     assert float(change.detach().square().sum()) == pytest.approx(
         0.5, rel=0.3
     )  # entries of variance 2 / count, halved by the gate
@@ -346,20 +351,27 @@ def test_lora_is_the_base_at_first_and_bases_may_be_tied() -> None:
     assert first.merged().weight is not layer.weight
 
 
-def test_a_scale_and_shift_is_merged_into_what_lies_before() -> None:
-    after = trained(ScaleShift(20, dtype=torch.float64))
-    assert isinstance(after, ScaleShift)
-    for bias in (True, False):
-        layer = dense(bias=bias)
-        assert_same(after.merged_into(layer)(tokens()), after(layer(tokens())), 1e-13)
-    norm = trained(nn.LayerNorm(20, eps=1e-3, dtype=torch.float64))
-    assert_same(after.merged_into(norm)(tokens(20)), after(norm(tokens(20))), 1e-13)
-    assert torch.equal(ScaleShift(20, dtype=torch.float64)(tokens(20)), tokens(20))
-    torch.manual_seed(0)
-    drawn = ScaleShift(4096, "released")
-    assert float(drawn.scale.detach().mean()) == pytest.approx(1, abs=2e-3)
-    assert float(drawn.scale.detach().std()) == pytest.approx(0.02, rel=0.05)
-    assert float(drawn.shift.detach().std()) == pytest.approx(0.02, rel=0.05)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_scale_and_shift_is_merged_into_what_it_is_around(bias: bool) -> None:
+    norm = trained(nn.LayerNorm(20, eps=1e-3, bias=bias, dtype=torch.float64))
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    convolution = nn.Conv2d(3, 20, 4, stride=2, padding=1, bias=bias, dtype=torch.float64)
+    lora = trained(LoraLinear(dense(bias=bias), 2))
+    bases: list[tuple[nn.Module, torch.Tensor]] = [
+        (dense(bias=bias), tokens()),
+        (norm, tokens(20)),
+        (convolution, images),
+        (lora, tokens()),
+    ]
+    for base, given in bases:
+        made = ScaleShift(base)
+        assert torch.equal(made(given), base(given))
+        trained(made)
+        assert (made.shift is None) is not bias
+        plain = made.merged()
+        assert type(plain) in (nn.Linear, nn.LayerNorm, nn.Conv2d)
+        assert_same(plain(given), made(given), 1e-13)
+        assert float((plain(given) - base(given)).detach().abs().max()) > 1e-3
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------------------
@@ -375,7 +387,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "no weights": (lambda: block_orders([], torch.ones(4, 6), 2), "weights are [] and (4, 6)"),
     "another MLP": (lambda: block_orders([torch.ones(8, 4)], torch.ones(4, 6), 2), "weights are [(8, 4)] and (4, 6)"),
     "NaN": (lambda: LowRankLinear.from_linear(linear(torch.full((4, 4), torch.nan)), 2), "not finite"),
-    "meta": (lambda: SvftLinear(nn.Linear(4, 4, device="meta")), "on the meta device"),
+    "meta": (lambda: SvftLinear.from_linear(nn.Linear(4, 4, device="meta")), "on the meta device"),
     "no moments": (lambda: LowRankLinear.from_linear(dense(), 2, moments=-torch.eye(12)), "negative eigenvalue"),
     "no energy": (lambda: block_orders([torch.zeros(4, 4)], torch.zeros(4, 4), 2), "all zero"),
     "no linear": (lambda: BlockDiagonalLinear.from_linear(nn.ReLU(), 2), "ReLU is no torch.nn.Linear"),  # type: ignore[arg-type]
@@ -384,11 +396,15 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "both": (lambda: LowRankLinear.from_linear(dense(), 2, energy=0.5), "give one of rank and energy"),
     "energy": (lambda: LowRankLinear.from_linear(dense(), energy=1.5), "energy is 1.5"),
     "moments": (lambda: LowRankLinear.from_linear(dense(), 2, moments=torch.eye(3)), "finite ones of 12 inputs"),
-    "pattern": (lambda: SvftLinear(dense(), "diagonal"), "pattern"),
-    "band": (lambda: SvftLinear(dense(), "banded", band=12), "rank is 12 and band 12"),
-    "top_k of a rank": (lambda: SvftLinear(dense(), "top_k", rank=5), "needs the full rank"),
+    "pattern": (lambda: SvftLinear.from_linear(dense(), "diagonal"), "pattern"),
+    "band": (lambda: SvftLinear.from_linear(dense(), "banded", band=12), "rank is 12 and band 12"),
+    "top_k of a rank": (lambda: SvftLinear.from_linear(dense(), "top_k", rank=5), "needs the full rank"),
     "lora rank": (lambda: LoraLinear(dense(), 13), "rank is 13; it is at most 12"),
-    "scale of others": (lambda: ScaleShift(3).merged_into(dense()), "20 outputs, and this has 3 features"),
+    "scale of others": (lambda: ScaleShift(nn.GELU()), "GELU is no Linear"),
+    "scale of groups": (lambda: ScaleShift(nn.GroupNorm(2, 4)), "GroupNorm is no Linear"),
+    "entries": (lambda: SvftLinear(12, 20, 145), "rank is 12 and entries 145"),
+    "unknown layer": (lambda: make_layer("low_rang", dense(), {}), "did you mean 'low_rank'?"),
+    "unknown option": (lambda: make_layer("low_rank", dense(), {"ranks": 2}), "low_rank"),
     "variant": (lambda: ChannelCovariance(nn.Linear(2, 2), 2, "released"), "variant"),
 }
 

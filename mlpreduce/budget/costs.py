@@ -37,6 +37,7 @@ from mlpreduce.graph import (
     structural_copy,
     tensors_in,
 )
+from mlpreduce.layers import BlockDiagonalLinear
 
 __all__ = ["Baseline", "Cost", "counted", "measure", "outcome"]
 
@@ -176,12 +177,12 @@ def measure(
         given = args[0] if args else next(iter(kwargs.values()))
         calls.setdefault(id(module), []).append(given.numel() // features[id(module)])
 
-    contracts = [module_at(copy, mlp.leaf("fc2").path) for mlp in mlps]
+    contracts = [module_at(copy, mlp.leaf("fc2").call) for mlp in mlps]
     features: dict[int, int] = {}
     for leaf in contracts:
         layer = projection(leaf)
         if leaf is not None and layer is not None:
-            features[id(leaf)] = leaf.get_parameter("weight").shape[layer.inputs]
+            features[id(leaf)] = layer.in_features
     for leaf in {id(leaf): leaf for leaf in contracts if leaf is not None}.values():
         leaf.register_forward_hook(record, with_kwargs=True)
     for name, tokens in _tokens_of_blocks(mlps, tokens_per_block).items():
@@ -197,10 +198,17 @@ def measure(
             f"measure({type(model).__name__}): it does not run on one input ({_shapes(image)}): "
             f"{type(error).__name__}: {error}; if the shape is wrong, give inputs="
         ) from error
-    flops = counter.get_flop_counts()["Global"]
-    linear = sum(count for op, count in flops.items() if op in _LINEAR) // 2
+    counts = counter.get_flop_counts()
+    flops = counts["Global"]
+    blocks = {  # a tied one goes by one of its names
+        f"{type(copy).__name__}.{path}"
+        for path, module in copy.named_modules(remove_duplicate=False)
+        if isinstance(module, BlockDiagonalLinear)
+    }
+    in_blocks = sum(sum(counts[name].values()) for name in blocks & counts.keys()) // 2
+    linear = sum(count for op, count in flops.items() if op in _LINEAR) // 2 + in_blocks
     norms = flops.get(_NORM, 0) * LAYER_NORM_MACS
-    attention = sum(count for op, count in flops.items() if op not in _LINEAR and op is not _NORM) // 2
+    attention = sum(count for op, count in flops.items() if op not in _LINEAR and op is not _NORM) // 2 - in_blocks
     known = counted(model, mlps)
     cost = replace(
         known.cost,

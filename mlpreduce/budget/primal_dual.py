@@ -167,15 +167,15 @@ class PrimalDual:
 
     def _weight(self, mlp: MLP) -> torch.Tensor:
         """fc2's weight as (outputs, hidden units), in its memory."""
-        path = mlp.leaf("fc2").path
+        path = mlp.leaf("fc2").call
         module = module_at(self._model, path)
         layer = projection(module)
         axes = [axis for axis in mlp.axes if axis.tensor == f"{path}.weight"]
-        if module is None or layer is None or not axes:
+        if module is None or layer is None or not layer.dense or not axes:
             raise ReductionError(f"{path} is no linear layer or 1 x 1 convolution with a weight of its own")
         weight = module.get_parameter("weight").detach()
         if weight.is_meta:
             raise ReductionError(f"{path} is on the meta device; give the model weights first")
         flat = weight.flatten(1)  # a view: what follows the first two dimensions is 1 x 1
-        columns = flat if layer.inputs == 1 else flat.T
+        columns = flat if layer.inputs == (("weight", 1),) else flat.T
         return columns.narrow(1, axes[0].offsets[0], mlp.hidden_features)  # beside attention's, where layers are fused

@@ -10,10 +10,12 @@ from torch import nn
 
 from mlpreduce.calibration.learn import measure_gates
 from mlpreduce.calibration.measure import Loss, Measured, measure_scores
+from mlpreduce.calibration.moments import measure_moments
 from mlpreduce.calibration.similarity import measure_similarity
 from mlpreduce.criteria import Choice, HiddenUnits, derived_seed
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at
+from mlpreduce.layers import merged
 
 __all__ = ["Answers"]
 
@@ -31,6 +33,7 @@ class Answers:
     def __init__(self, model: nn.Module, mlps: Sequence[MLP], data: Any = None, loss: Loss | None = None) -> None:
         self._model, self._mlps, self._data, self._loss = model, mlps, data, loss
         self._measured: dict[tuple[str, int], Measured] = {}
+        self._moments: dict[str, torch.Tensor] | None = None
         self._used: set[str] = set()
 
     @property
@@ -52,7 +55,10 @@ class Answers:
             ReductionError: the model is on the meta device and has no values.
         """
         parent, _, name = path.rpartition(".")
-        value: torch.Tensor = getattr(module_at(self._model, parent), name)
+        module = module_at(self._model, parent)
+        if not hasattr(module, name) and module is not None:  # the weight that a layer of factors stands for
+            module = merged(module)
+        value: torch.Tensor = getattr(module, name)
         if value.is_meta:
             raise ReductionError(
                 f"needs the values of {path}, but the model is on the meta device; give it weights first"
@@ -89,6 +95,13 @@ class Answers:
         self._used.add("data")
         pairs, self._measured["similarity", 0] = measure_similarity(self._model, self._mlps, self._data)
         return pairs
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """What the layers of all MLPs are given on the data, by path: see `measure_moments`."""
+        if self._moments is None:
+            self._used.add("data")
+            self._moments, self._measured["moments", 0] = measure_moments(self._model, self._mlps, self._data)
+        return self._moments
 
     def _measure(self, choice: Choice, seed: int) -> Measured:
         self._used |= {"data"} if choice.criterion.objective or choice.criterion.needs == "images" else {"data", "loss"}

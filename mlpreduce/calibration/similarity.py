@@ -92,7 +92,7 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def outputs_of(model: nn.Module, mlps: Sequence[MLP], images: torch.Tensor, most: int) -> list[torch.Tensor]:
     """For each MLP the outputs (examples, features) for some images, at most `most` examples of each image."""
-    leaves = [module_at(model, mlp.leaf("fc2").path) for mlp in mlps]
+    leaves = [module_at(model, mlp.leaf("fc2").call) for mlp in mlps]
     calls: dict[int, list[torch.Tensor]] = {id(leaf): [] for leaf in leaves}
 
     def keep(module: nn.Module, args: Any, output: torch.Tensor) -> None:

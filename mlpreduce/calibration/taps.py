@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import MLP, module_at, projection
+from mlpreduce.graph import MLP, Leaf, module_at, projection
 
 __all__ = ["Taps"]
 
@@ -45,8 +45,8 @@ class Taps:
         for mlp in mlps:
             for leaf in mlp.leaves:
                 if leaf.role in sites:
-                    module = module_at(tree, leaf.path)
-                    if module is not None and (tap := _tap(mlp, leaf.path, leaf.role, module)) is not None:
+                    module = module_at(tree, leaf.call)
+                    if module is not None and (tap := _tap(mlp, leaf, module)) is not None:
                         self._taps.setdefault(id(module), tap)
 
     def places(self) -> list[tuple[str, str]]:
@@ -130,13 +130,13 @@ class Taps:
                 )
 
 
-def _tap(mlp: MLP, path: str, role: str, module: nn.Module) -> _Tap | None:
+def _tap(mlp: MLP, leaf: Leaf, module: nn.Module) -> _Tap | None:
     layer = projection(module)
     if layer is None:
         return None
-    dim = layer.outputs if role == "fc1" else layer.inputs
-    offsets = [axis.offsets for axis in mlp.axes if axis.tensor == f"{path}.weight" and axis.dim == dim]
-    return _Tap(mlp.owner, role, module, layer.features, offsets[0], mlp.hidden_features) if offsets else None
+    axes = [(f"{leaf.call}.{name}", dim) for name, dim in (layer.outputs if leaf.role == "fc1" else layer.inputs)]
+    offsets = [axis.offsets for axis in mlp.axes if (axis.tensor, axis.dim) in axes]
+    return _Tap(mlp.owner, leaf.role, module, layer.features, offsets[0], mlp.hidden_features) if offsets else None
 
 
 def _spread(tap: _Tap, value: torch.Tensor, examples: int) -> int:

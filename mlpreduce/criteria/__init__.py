@@ -285,10 +285,12 @@ def unit_weights(mlp: MLP, tensor: Callable[[str], torch.Tensor], names: Sequenc
     known = []
     for axis in mlp.axes:
         path, _, name = axis.tensor.rpartition(".")
+        if roles.get(path) in ("fc1", "fc2") and name not in ("weight", "bias"):
+            name = "weight"  # of a layer that is a product of factors
         known.append(f"{roles.get(path)}.{name}")
         if known[-1] not in names:
             continue
-        values = tensor(axis.tensor).detach()
+        values = tensor(f"{path}.{name}").detach()
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         if axis.groups > 1:  # the input axis of a grouped convolution, once for each group
             values = values.unflatten(0, (axis.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)

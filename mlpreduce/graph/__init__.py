@@ -20,7 +20,16 @@ from mlpreduce.graph.mlp import MLP, Leaf, chains, first_units, select, slice_ed
 from mlpreduce.graph.places import Place, locate
 from mlpreduce.graph.record import read, record
 from mlpreduce.graph.rules import projection, says_mlp
-from mlpreduce.graph.trace import forget, is_meta_twin, module_at, refuse_wrapped, structural_copy, trace
+from mlpreduce.graph.trace import (
+    forget,
+    is_leaf,
+    is_meta_twin,
+    is_one_node,
+    module_at,
+    refuse_wrapped,
+    structural_copy,
+    trace,
+)
 
 __all__ = [
     "MLP",
@@ -33,6 +42,8 @@ __all__ = [
     "example_inputs",
     "find_mlps",
     "first_units",
+    "is_leaf",
+    "is_one_node",
     "leaf_parameters",
     "map_tensors",
     "mlps_or_raise",

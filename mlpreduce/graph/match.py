@@ -9,12 +9,13 @@ computed from (the residual stream). What a node may be is a matter of the table
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 from torch import fx, nn
 
 from mlpreduce.edits import Axis, Setting
 from mlpreduce.graph.flow import Flow
-from mlpreduce.graph.rules import PRODUCTS, Projection, describe, operand, operation, projection
+from mlpreduce.graph.rules import PRODUCTS, Projection, describe, no_slices, operand, operation, projection
 from mlpreduce.graph.trace import module_at
 from mlpreduce.graph.walk import Walk
 
@@ -40,6 +41,7 @@ class Match:
         fused: whether its expanding or contracting layer also computes something else.
         convolves: whether a convolution lies between, as it does in an inverted residual, which is no MLP.
         reshapes: whether shapes change between, where the model's code may have the width in figures.
+        fixed: why its hidden units cannot be sliced, if so.
     """
 
     contract: fx.Node
@@ -56,6 +58,7 @@ class Match:
     fused: bool
     convolves: bool
     reshapes: bool
+    fixed: str
 
     @property
     def leaves(self) -> list[fx.Node]:
@@ -93,9 +96,9 @@ def _match(flow: Flow, contract: fx.Node, barren: set[tuple[object, ...]], stops
     layer = projection(module)
     if module is None or layer is None or len(contract.args) + len(contract.kwargs) != 1:
         return None
-    whole, columns = operand(contract), int(module.get_parameter("weight").shape[layer.inputs])
+    whole, columns = operand(contract), layer.in_features
     for entry in _entries(flow, contract, layer, columns):
-        walk = Walk(flow, entry.hidden, barren)
+        walk = Walk(flow, entry.hidden, barren, groups=layer.groups)
         if not walk.visit(entry.value, entry.dim, 0) or not walk.nonlinear or not walk.expand:
             stops += [walk.stop] if walk.stop else []
             continue
@@ -106,15 +109,18 @@ def _match(flow: Flow, contract: fx.Node, barren: set[tuple[object, ...]], stops
         source = sources.pop()
         if sources or not isinstance(source, fx.Node) or not flow.is_residual(contract, source):
             continue
-        end = Axis(f"{contract.target}.weight", layer.inputs, columns, (entry.start,))
-        return _built(flow, contract, source, walk, end)
+        if not layer.inputs:
+            walk.fixed = no_slices(contract, module)
+        tensors = ((name, dim, attrgetter(name)(module).shape[dim]) for name, dim in layer.inputs)
+        ends = [Axis(f"{contract.target}.{n}", dim, size, (entry.start,), layer.groups) for n, dim, size in tensors]
+        return _built(flow, contract, source, walk, ends, entry.hidden != columns)
     return None
 
 
-def _built(flow: Flow, contract: fx.Node, source: fx.Node, walk: Walk, end: Axis) -> Match | None:
-    """The match of a walk that found an MLP; `end` is the axis of its contracting projection."""
-    hidden = walk.hidden
-    axes, fused = [], end.size != hidden
+def _built(flow: Flow, contract: fx.Node, source: fx.Node, walk: Walk, ends: list[Axis], fused: bool) -> Match | None:
+    """The match of a walk that found an MLP; `ends` are the axes of its contracting projection, `fused` whether it is one of
+    other things too."""
+    hidden, axes = walk.hidden, []
     for (path, dim, groups), offsets in walk.axes.items():
         parent, _, name = path.rpartition(".")
         size = int(getattr(module_at(flow.model, parent), name).shape[dim])
@@ -138,13 +144,14 @@ def _built(flow: Flow, contract: fx.Node, source: fx.Node, walk: Walk, end: Axis
         expand=sorted(walk.expand, key=flow.order.__getitem__),
         inner=walk.inner,
         parameters=walk.parameters,
-        axes=[*axes, end],
+        axes=[*axes, *ends],
         settings=settings,
         signature=[*(describe(leaf) for leaf in described if leaf is not None), *walk.signature],
         gated=walk.gated,
         fused=fused,
         convolves=walk.convolves,
         reshapes=walk.reshapes,
+        fixed=walk.fixed,
     )
 
 

@@ -27,6 +27,7 @@ class Leaf:
             the hidden units.
         per_unit: how many of them belong to one hidden unit.
         per_pair: how many of them belong to pairs of hidden units, in a grouped convolution.
+        around: dotted path of the layer around it, if there is one.
     """
 
     path: str
@@ -35,6 +36,12 @@ class Leaf:
     parameters: int
     per_unit: int
     per_pair: int = 0
+    around: str = ""
+
+    @property
+    def call(self) -> str:
+        """Dotted path of the module that is called: the outermost layer around this one, or itself."""
+        return self.around or self.path
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class MLP:
         settings: plain attributes that hold the hidden width.
         alone: why it cannot share, if so.
         reshapes: whether shapes change between its layers, so that a plan is tried before it is given.
+        fixed: why its hidden units cannot be sliced, if so.
     """
 
     name: str
@@ -80,6 +88,7 @@ class MLP:
     settings: tuple[Setting, ...] = ()
     alone: str = ""
     reshapes: bool = False
+    fixed: str = ""
 
     def params(self, hidden: int | None = None, *, owned: bool = True) -> int:
         """Parameters of its leaves, each counted once.
@@ -122,7 +131,13 @@ def first_units(mlp: MLP, order: Sequence[int], width: int) -> list[int]:
 
 
 def slice_edit(mlp: MLP, uses: Sequence[MLP], units: Sequence[int]) -> Slice:
-    """The edit that keeps `units` of an MLP, in all tensors that its `uses` run through."""
+    """The edit that keeps `units` of an MLP, in all tensors that its `uses` run through.
+
+    Raises:
+        ReductionError: the MLP cannot be sliced.
+    """
+    if mlp.fixed:
+        raise ReductionError(f"{mlp.name}: {mlp.fixed}, or exclude it")
     axes = list(mlp.axes)
     for other in uses:
         if other.name != mlp.name:  # what is tied is sliced once; norms of each depth are its own

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mlpreduce.graph.trace import module_at
+from mlpreduce.layers import Wrapper
 
 __all__ = ["Place", "locate"]
 
@@ -29,7 +30,7 @@ def locate(model: nn.Module, paths: Sequence[Sequence[str]], signatures: Sequenc
     outermost one whose children hold like MLPs, else the innermost one that has several children with MLPs, or one
     child. So parallel MLPs in a block are no stage, nor is a list such as [attention, MLP], nor a list of stages.
     """
-    common = [_common(leaves) for leaves in paths]
+    common = [_common(model, leaves) for leaves in paths]
     different = [name for name, _ in {(name, tuple(leaves)) for name, leaves in zip(common, paths, strict=True)}]
     names = [n if n and different.count(n) == 1 else leaves[0] for n, leaves in zip(common, paths, strict=True)]
     kinds = dict(zip(names, signatures, strict=True))
@@ -83,13 +84,16 @@ def _lists(model: nn.Module, name: str) -> list[tuple[str, str]]:
     return lists
 
 
-def _common(paths: Sequence[str]) -> str:
+def _common(model: nn.Module, paths: Sequence[str]) -> str:
+    """The innermost module that has all of these in it; what is wrapped goes by the place of the layer around it."""
     parts = [path.split(".")[:-1] for path in paths]
     prefix = []
     for step in zip(*parts, strict=False):
         if len(set(step)) > 1:
             break
         prefix.append(step[0])
+    while len(prefix) > 1 and isinstance(module_at(model, ".".join(prefix[:-1])), Wrapper):
+        prefix.pop()
     return ".".join(prefix)
 
 

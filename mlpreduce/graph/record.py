@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph.inputs import INPUTS, Inputs, call_with, example_inputs, map_tensors
 from mlpreduce.graph.rules import IDLE, is_of_library
-from mlpreduce.graph.trace import NORMS, is_leaf, path_below, structural_copy, trace
+from mlpreduce.graph.trace import NORMS, is_one_node, path_below, structural_copy, trace
 
 __all__ = ["read", "record"]
 
@@ -110,7 +110,7 @@ class _Recorder(TorchFunctionMode):
         if type(module).forward in IDLE and not own and len(args) == 1 and not kwargs:
             return args[0]
         path = path_below(self.root, self.scope[-1], module)
-        if not is_leaf(module):
+        if not is_one_node(module):
             self.scope.append(path)
             try:
                 return forward(*args, **kwargs)

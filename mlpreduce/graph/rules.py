@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from mlpreduce.graph.trace import NORMS
+from mlpreduce.layers import StandIn, Wrapper
 
 __all__ = [
     "ACTIVATIONS",
@@ -36,6 +38,7 @@ __all__ = [
     "is_of_library",
     "is_stock",
     "keeps_units_apart",
+    "no_slices",
     "norm_dim",
     "operand",
     "operation",
@@ -104,11 +107,24 @@ def operand(node: fx.Node) -> object:
 
 @dataclass(frozen=True)
 class Projection:
-    """How a layer maps features: dimensions of its weight, and the feature dimension of what it is given."""
+    """How a layer maps features, each position alone.
 
-    outputs: int
-    inputs: int
+    Attributes:
+        outputs: names of its tensors that have an axis of outputs, and that axis. Empty: none can be sliced.
+        inputs: the same of inputs.
+        features: the feature dimension of what it is given.
+        in_features, out_features: widths.
+        groups: blocks of inputs, each of which only a block of outputs sees.
+        dense: whether it is a weight and a bias, of which each output sees each input.
+    """
+
+    outputs: tuple[tuple[str, int], ...]
+    inputs: tuple[tuple[str, int], ...]
     features: int
+    in_features: int
+    out_features: int
+    groups: int = 1
+    dense: bool = True
 
 
 def is_of_library(thing: object, *others: str) -> bool:
@@ -123,23 +139,62 @@ def is_stock(module: nn.Module) -> bool:
 
 
 def projection(module: nn.Module | None) -> Projection | None:
-    """What a layer is as a projection of each position alone, if it has just a weight and a bias and a known forward.
+    """What a layer is as a projection of each position alone, if it has just a weight and a bias and a known forward, or is a
+    layer of this library.
 
     Parametrised, lazy and quantised layers are none.
     """
+    if isinstance(module, Wrapper):
+        return _around(module) if module.is_one_layer else None
+    if isinstance(module, StandIn) and "forward" not in vars(module):
+        made: Any = module
+        widths = made.in_features, made.out_features
+        axes = _present(module, made.outputs), _present(module, made.inputs)
+        return Projection(*axes, -1, *widths, groups=getattr(module, "groups", 1), dense=False)
     if module is None or set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
         return None
     if not is_stock(module):
         return None
     if isinstance(module, nn.Linear):
-        return Projection(outputs=0, inputs=1, features=-1)
+        return _dense(module, 0, -1)
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         pointwise = {*module.kernel_size, *module.stride, module.groups} == {1}
         unpadded = module.padding in ((0,), (0, 0), "valid", "same")
-        return Projection(outputs=0, inputs=1, features=1) if pointwise and unpadded else None
+        return _dense(module, 0, 1) if pointwise and unpadded else None
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):  # GPT-2's
-        return Projection(outputs=1, inputs=0, features=-1)
+        return _dense(module, 1, -1)
     return None
+
+
+def _dense(module: nn.Module, outputs: int, features: int) -> Projection:
+    """A projection by a weight whose axis of outputs is the first or the second."""
+    shape, bias = module.get_parameter("weight").shape, (("bias", 0),) if module._parameters["bias"] is not None else ()
+    return Projection(
+        (("weight", outputs), *bias), (("weight", 1 - outputs),), features, shape[1 - outputs], shape[outputs]
+    )
+
+
+def _around(module: Wrapper) -> Projection | None:
+    """A projection with what a layer around it adds."""
+    inner, own = projection(module.base), module
+    if inner is None or not isinstance(own, StandIn):
+        return None
+    outputs, inputs = (
+        (*((f"base.{name}", dim) for name, dim in below), *_present(module, mine)) if below else ()
+        for below, mine in ((inner.outputs, own.outputs), (inner.inputs, own.inputs))
+    )
+    return replace(inner, outputs=outputs, inputs=inputs, dense=False)
+
+
+def _present(module: nn.Module, axes: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+    return tuple((name, dim) for name, dim in axes if getattr(module, name) is not None)
+
+
+def no_slices(node: fx.Node, module: nn.Module) -> str:
+    """Why a projection has no axes to slice."""
+    return (
+        f"{node.target} is a {type(module).__name__}, of which no hidden units can be taken out; merge the model first"
+    )
 
 
 def tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

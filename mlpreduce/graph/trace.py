@@ -19,12 +19,14 @@ import torch
 from torch import fx, nn
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.layers import Wrapper
 
 __all__ = [
     "NORMS",
     "forget",
     "is_leaf",
     "is_meta_twin",
+    "is_one_node",
     "module_at",
     "path_below",
     "refuse_wrapped",
@@ -58,6 +60,11 @@ def is_leaf(module: nn.Module) -> bool:
     if not module._modules:
         return True
     return isinstance(module, NORMS) and not any(True for c in module.children() for _ in c.state_dict(keep_vars=True))
+
+
+def is_one_node(module: nn.Module) -> bool:
+    """Whether a graph has one node for a call of a module: a leaf is one, and a leaf with a layer around it."""
+    return is_leaf(module) or (isinstance(module, Wrapper) and module.is_one_layer)
 
 
 def path_below(root: nn.Module, caller: str, module: nn.Module) -> str:
@@ -194,7 +201,7 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=functions)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m) or isinstance(m, self._opaque) or super().is_leaf_module(m, module_qualified_name)
+        return is_one_node(m) or isinstance(m, self._opaque) or super().is_leaf_module(m, module_qualified_name)
 
     def path_of_module(self, mod: nn.Module) -> str:
         return path_below(self.root, self.scope.module_path, mod)

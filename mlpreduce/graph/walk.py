@@ -27,6 +27,7 @@ from mlpreduce.graph.rules import (
     is_norm,
     is_stock,
     keeps_units_apart,
+    no_slices,
     norm_dim,
     operand,
     operation,
@@ -63,6 +64,7 @@ class Walk:
     gated: bool = False
     convolves: bool = False
     reshapes: bool = False  # a width may be written in figures
+    fixed: str = ""  # a layer whose units cannot be taken out
     stop: str = ""  # the layer with weights that the walk does not know
 
     def visit(self, node: object, dim: int, offset: int) -> bool:
@@ -137,10 +139,16 @@ class Walk:
         self.convolves = True
         if module.groups == module.in_channels:
             return bool(module.in_channels % self.hidden == 0)
-        if module.in_channels != self.hidden or self.groups not in (1, module.groups):
+        if module.in_channels != self.hidden or not self._in_groups(int(module.groups)):
             return False
-        self.groups = int(module.groups)  # units of one group see each other
         self._axis(f"{node.target}.weight", 1, 0, self.groups)
+        return True
+
+    def _in_groups(self, groups: int) -> bool:
+        """Whether the units can be in these groups; those of one group see each other."""
+        if self.groups not in (1, groups):
+            return False
+        self.groups = groups
         return True
 
     def _is_norm_on(self, module: nn.Module, node: fx.Node, dim: int) -> bool:
@@ -154,11 +162,12 @@ class Walk:
     def _projection(self, node: fx.Node, module: nn.Module, layer: Projection, dim: int, offset: int) -> bool:
         if self._same(node, dim, layer.features):
             self._leaf(node, self.expand)
-            self._axis(f"{node.target}.weight", layer.outputs, offset)
-            if module.bias is not None:
-                self._axis(f"{node.target}.bias", 0, offset)
-            return True
-        if layer.features != -1 or self.flow.shape(node) is None:
+            if not layer.outputs:
+                self.fixed = no_slices(node, module)
+            for name, along in layer.outputs:
+                self._axis(f"{node.target}.{name}", along, offset)
+            return layer.groups == 1 or self._in_groups(layer.groups)
+        if layer.features != -1 or self.flow.shape(node) is None or not layer.dense:
             return False
         self._leaf(node, self.inner)  # a gate over positions, as in gMLP: the same for every hidden unit
         self.signature.append(describe(module))

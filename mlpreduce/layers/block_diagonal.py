@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mlpreduce.errors import ReductionError, check_whole
-from mlpreduce.layers.linear import linear_of, weight_of
+from mlpreduce.layers.linear import linear_of, place_of, undisturbed, weight_of
+from mlpreduce.layers.wrapper import Axes
 
 __all__ = ["BlockDiagonalLinear"]
 
@@ -64,7 +65,7 @@ class BlockDiagonalLinear(nn.Module):
         if in_features % groups or out_features % groups:
             common = math.gcd(in_features, out_features)
             raise ReductionError(f"{call}: groups must divide both widths; it may be a divisor of {common}")
-        self.in_features, self.out_features, self.groups = in_features, out_features, groups
+        self.groups = groups
         self.weight = nn.Parameter(torch.empty(out_features, in_features // groups, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         for name, order, size in (
@@ -82,6 +83,41 @@ class BlockDiagonalLinear(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
+    @property
+    def in_features(self) -> int:
+        """Inputs."""
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def out_features(self) -> int:
+        """Outputs."""
+        return self.weight.shape[0]
+
+    @classmethod
+    def in_place_of(
+        cls, module: nn.Module, groups: int, inputs_order: bool = False, outputs_order: bool = False
+    ) -> BlockDiagonalLinear:
+        """A new layer of the widths of a `Linear`, its type and place, with room for orders where they are asked for."""
+        outputs, inputs = weight_of(module, "BlockDiagonalLinear.in_place_of").shape
+        return cls(
+            inputs,
+            outputs,
+            groups,
+            inputs_order=torch.arange(inputs, device="cpu") if inputs_order else None,
+            outputs_order=torch.arange(outputs, device="cpu") if outputs_order else None,
+            **place_of(module),
+        )
+
+    @property
+    def outputs(self) -> Axes:
+        """Axes of its tensors that its outputs lie on, if they are in order."""
+        return (("weight", 0), ("bias", 0)) if self.outputs_order is None else ()
+
+    @property
+    def inputs(self) -> Axes:
+        """Axes of its tensors that its inputs lie on, if they are in order: those of one block, for each block of rows."""
+        return (("weight", 1),) if self.inputs_order is None else ()
+
     @classmethod
     def from_linear(
         cls,
@@ -98,16 +134,9 @@ class BlockDiagonalLinear(nn.Module):
         """
         weight = weight_of(layer, "BlockDiagonalLinear.from_linear")
         outputs, inputs = weight.shape
-        made = cls(
-            inputs,
-            outputs,
-            groups,
-            layer.bias is not None,
-            inputs_order=inputs_order,
-            outputs_order=outputs_order,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        place = place_of(layer)
+        with undisturbed(weight):
+            made = cls(inputs, outputs, groups, inputs_order=inputs_order, outputs_order=outputs_order, **place)
         values, bias = weight, layer.bias
         if made.inputs_order is not None:
             values = values[:, made.inputs_order]

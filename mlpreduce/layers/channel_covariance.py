@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from mlpreduce.errors import check_one_of, check_whole
+from mlpreduce.layers.wrapper import Wrapper
 
 __all__ = ["ChannelCovariance"]
 
 
-class ChannelCovariance(nn.Module):
+class ChannelCovariance(Wrapper):
     """While training, alpha * base(x) + (1 - alpha) * A x, with (alpha, 1 - alpha) = softmax(mix); in evaluation base(x).
 
     A, (channels, channels), is the softmax of X X^T / sqrt(hidden) along its rows, X the input, (channels, tokens). It lets the
@@ -33,6 +34,8 @@ class ChannelCovariance(nn.Module):
         ReductionError: an option is out of range.
     """
 
+    is_one_layer = False
+
     def __init__(self, base: nn.Module, hidden: int, variant: str = "covariance") -> None:
         super().__init__()
         check_whole("ChannelCovariance: hidden", hidden)
@@ -40,6 +43,11 @@ class ChannelCovariance(nn.Module):
         self.base, self.hidden, self.variant = base, hidden, variant
         like = next(base.parameters(), torch.empty(0))
         self.mix = nn.Parameter(torch.randn(2, device=like.device, dtype=like.dtype))
+
+    @classmethod
+    def in_place_of(cls, module: nn.Module, hidden: int, variant: str = "covariance") -> ChannelCovariance:
+        """The layer around a module."""
+        return cls(module, hidden, variant)
 
     @property
     def alpha(self) -> float:

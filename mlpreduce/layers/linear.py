@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import nn
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["decomposed", "linear_of", "weight_of"]
+__all__ = ["decomposed", "linear_of", "place_of", "undisturbed", "weight_of"]
 
 
 def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
@@ -18,6 +22,19 @@ def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone())
     return layer
+
+
+def place_of(layer: nn.Module) -> dict[str, Any]:
+    """What a layer that stands in for another has in common with it: whether there is a bias, type and place."""
+    weight = layer.get_parameter("weight")
+    return {"bias": layer._parameters.get("bias") is not None, "device": weight.device, "dtype": weight.dtype}
+
+
+@contextmanager
+def undisturbed(weight: torch.Tensor) -> Iterator[None]:
+    """Random numbers that are drawn within, where the weight lies, are not missed outside."""
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        yield
 
 
 def weight_of(layer: nn.Module, call: str) -> torch.Tensor:

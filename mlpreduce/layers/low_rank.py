@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from mlpreduce.errors import ReductionError, check_number, check_whole
-from mlpreduce.layers.linear import decomposed, linear_of, weight_of
+from mlpreduce.layers.linear import decomposed, linear_of, place_of, undisturbed, weight_of
+from mlpreduce.layers.wrapper import Axes
 
 __all__ = ["LowRankLinear"]
 
@@ -56,7 +57,7 @@ class LowRankLinear(nn.Module):
         self.down = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self.kept = 1.0
+        self._kept = 1.0
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -67,6 +68,37 @@ class LowRankLinear(nn.Module):
         nn.init.normal_(self.up, std=std)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+
+    @classmethod
+    def in_place_of(cls, module: nn.Module, rank: int) -> LowRankLinear:
+        """A new layer of the widths of a `Linear`, its type and place."""
+        outputs, inputs = weight_of(module, "LowRankLinear.in_place_of").shape
+        return cls(inputs, outputs, rank, **place_of(module))
+
+    @property
+    def in_features(self) -> int:
+        """Inputs."""
+        return self.down.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Outputs."""
+        return self.up.shape[0]
+
+    @property
+    def kept(self) -> float:
+        """Share of the energy of the layer that it was made of."""
+        return self._kept
+
+    @property
+    def outputs(self) -> Axes:
+        """Axes of its tensors that its outputs lie on."""
+        return ("up", 0), ("bias", 0)
+
+    @property
+    def inputs(self) -> Axes:
+        """Axes of its tensors that its inputs lie on."""
+        return (("down", 1),)
 
     @classmethod
     def from_linear(
@@ -112,8 +144,8 @@ class LowRankLinear(nn.Module):
             check_number(f"{call}: energy", energy, most=1, above=True)
             rank = min(int((shares < energy * (1 - 1e-12)).sum()) + 1, len(values))
         assert rank is not None
-        outputs, inputs = weight.shape
-        made = cls(inputs, outputs, rank, layer.bias is not None, device=weight.device, dtype=layer.weight.dtype)
+        with undisturbed(weight):
+            made = cls.in_place_of(layer, rank)
         scale = values[:rank].sqrt()
         down = right[:rank]
         if root is not None:
@@ -123,7 +155,7 @@ class LowRankLinear(nn.Module):
             made.down.copy_(scale[:, None] * down)
             if made.bias is not None:
                 made.bias.copy_(layer.bias)
-        made.kept = float(shares[rank - 1]) if bool(values.any()) else 1.0
+        made._kept = float(shares[rank - 1]) if bool(values.any()) else 1.0
         return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

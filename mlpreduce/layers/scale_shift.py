@@ -1,75 +1,86 @@
-"""A scale and a shift of each feature, after a projection or a norm.
+"""A scale and a shift for each feature that a layer gives.
 
-Source: SSF (arXiv 2210.08823): y = scale * x + shift.
+Source: SSF (arXiv 2210.08823): y = scale * x + shift after each operation.
 """
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
-from mlpreduce.errors import ReductionError, check_one_of, check_whole
-from mlpreduce.layers.linear import linear_of, weight_of
+from mlpreduce.errors import ReductionError
+from mlpreduce.layers.wrapper import Axes, Wrapper, merged
 
 __all__ = ["ScaleShift"]
 
-STD = 0.02
 
-
-class ScaleShift(nn.Module):
-    """y = scale * x + shift, over the last dimension.
+class ScaleShift(Wrapper):
+    """y = scale * base(x) + shift, one of each for every feature. It starts as the identity.
 
     Attributes:
+        base: a `Linear` or what stands in for one, a `LayerNorm`, or a `Conv2d`.
         scale: (features,).
-        shift: (features,).
+        shift: (features,), or None where the base has no bias that could take it.
 
     Args:
-        features: their number.
-        init: `identity`, which changes nothing, or `released`: normal numbers around 1 and 0, of deviation 0.02.
-        device: where they lie.
-        dtype: their type.
+        base: the layer.
 
     Raises:
-        ReductionError: an option is out of range.
+        ReductionError: it is of another kind.
     """
 
-    def __init__(
-        self,
-        features: int,
-        init: str = "identity",
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        check_whole("ScaleShift: features", features)
-        check_one_of("ScaleShift: init", init, ("identity", "released"))
-        self.scale = nn.Parameter(torch.ones(features, device=device, dtype=dtype))
-        self.shift = nn.Parameter(torch.zeros(features, device=device, dtype=dtype))
-        if init == "released":
-            nn.init.normal_(self.scale, mean=1.0, std=STD)
-            nn.init.normal_(self.shift, std=STD)
+        plain = base
+        while isinstance(plain, Wrapper):
+            plain = plain.base
+        features = getattr(plain, "out_features", getattr(plain, "out_channels", None))
+        if isinstance(plain, nn.LayerNorm) and plain.elementwise_affine and len(plain.normalized_shape) == 1:
+            (features,) = plain.normalized_shape
+        if not isinstance(features, int) or isinstance(plain, nn.Conv1d | nn.Conv3d):
+            raise ReductionError(
+                f"ScaleShift: {type(plain).__name__} is no Linear, no Conv2d and no LayerNorm of one dimension with weights"
+            )
+        self.base, self._dim = base, 1 if isinstance(plain, nn.Conv2d) else -1
+        like = next(base.parameters())
+        self.scale = nn.Parameter(torch.ones(features, device=like.device, dtype=like.dtype))
+        biased = plain._parameters.get("bias") is not None
+        self.shift = nn.Parameter(torch.zeros_like(self.scale)) if biased else None
+
+    @classmethod
+    def in_place_of(cls, module: nn.Module) -> ScaleShift:
+        """The layer around a module."""
+        return cls(module)
+
+    @property
+    def outputs(self) -> Axes:
+        """Axes of its own tensors that its outputs lie on."""
+        return ("scale", 0), ("shift", 0)
+
+    @property
+    def inputs(self) -> Axes:
+        """Axes of its own tensors that its inputs lie on."""
+        return ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., features), of the same shape."""
-        return x * self.scale + self.shift
+        """What the base takes, to what it gives."""
+        y: torch.Tensor = self.base(x)
+        along = (slice(None), *[None] * (y.dim() - 2)) if self._dim == 1 else slice(None)
+        y = y * self.scale[along]
+        return y if self.shift is None else y + self.shift[along]
 
-    def merged_into(self, layer: nn.Module) -> nn.Linear | nn.LayerNorm:
-        """The layer before it and it, as one layer of the same kind. The one before stays as it is.
+    def merged(self) -> nn.Module:
+        """A layer of the kind that the base is, with both in its weights. The base stays as it is."""
+        layer = copy.deepcopy(merged(self.base))
+        with torch.no_grad():
+            weight = layer.get_parameter("weight")
+            weight.mul_(self.scale.reshape(-1, *[1] * (weight.dim() - 1)))
+            if self.shift is not None:
+                layer.get_parameter("bias").mul_(self.scale).add_(self.shift)
+        return layer
 
-        Raises:
-            ReductionError: the layer is neither a `Linear` nor a `LayerNorm` with weights, or has other features.
-        """
-        call = f"ScaleShift.merged_into({type(layer).__name__})"
-        scale, shift = self.scale.detach(), self.shift.detach()
-        if isinstance(layer, nn.LayerNorm) and layer.weight is not None and layer.weight.shape == scale.shape:
-            bias = 0 if layer.bias is None else layer.bias.detach()
-            norm = nn.LayerNorm(layer.normalized_shape, layer.eps, device="meta", dtype=layer.weight.dtype)
-            norm.weight = nn.Parameter(scale * layer.weight.detach())
-            norm.bias = nn.Parameter(scale * bias + shift)
-            return norm
-        weight = weight_of(layer, call)
-        if len(weight) != len(scale):
-            raise ReductionError(f"{call}: the layer has {len(weight)} outputs, and this has {len(scale)} features")
-        bias = layer.bias.detach() if layer.bias is not None else torch.zeros_like(shift)  # type: ignore[operator,union-attr]
-        return linear_of(scale[:, None] * weight, scale * bias + shift)
+    def extra_repr(self) -> str:
+        """Features, and whether there is a shift."""
+        return f"{len(self.scale)}, shift={self.shift is not None}"

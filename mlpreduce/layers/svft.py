@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mlpreduce.errors import ReductionError, check_one_of, check_whole
-from mlpreduce.layers.linear import decomposed, linear_of, weight_of
+from mlpreduce.layers.linear import decomposed, linear_of, place_of, weight_of
+from mlpreduce.layers.wrapper import Axes
 
 __all__ = ["SvftLinear"]
 
@@ -32,17 +33,16 @@ class SvftLinear(nn.Module):
         bias: (outputs,), frozen, or None.
 
     Args:
-        layer: the dense layer.
-        pattern: `plain` (the diagonal), `banded` (at most `band` beside it), `random` (as many entries as `banded`, each once),
-            `top_k` (as many, where left and right singular vectors are most alike; of a layer that is not square the
-            largest entries of the square one of both).
-        band: entries on each side of the diagonal.
-        rank: singular values that are kept; all, if none is given. With fewer the function changes.
-        init: of M: `normal` with variance 2 / entries, as released, or `zeros`, which changes nothing.
-        seed: of random entries and values.
+        in_features: inputs.
+        out_features: outputs.
+        entries: how many entries of M train.
+        rank: singular values; by default all.
+        bias: whether there is one.
+        device: where the tensors lie.
+        dtype: their type.
 
     Raises:
-        ReductionError: an option is out of range, or the layer is no `Linear`.
+        ReductionError: an option is out of range.
     """
 
     left: torch.Tensor
@@ -53,15 +53,66 @@ class SvftLinear(nn.Module):
 
     def __init__(
         self,
-        layer: nn.Linear,
+        in_features: int,
+        out_features: int,
+        entries: int,
+        rank: int | None = None,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("out_features", out_features), ("entries", entries)):
+            check_whole(f"SvftLinear: {name}", value)
+        size = min(in_features, out_features)
+        rank = size if rank is None else rank
+        check_whole("SvftLinear: rank", rank)
+        if rank > size or entries > rank * rank:
+            raise ReductionError(f"SvftLinear: rank is {rank} and entries {entries}; at most {size} and rank squared")
+        self.in_features, self.out_features = in_features, out_features
+        empty = torch.empty(0, device=device, dtype=dtype)
+        self.register_buffer("left", empty.new_zeros(out_features, rank))
+        self.register_buffer("values", empty.new_zeros(rank))
+        self.register_buffer("right", empty.new_zeros(rank, in_features))
+        self.register_buffer("rows", empty.new_zeros(entries, dtype=torch.long))
+        self.register_buffer("columns", empty.new_zeros(entries, dtype=torch.long))
+        self.entries = nn.Parameter(empty.new_zeros(entries))
+        self.gate = nn.Parameter(empty.new_zeros(()))
+        self.bias = nn.Parameter(empty.new_zeros(out_features), requires_grad=False) if bias else None
+
+    @classmethod
+    def in_place_of(cls, module: nn.Module, entries: int, rank: int) -> SvftLinear:
+        """A layer of the widths of a `Linear`, its type and place, of zeros."""
+        outputs, inputs = weight_of(module, "SvftLinear.in_place_of").shape
+        return cls(inputs, outputs, entries, rank, **place_of(module))
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Module,
         pattern: str = "plain",
         *,
         band: int = 1,
         rank: int | None = None,
         init: str = "normal",
         seed: int = 0,
-    ) -> None:
-        super().__init__()
+    ) -> SvftLinear:
+        """The decomposition of a dense layer, in float64.
+
+        Args:
+            layer: the dense layer.
+            pattern: `plain` (the diagonal), `banded` (at most `band` beside it), `random` (as many entries as `banded`, each
+                once), `top_k` (as many, where left and right singular vectors are most alike; of a layer that is not square
+                the largest entries of the square one of both).
+            band: entries on each side of the diagonal.
+            rank: singular values that are kept; all, if none is given. With fewer the function changes.
+            init: of M: `normal` with variance 2 / entries, as released, or `zeros`, which changes nothing.
+            seed: of random entries and values.
+
+        Raises:
+            ReductionError: an option is out of range, or the layer is no `Linear` with finite values.
+        """
         weight = weight_of(layer, "SvftLinear")
         check_one_of("SvftLinear: pattern", pattern, PATTERNS)
         check_one_of("SvftLinear: init", init, INITS)
@@ -76,14 +127,31 @@ class SvftLinear(nn.Module):
         left, values, right = left[:, :rank], values[:rank], right[:rank]
         generator = torch.Generator().manual_seed(seed)
         rows, columns = _entries(pattern, left, right, band, generator)
-        for name, vectors in (("left", left), ("values", values), ("right", right)):
-            self.register_buffer(name, vectors.to(weight.dtype).contiguous())
-        self.register_buffer("rows", rows.to(weight.device))
-        self.register_buffer("columns", columns.to(weight.device))
+        made = cls.in_place_of(layer, len(rows), rank)
         drawn = torch.randn(len(rows), generator=generator) * math.sqrt(2 / len(rows))
-        self.entries = nn.Parameter((drawn if init == "normal" else torch.zeros_like(drawn)).to(weight))
-        self.gate = nn.Parameter(weight.new_zeros(()))
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+        with torch.no_grad():
+            for mine, given in (
+                (made.left, left),
+                (made.values, values),
+                (made.right, right),
+                (made.rows, rows),
+                (made.columns, columns),
+                (made.entries, drawn if init == "normal" else torch.zeros_like(drawn)),
+            ):
+                mine.copy_(given)
+            if made.bias is not None:
+                made.bias.copy_(layer.get_parameter("bias"))
+        return made
+
+    @property
+    def outputs(self) -> Axes:
+        """None of its axes may be sliced: the singular vectors would not be any more."""
+        return ()
+
+    @property
+    def inputs(self) -> Axes:
+        """None of its axes may be sliced: the singular vectors would not be any more."""
+        return ()
 
     def dense_weight(self) -> torch.Tensor:
         """The weight as it is, (outputs, inputs)."""

@@ -14,11 +14,11 @@ from typing import Any
 from torch import nn
 
 import mlpreduce
-from mlpreduce.budget import Baseline, Cost, counted, measure, outcome
+from mlpreduce.budget import Baseline, Cost, counted, measure
 from mlpreduce.edits import Assign, Plan, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Survey, mlps_or_raise, structural_copy, survey
-from mlpreduce.planning import make_plan
+from mlpreduce.planning import make_plan, planned
 from mlpreduce.recipe import Recipe, changed, runs
 from mlpreduce.search.spaces import ModelView, Suggestion
 from mlpreduce.surgery import carry_out
@@ -160,7 +160,7 @@ class Pricer:
             config = {key: value for key, value in _priced(step).items() if key != "transform"}
             plan, _ = make_plan(tree, step["transform"], config, found=found)
             plans.append(plan)
-            cost, after = measured.after(plan), outcome(measured.mlps, plan)
+            cost, after = planned(tree, measured, plan)
             if number < len(rest):  # what follows needs the structure; no value is looked at where one was changed
                 carry_out(tree, plan, weights=False)
                 found = replace(survey(tree), tree=None)

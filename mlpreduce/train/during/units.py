@@ -36,11 +36,19 @@ def owners(mlps: Sequence[MLP]) -> list[MLP]:
 
 
 def projections(mlp: MLP) -> tuple[list[Axis], Axis]:
-    """The axes of the hidden units in the weights of fc1 (a gated MLP may have two) and of fc2."""
+    """The axes of the hidden units in the weights of fc1 (a gated MLP may have two) and of fc2.
+
+    Raises:
+        ReductionError: one of the layers is none that has a weight for each pair of features.
+    """
     roles = {leaf.path: leaf.role for leaf in mlp.leaves}
     named = [(roles.get(axis.tensor.removesuffix(".weight")), axis) for axis in mlp.axes]
-    fc2 = next(axis for role, axis in named if role == "fc2")
-    return [axis for role, axis in named if role == "fc1"], fc2
+    fc1, fc2 = ([axis for role, axis in named if role == wanted and axis.groups == 1] for wanted in ("fc1", "fc2"))
+    if not fc1 or not fc2:
+        raise ReductionError(
+            f"{mlp.name} has layers without a weight of all units; merge the model first, or exclude it"
+        )
+    return fc1, fc2[0]
 
 
 def parameter(model: nn.Module, path: str, call: str) -> nn.Parameter:
