@@ -23,6 +23,7 @@ __all__ = ["Transform", "check_config", "get_transform", "is_construction", "lis
 RESERVED = ("include", "exclude", "data", "loss", "example_inputs")
 
 Scope = Literal["all", "chains"]
+Preserves = Literal["exact", "at_init", "no"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,17 @@ class Transform:
         function: `(parts, *, ...) -> edits`, or for construction `(*, ...) -> keyword arguments of timm.create_model`.
         scope: `all` MLPs, or those of `chains` of at least two, without class-attention MLPs.
         construction: whether it acts when the model is built.
+        preserves: what becomes of the function of the model: `exact` (none but rounding), `at_init` (the same until it trains,
+            with the default options), `no`.
+        mergeable: whether `merge` makes a plain model of it, in the classes and names of the architecture.
     """
 
     name: str
     function: Callable[..., Any]
     scope: Scope
     construction: bool
+    preserves: Preserves = "no"
+    mergeable: bool = True
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -58,9 +64,14 @@ _loaded_entry_points = False
 
 
 def register(
-    name: str, *, scope: Scope = "all", construction: bool = False
+    name: str,
+    *,
+    scope: Scope = "all",
+    construction: bool = False,
+    preserves: Preserves = "no",
+    mergeable: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add a transform under `name`.
+    """Add a transform under `name`. What else it declares is as of `Transform`.
 
     Packages can also name a transform in the entry-point group `mlpreduce.transforms`.
 
@@ -72,7 +83,7 @@ def register(
         if name in _TRANSFORMS:
             raise ReductionError(f"register({name!r}): there is a transform of this name already")
         _check_signature(name, function, construction)
-        transform = Transform(name, function, scope, construction)
+        transform = Transform(name, function, scope, construction, preserves, mergeable)
         for key, parameter in transform.parameters.items():
             if key in RESERVED:
                 raise ReductionError(
@@ -134,7 +145,7 @@ def list_transforms() -> list[str]:
 
     Example:
         >>> list_transforms()
-        ['grouped', 'shallow', 'thin']
+        ['block_diagonal', 'block_gate', 'drop', 'grouped', 'lora', 'low_rank', 'shallow', 'ssf', 'svft', 'thin']
     """
     _load_entry_points()
     return sorted(_TRANSFORMS)
@@ -159,4 +170,14 @@ def check_config(name: str, config: Iterable[str]) -> Transform:
     return transform
 
 
-from mlpreduce.transforms import grouped, shallow, thin  # noqa: E402, F401  (they register themselves)
+from mlpreduce.transforms import (  # noqa: E402, F401  (they register themselves)
+    block_diagonal,
+    block_gate,
+    grouped,
+    lora,
+    low_rank,
+    shallow,
+    ssf,
+    svft,
+    thin,
+)

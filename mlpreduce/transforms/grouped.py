@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from mlpreduce.graph import MLP
 from mlpreduce.parts import Parts
 from mlpreduce.transforms import register
 from mlpreduce.transforms.patterns import groups_of
+from mlpreduce.transforms.per_use import check_per_use, multiplies, scaled_tensor, uses_of_their_own
 
 SCALED = ("fc1.weight", "fc1.bias", "fc2.weight")  # equation 1; fc2.bias stays
 SHARES = {"mlp": (), "attention": ("attention",), "block": ("attention", "other")}  # roles of leaves beside the MLP
@@ -37,6 +39,7 @@ def grouped(
     remainder: str = "error",
     share: str = "mlp",
     repair: str = "none",
+    per_use: str | Mapping[str, Any] = "none",
 ) -> Iterator[Edit]:
     """Share MLP weights between blocks of one stage.
 
@@ -60,6 +63,9 @@ def grouped(
         share: `mlp`; `attention` in its place, MLPs staying each block's own; or the whole `block`, norms and layer scales too.
         repair: `least_squares` refits the shared fc2 and its bias on the data, so that it best gives what the MLPs gave that
             it stands for; or `none`.
+        per_use: what each use of a shared layer has of its own: `none`, `ssf` (a scale and shift of what fc1 and fc2 give),
+            `lora` (a correction of low rank), or with options, `{"name": "lora", "rank": 8}`; `norm`: the norms and layer
+            scales of blocks and MLPs are not shared.
 
     Raises:
         ReductionError: the blocks do not split so, are tied already, or an option is out of range; or there is no data
@@ -67,6 +73,7 @@ def grouped(
     """
     check_one_of("keep", keep, KEEPS)
     check_one_of("share", share, SHARES)
+    check_per_use(parts, per_use, share, keep)
     if share == "attention" and repair != "none":
         raise ReductionError(f"repair={repair!r} refits MLPs that share, and share='attention' leaves each its own")
     tied = [mlp for mlp in parts if len({use.block for use in parts.uses(mlp)}) > 1]
@@ -82,14 +89,16 @@ def grouped(
         blocks = tuple(member.block for member in members)
         if len(members) > 1 and share != "mlp" and blocks not in together:  # a block may have several MLPs
             together.add(blocks)
-            yield from _tie_beside(parts, members, keep, SHARES[share])
+            yield from _tie_beside(parts, members, keep, SHARES[share], norms=per_use != "norm")
         if len(members) > 1 and share != "attention":
             means = dict(_means(parts, members, align=keep == "align_mean")) if keep in ("mean", "align_mean") else {}
             keeper = members[-1] if keep == "last" else members[0]
             if scale == "match_forward":
                 factors = dict.fromkeys(SCALED, _matching_factor(parts, members, keeper, means))
             yield from (Assign(path, value) for path, value in means.items())
-            yield from _tie(parts, members, keeper, factors)
+            yield from _tie(parts, members, keeper, factors, own="norm" if per_use == "norm" else "")
+        if len(members) > 1:
+            yield from uses_of_their_own(parts, members, per_use)
 
 
 def _factors(scale: str | float | Mapping[str, float], uses: int) -> dict[str, float]:
@@ -110,25 +119,26 @@ def _factors(scale: str | float | Mapping[str, float], uses: int) -> dict[str, f
     return factors
 
 
-def _tie(parts: Parts, members: list[MLP], keeper: MLP, factors: Mapping[str, float]) -> Iterator[Edit]:
-    """The edits that leave one MLP for all members."""
+def _tie(parts: Parts, members: list[MLP], keeper: MLP, factors: Mapping[str, float], own: str) -> Iterator[Edit]:
+    """The edits that leave one MLP for all members, but for leaves of the role `own`."""
     for leaf in keeper.leaves:
         for name in ("weight", "bias"):
             factor = factors.get(f"{leaf.role}.{name}", 1.0)
-            if factor != 1 and any(path == f"{leaf.path}.{name}" for path in parts.tensors_of(leaf)):
-                yield Scale(f"{leaf.path}.{name}", float(factor))
+            if factor != 1 and leaf.role in ("fc1", "fc2") and (path := scaled_tensor(parts, leaf, name)) is not None:
+                yield Scale(path, float(factor))
     for member in members:
         if member is not keeper:
             for source, target in zip(keeper.leaves, member.leaves, strict=True):
-                if source.shareable:
+                if source.shareable and source.role != own:
                     yield Share(source.path, target.path)
 
 
-def _tie_beside(parts: Parts, members: list[MLP], keep: str, roles: Sequence[str]) -> Iterator[Edit]:
-    """The edits that leave one of what the blocks of all members have beside their MLPs."""
+def _tie_beside(parts: Parts, members: list[MLP], keep: str, roles: Sequence[str], *, norms: bool) -> Iterator[Edit]:
+    """The edits that leave one of what the blocks of all members have beside their MLPs; with norms and scales or without."""
     blocks = []
     for member in members:
         leaves = [leaf for leaf in parts.beside(member) if leaf.role in roles and leaf.shareable]
+        leaves = [leaf for leaf in leaves if norms or multiplies(parts, leaf)]
         blocks.append({leaf.path.removeprefix(member.block): leaf for leaf in leaves})
     first, keeper = blocks[0], blocks[-1 if keep == "last" else 0]
     for member, block in zip(members, blocks, strict=True):

@@ -75,6 +75,9 @@ def shallow(
         raise ReductionError(
             f"{len(sizes)} sizes are given ({', '.join(sizes)}); give one of {', '.join([*given, *targets])}"
         )
+    for mlp in parts:
+        if mlp.fixed:
+            raise ReductionError(f"{mlp.name}: {mlp.fixed}, or exclude it")
     check_whole("round_to", round_to)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ReductionError(f"seed is {seed!r}; it must be a whole number")

@@ -1,0 +1,94 @@
+"""What each use of a shared MLP has of its own, and which tensors of shared layers a scale rule meets.
+
+Sources: a scale and shift for each use, SSF (arXiv 2210.08823); a correction of low rank for each use, relaxed recursive
+transformers (arXiv 2410.20672); norms of their own, MiniViT (arXiv 2204.07154).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from mlpreduce.edits import Edit
+from mlpreduce.errors import ReductionError, check_one_of, did_you_mean
+from mlpreduce.graph import MLP, Leaf
+from mlpreduce.layers import BlockDiagonalLinear, LowRankLinear, StandIn
+from mlpreduce.parts import Parts
+from mlpreduce.transforms.lora import lora_around
+from mlpreduce.transforms.ssf import scale_around
+
+__all__ = ["check_per_use", "multiplies", "scaled_tensor", "uses_of_their_own"]
+
+KINDS = ("none", "ssf", "lora", "norm")
+OPTIONS = {"lora": ("rank", "alpha", "seed"), "ssf": (), "norm": (), "none": ()}
+
+
+def check_per_use(parts: Parts, per_use: str | Mapping[str, Any], share: str, keep: str) -> None:
+    """Whether what uses are to have of their own can be, beside what is shared and kept.
+
+    Raises:
+        ReductionError: an unknown kind or option, nothing that it could be of, or weights that have no mean.
+    """
+    kind, options = _chosen(per_use)
+    check_one_of("per_use", kind, KINDS)
+    for option in options:
+        if option not in OPTIONS[kind]:
+            raise ReductionError(f"per_use={kind!r} has no option {option!r}{did_you_mean(str(option), OPTIONS[kind])}")
+    if share == "attention" and kind in ("ssf", "lora"):
+        raise ReductionError(f"per_use={kind!r} is of shared MLPs, and share='attention' leaves each block its own")
+    for mlp in parts if keep in ("mean", "align_mean") and share != "attention" else ():
+        for leaf in (leaf for leaf in mlp.leaves if leaf.shareable):
+            layer = parts.module(leaf.path)
+            if isinstance(layer, StandIn) and not isinstance(layer, BlockDiagonalLinear):
+                raise ReductionError(
+                    f"keep={keep!r}: {leaf.path} is a {type(layer).__name__}, and the mean of factors is no mean of weights; "
+                    f"share first, or merge the model"
+                )
+
+
+def uses_of_their_own(parts: Parts, members: Sequence[MLP], per_use: str | Mapping[str, Any]) -> Iterator[Edit]:
+    """The edits that give each member something of its own around its shared layers."""
+    kind, options = _chosen(per_use)
+    for mlp in members if kind in ("ssf", "lora") else ():
+        for leaf in mlp.leaves:
+            if leaf.role in ("fc1", "fc2") and leaf.shareable:
+                layer = parts.module(leaf.path)
+                if kind == "ssf":
+                    yield scale_around(leaf.path, layer)
+                elif isinstance(layer, nn.Linear):
+                    yield lora_around(leaf, layer, **options)
+                else:
+                    raise ReductionError(f"per_use='lora': {leaf.path} is a {type(layer).__name__}, and no Linear")
+
+
+def multiplies(parts: Parts, leaf: Leaf) -> bool:
+    """Whether a leaf has a matrix, as projections have and norms and layer scales have not."""
+    return any(parameter.squeeze().dim() > 1 for parameter in parts.module(leaf.path).parameters())
+
+
+def scaled_tensor(parts: Parts, leaf: Leaf, name: str) -> str | None:
+    """The tensor to multiply so that the weight or bias of a layer is multiplied; None where there is none.
+
+    Raises:
+        ReductionError: the weight is none that can be scaled.
+    """
+    layer = parts.module(leaf.path)
+    if name == "weight" and isinstance(layer, StandIn) and not isinstance(layer, BlockDiagonalLinear):
+        if not isinstance(layer, LowRankLinear):
+            raise ReductionError(f"{leaf.path} is a {type(layer).__name__}, which no factor scales; use scale='none'")
+        name = "up"
+    path = f"{leaf.path}.{name}"
+    return path if path in parts.tensors_of(leaf) else None
+
+
+def _chosen(per_use: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A kind, and its options."""
+    if isinstance(per_use, str):
+        return per_use, {}
+    if not isinstance(per_use, Mapping) or not isinstance(per_use.get("name"), str):
+        raise ReductionError(
+            f'per_use is {per_use!r}; give a name, or a name with options: {{"name": "lora", "rank": 8}}'
+        )
+    return per_use["name"], {key: value for key, value in per_use.items() if key != "name"}
