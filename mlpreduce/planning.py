@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mlpreduce.budget import Baseline, Cost, measure, outcome
+from mlpreduce.budget import Cost, measure, outcome
 from mlpreduce.calibration import Loss
 from mlpreduce.edits import Assign, Plan, Replace, Row, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
@@ -29,12 +29,13 @@ from mlpreduce.graph import (
     select,
     structural_copy,
 )
+from mlpreduce.outcomes import planned
 from mlpreduce.parts import Parts
 from mlpreduce.repair import repaired
 from mlpreduce.surgery import rehearse
 from mlpreduce.transforms import Transform, check_config
 
-__all__ = ["Globs", "make_plan", "plain", "plan", "planned"]
+__all__ = ["Globs", "make_plan", "plain", "plan"]
 
 Globs = str | Sequence[str] | None
 
@@ -78,25 +79,6 @@ def plan(
     scope: dict[str, Any] = {"include": include, "exclude": exclude, "data": data, "loss": loss}
     made, found = make_plan(model, transform, config, **scope, example_inputs=example_inputs)
     return replace(made, costs=_costs(structural_copy(model, device="meta"), found.mlps, made, example_inputs))
-
-
-def planned(
-    model: nn.Module, measured: Baseline, made: Plan, inputs: Inputs | None = None
-) -> tuple[Cost, dict[str, tuple[int, str]]]:
-    """The exact cost of a model after a plan, and the hidden width and owner of each MLP by name; nothing is changed.
-
-    Args:
-        model: the model, or a copy on the meta device.
-        measured: what it costs as it is.
-        made: the plan.
-        inputs: what the model is called with, as for `find_mlps`.
-    """
-    if not made.of(Replace):
-        return measured.after(made), outcome(measured.mlps, made)
-    tree = rehearse(model, made, weights=False)
-    mlps = find_mlps(tree, inputs)
-    widths = {mlp.name: (0, mlp.name) for mlp in measured.mlps}  # of what is dropped
-    return measure(tree, inputs, mlps).cost, widths | {mlp.name: (mlp.hidden_features, mlp.owner) for mlp in mlps}
 
 
 def make_plan(
@@ -163,7 +145,7 @@ def make_plan(
         parts.notes.append(f"{' and '.join(unused)} made no difference: nothing here looks at it")
     notes = (*parts.notes, *draft.notes, *_notes(edits, chosen="criterion" in config), *_look_alikes(found.others))
     after = _replaced(model, mlps, draft, example_inputs, call) if draft.of(Replace) else None
-    return replace(draft, rows=_rows(scope, mlps, draft, after), notes=notes), found
+    return replace(draft, rows=_rows(scope, mlps, draft, after), notes=notes, replaced=after), found
 
 
 def _replaced(model: nn.Module, mlps: list[MLP], draft: Plan, inputs: Inputs | None, call: str) -> dict[str, MLP]:

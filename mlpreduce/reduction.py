@@ -108,7 +108,7 @@ def remember(model: nn.Module, made: Plan) -> None:
         else edit
         for edit in made.edits
     )
-    plans = [*history(model), replace(made, edits=edits, costs=None)]
+    plans = [*history(model), replace(made, edits=edits, costs=None, replaced=None)]
     model.mlpreduce_history = plans  # type: ignore[assignment]
     if isinstance(model, fx.GraphModule):
         model.meta["mlpreduce_history"] = plans  # what a GraphModule's deepcopy keeps

@@ -16,7 +16,7 @@ from mlpreduce.edits import Assign, Plan, Replace, Scale, Share, Slice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import is_leaf
 from mlpreduce.layers import ChannelCovariance, wraps
-from mlpreduce.planning import planned
+from mlpreduce.outcomes import planned
 from mlpreduce.ties import full_state, moved_by
 from mlpreduce.transforms import get_transform
 

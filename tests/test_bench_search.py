@@ -39,7 +39,7 @@ def test_with_several_workers_a_trial_ends_when_it_is_told() -> None:
 def test_other_work_is_told() -> None:
     timed = bench.timing(FOUND, chained=True)
     first = (bench.First(6.5, 3.0),)
-    result = bench.Comparison("joint", "digits_tiny", 3, 4, 2, 2, timed, timed, first, 20.0, 5.0)
+    result = bench.Comparison("sharing_width", "digits_tiny", 3, 4, 2, 2, timed, timed, first, 20.0, 5.0)
     assert result.ratios == (1.0, 1.0, 1.0)
     lines = str(result).splitlines()
     columns = ["5.00 (2.50 to 5.00)", "4.00 (2.00 to 4.00)", "0.250 (0.250 to 0.500)", "0.250 (0.250 to 0.750)"]
@@ -60,7 +60,7 @@ def test_optuna_alone_trains_what_it_is_given(tmp_path: Path) -> None:
         {"share": share, "group": 2, "ratio": ratio, "criterion": "l2"}
         for share, ratio in (("none", 0.5), ("cycle", 1.0))
     ]
-    found = train_bare(load_space("joint"), recipe, points, tmp_path)
+    found = train_bare(load_space("sharing_width"), recipe, points, tmp_path)
     assert [clock.params for clock in found] == points
     assert [step["transform"] for clock in found for step in clock.steps] == ["shallow", "grouped"]
     times = [time for c in found for time in (c.asked, c.began, c.ended, c.told)]

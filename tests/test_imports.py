@@ -22,7 +22,7 @@ ORDER = [
     ["calibration", "budget"],
     ["surgery"],
     ["parts"],
-    ["transforms", "repair"],
+    ["transforms", "repair", "outcomes"],
     ["planning"],
     ["rewriting"],
     ["reduction"],

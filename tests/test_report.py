@@ -15,6 +15,7 @@ from rich.console import Console
 
 from mlpreduce import report
 from mlpreduce.errors import ReductionError
+from mlpreduce.report.overview import beyond_noise
 from mlpreduce.report.published import CELLS, SOURCE
 
 HARDWARE = {"device": "AVX512", "machine": "x86_64", "cpu_cores": 2, "workers": 1}
@@ -270,13 +271,31 @@ def test_three_pairs_stand_without_the_words(output: Path) -> None:
         assert "too small" not in (output / name).read_text()
 
 
-def test_console_shows_both_tables(output: Path) -> None:
-    console = Console(width=120, file=io.StringIO())
+def test_console_shows_one_table(output: Path) -> None:
+    console = Console(width=160, file=io.StringIO())
     console.print(report.console_table(report.build(output)))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "[-0.56, +0.96]" in text
-    for words in ("counts and speed", "accuracy", "56,669,184", "16.867 G", "81.47 ± 0.16", "+0.42", "peak-to-final"):
+    for words in ("86,567,656", "16.867 G", "81.47 ± 0.16", "+0.42", "peak-to-final"):
         assert words in text
+
+
+def test_which_differences_are_beyond_the_noise() -> None:
+    def variant(delta: float, p: float | None, n: int = 4) -> dict[str, Any]:
+        return {"vs_baseline": {"delta": delta, "p_value": p, "n": n}}
+
+    found = {
+        "baseline": {"vs_baseline": None},
+        "a": variant(1.5, 0.001),
+        "b": variant(-2, 0.02),
+        "c": variant(0.4, 0.045),
+    }
+    told = beyond_noise({"variants": found | {"d": variant(0.1, 0.9), "e": variant(0.5, None, 1)}})
+    assert told.startswith("4 differences in top-1 from the baseline are tested, over 4 or more seeds")
+    assert "beyond the noise: a (+1.50), b (-2.00); within it: c, d, e (" in told  # 0.045 * 4 / 3 = 0.06
+    assert beyond_noise({"variants": {"baseline": {"vs_baseline": None}, "a": variant(1, 0.01)}}) == ""
+    swept = {"points": {"x": {"variants": {"a": variant(1, 0.01)}}, "y": {"variants": {"a": variant(0, 0.8)}}}}
+    assert "beyond the noise: x a (+1.00); within it: y a (" in beyond_noise(swept)
 
 
 def test_html_is_one_file_that_escapes_what_it_shows(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from mlpreduce.search.storage import hidden
 from mlpreduce.search.study import Study
 from mlpreduce.search.told import counts
 from mlpreduce.train import build_model
+from mlpreduce.transforms import is_construction
 
 # SQLAlchemy about mlflow's own tables
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")
@@ -39,6 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy i
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "search_spaces").glob("*.py"))
 PATTERNS = [name for name in NAMES if name != "training"]
+SMALL = [name for name in PATTERNS if name != "joint"]  # which has thousands of points, half a second each
 DEPTH6 = ("model.kwargs.depth=6", "model.kwargs.embed_dim=16")
 
 
@@ -89,9 +91,16 @@ def asked(name: str, pricer: Pricer, number: int, seed: int = 0) -> list[tuple[d
 class TestSpaces:
     def test_names_come_from_the_folder(self) -> None:
         assert sorted(list_spaces()) == NAMES
-        assert {"width", "width_per_block", "sharing", "sharing_partition", "sharing_free", "joint", "training"} <= set(
-            NAMES
-        )
+        assert {
+            "width",
+            "width_per_block",
+            "sharing",
+            "sharing_partition",
+            "sharing_free",
+            "sharing_width",
+            "joint",
+            "training",
+        } <= set(NAMES)
 
     @pytest.mark.parametrize("name", NAMES)
     def test_costs_are_those_of_the_model_that_is_trained(self, name: str, pricer: Pricer) -> None:
@@ -108,10 +117,22 @@ class TestSpaces:
             "grouped": pricer.price(Suggestion(({"transform": "grouped", "group": 2},), {})).key,
             "shallow": pricer.price(Suggestion(({"transform": "shallow", "ratio": 0.5},), {})).key,
         }
-        for name, wanted in {"joint": ["grouped", "shallow"], "width": ["shallow"], "sharing": ["grouped"]}.items():
+        for name, wanted in {
+            "sharing_width": ["grouped", "shallow"],
+            "joint": ["grouped", "shallow"],
+            "width": ["shallow"],
+            "sharing": ["grouped"],
+        }.items():
             space = load_space(name)
             keys = [pricer.price(Walker(space, pricer).ask(choices)[0]).key for choices in space.points]
             assert keys == [paper[other] for other in wanted]
+
+    def test_all_transforms_of_built_models_are_in_the_joint_space(self, pricer: Pricer) -> None:
+        space = load_space("joint")
+        choices = [dict(space.points[0]), *({"layers": name} for name in ("block_diagonal", "low_rank", "svft"))]
+        choices += [{"own": "ssf"}, {"own": "lora"}, {"gates": True}, {"dropped": 1}, {"ratio": 0.5}]
+        found = {step["transform"] for each in choices for step in Walker(space, pricer).ask(each)[0].steps}
+        assert found == {name for name in mlpreduce.list_transforms() if not is_construction(name)}
 
     def test_equal_patterns_are_one_point(self, pricer: Pricer) -> None:
         by_pattern: dict[tuple, set[str]] = {}
@@ -244,7 +265,7 @@ class TestWrongSpaces:
 
 
 class TestBudgets:
-    @pytest.mark.parametrize("name", PATTERNS)
+    @pytest.mark.parametrize("name", SMALL)
     @pytest.mark.parametrize("cost", ["params", "macs"])
     def test_the_smallest_is_found(self, name: str, cost: str) -> None:
         pricer = Pricer(recipes.load("digits_tiny", ["model.kwargs.depth=3", "model.kwargs.embed_dim=16"]))
@@ -272,7 +293,7 @@ class TestBudgets:
         baseline = pricer.price(Suggestion((), {})).cost
         trained = 0
         for number in range(200):
-            name, cost = generator.choice(PATTERNS), generator.choice(["params", "macs"])
+            name, cost = generator.choice(SMALL), generator.choice(["params", "macs"])
             space = load_space(name)
             if (name, cost) not in least:
                 least[name, cost] = getattr(Walker(space, pricer).cheapest(cost)[1].cost, cost)
@@ -349,7 +370,7 @@ class TestStudy:
         assert not study.study.get_trials(states=[optuna.trial.TrialState.RUNNING])
 
     def test_a_study_ends_when_nearly_every_point_within_the_budget_was_trained(self, pricer: Pricer) -> None:
-        space, axes = load_space("joint"), ("none", "sequence", "cycle", "cycle_reverse")
+        space, axes = load_space("sharing_width"), ("none", "sequence", "cycle", "cycle_reverse")
         grid = itertools.product(axes, range(2, 7), [eighth / 8 for eighth in range(1, 9)], ("first", "l2"))
         names = ("share", "group", "ratio", "criterion")
         every = [pricer.price(Walker(space, pricer).ask(dict(zip(names, one, strict=True)))[0]) for one in grid]
@@ -408,7 +429,7 @@ class TestStudy:
     @pytest.mark.parametrize("sampler", ["auto", "tpe", "nsga2", "random", "grid"])
     def test_samplers(self, sampler: str, pricer: Pricer) -> None:
         settings = StudySettings(name="any", trials=12, sampler=sampler)
-        study = Study(settings, load_space("joint"), pricer, [], optuna.storages.InMemoryStorage(), rungs=())
+        study = Study(settings, load_space("sharing_width"), pricer, [], optuna.storages.InMemoryStorage(), rungs=())
         for number in range(12):
             trial = study.ask({})
             assert trial is not None

@@ -79,7 +79,7 @@ def make_trial(number: int, size: int, *tops: float, **changes: Any) -> dict[str
 def make_document(*objectives: str, points: list[dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
     return {
         "schema": 1,
-        **{"study": "joint-digits", "space": "joint", "recipe": "digits"},
+        **{"study": "sharing_width-digits", "space": "sharing_width", "recipe": "digits"},
         "objectives": [OBJECTIVES[name] for name in objectives or ("top1", "params")],
         "budgets": [{"text": "params<=0.7", "cost": "params", "limit": 140_000}],
         "settings": {"trials": 6, "sampler": {"name": "tpe", "seed": 0}},

@@ -37,7 +37,7 @@ SMALL = (
 )
 
 
-def search(output: Path, space: Any = "joint", **settings: Any) -> dict[str, Any]:
+def search(output: Path, space: Any = "sharing_width", **settings: Any) -> dict[str, Any]:
     return run(
         space, "digits_tiny", overrides=SMALL, output=output, **{"workers": 0, "trials": 5, "seeds": (1, 2), **settings}
     )
@@ -80,7 +80,7 @@ def test_counts_values_and_front(study: Path) -> None:
 
 
 def test_optuna_opens_it(study: Path) -> None:
-    found = optuna.load_study(study_name="joint-digits_tiny", storage=f"sqlite:///{study}/optuna.db")
+    found = optuna.load_study(study_name="sharing_width-digits_tiny", storage=f"sqlite:///{study}/optuna.db")
     states = [trial.state for trial in found.get_trials()]
     assert optuna.trial.TrialState.RUNNING not in states
     assert optuna.trial.TrialState.WAITING not in states
@@ -139,7 +139,7 @@ def test_show_export_compare(study: Path, capsys: pytest.CaptureFixture[str], tm
     (tmp_path / "one.toml").write_text(text)
     assert f"trial-{number}" in recipes.load(str(tmp_path / "one.toml")).variants
     assert main(["export", str(study), "shallow"]) == 0
-    assert "shallow of the study joint-digits_tiny: not of its front" in capsys.readouterr().out
+    assert "shallow of the study sharing_width-digits_tiny: not of its front" in capsys.readouterr().out
     assert main(["export", str(study), "999"]) == 2
     assert "no such trial was trained; there are" in capsys.readouterr().err
     assert main(["compare", str(study), str(study)]) == 0
@@ -171,7 +171,7 @@ def test_it_goes_on_with_more_trials_and_with_nothing_else(study: Path) -> None:
         search(study, resume=True, sampler="random")
     with pytest.raises(ReductionError, match=r"train.lr: was 0.005, is 0.1"):
         run(
-            "joint",
+            "sharing_width",
             "digits_tiny",
             overrides=(*SMALL, "train.lr=0.1"),
             output=study,
@@ -180,7 +180,7 @@ def test_it_goes_on_with_more_trials_and_with_nothing_else(study: Path) -> None:
             resume=True,
         )
     with pytest.raises(ReductionError, match="space: was"):
-        search(study, "width", resume=True, name="joint-digits_tiny")
+        search(study, "width", resume=True, name="sharing_width-digits_tiny")
     document = search(study, resume=True, trials=7)
     assert document["counts"]["trained"] == 7
     after = {point["key"]: point for point in document["points"]}
@@ -226,7 +226,9 @@ def test_one_objective_and_optunas_pruner(tmp_path: Path) -> None:
 
 def test_screening_and_inherited_weights(tmp_path: Path) -> None:
     document = search(tmp_path / "screened", inherit="baseline", screen=64, trials=4, seed=3)
-    found = optuna.load_study(study_name="joint-digits_tiny", storage=f"sqlite:///{tmp_path}/screened/optuna.db")
+    found = optuna.load_study(
+        study_name="sharing_width-digits_tiny", storage=f"sqlite:///{tmp_path}/screened/optuna.db"
+    )
     tried = [trial.user_attrs["sensitivity"] for trial in found.get_trials() if "sensitivity" in trial.user_attrs]
     assert len(tried) == 4 + document["counts"]["screened"]
     assert "Trials started from trained weights" in document["verdicts"][0]
@@ -258,7 +260,7 @@ def test_a_supernet_says_what_is_trained(tmp_path: Path) -> None:
     again = search(tmp_path, "width_per_block", trials=9, resume=True, **settings)
     assert again["supernet"]["n"] == 5  # it is neither trained nor drawn from again
     with pytest.raises(ReductionError, match='choose units by "first" or "last"'):
-        search(tmp_path / "joint", **settings)
+        search(tmp_path / "sharing_width", **settings)
     with pytest.raises(ReductionError, match="the space also sets"):
         search(tmp_path / "training", "training", **settings)
 
@@ -294,23 +296,26 @@ def test_a_trial_may_be_trained_by_a_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["joint", "--objectives", "params"], "top1 among them"),
-        (["joint", "--budget", "params<=0.1"], "the smallest that joint reaches is"),
-        (["joint", "--pruner", "median"], "it compares one objective, and there are 2"),
-        (["joint", "--sampler", "tpee"], "sampler='tpee'"),
-        (["joint", "--trials", "0"], "trials=0"),
-        (["joint", "--seeds", "1,1"], "each once"),
-        (["joint", "--seeds", "a"], "write whole numbers"),
-        (["joint", "--references", "thinn"], "neither a variant of"),
-        (["joint", "--inherit", "baseline", "--references", "grouped"], "the baseline is not trained"),
-        (["joint", "--inherit", "baseline", "model.weights='pretrained'"], "trials start from those; leave one out"),
-        (["joint", "--screen", "64"], "untrained weights tell nothing"),
+        (["sharing_width", "--objectives", "params"], "top1 among them"),
+        (["sharing_width", "--budget", "params<=0.1"], "the smallest that sharing_width reaches is"),
+        (["sharing_width", "--pruner", "median"], "it compares one objective, and there are 2"),
+        (["sharing_width", "--sampler", "tpee"], "sampler='tpee'"),
+        (["sharing_width", "--trials", "0"], "trials=0"),
+        (["sharing_width", "--seeds", "1,1"], "each once"),
+        (["sharing_width", "--seeds", "a"], "write whole numbers"),
+        (["sharing_width", "--references", "thinn"], "neither a variant of"),
+        (["sharing_width", "--inherit", "baseline", "--references", "grouped"], "the baseline is not trained"),
+        (
+            ["sharing_width", "--inherit", "baseline", "model.weights='pretrained'"],
+            "trials start from those; leave one out",
+        ),
+        (["sharing_width", "--screen", "64"], "untrained weights tell nothing"),
         (["jont"], "did you mean 'joint'"),
-        (["joint", "train.lrr=1"], "unknown key 'lrr'"),
-        (["joint", "--recipe", "nothing"], "unknown recipe 'nothing'"),
-        (["joint", "--storage", "sqlite://"], "a study in memory is lost"),
-        (["joint", "--storage", "nonsense"], "no URL of a database"),
-        (["joint", "--storage", "oracle://host/db"], "is not supported"),
+        (["sharing_width", "train.lrr=1"], "unknown key 'lrr'"),
+        (["sharing_width", "--recipe", "nothing"], "unknown recipe 'nothing'"),
+        (["sharing_width", "--storage", "sqlite://"], "a study in memory is lost"),
+        (["sharing_width", "--storage", "nonsense"], "no URL of a database"),
+        (["sharing_width", "--storage", "oracle://host/db"], "is not supported"),
     ],
 )
 def test_what_cannot_be_done_is_told_before_anything_begins(

@@ -438,7 +438,7 @@ def candidate(**cost: int) -> Candidate:
 
 class TestSample:
     @pytest.mark.parametrize("budget", [(), ("params<=0.7",)])
-    @pytest.mark.parametrize("name", ["width_per_block", "sharing_partition", "joint"])
+    @pytest.mark.parametrize("name", ["width_per_block", "sharing_partition", "sharing_width"])
     def test_points_are_distinct_and_within_budgets(self, name: str, budget: tuple[str, ...], pricer: Pricer) -> None:
         walker = Walker(load_space(name), pricer)
         budgets = read_budgets(budget, pricer.price(Suggestion((), {})).cost)

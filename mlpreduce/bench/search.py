@@ -248,7 +248,9 @@ def _parser() -> argparse.ArgumentParser:
         description="What the driver of a search adds to the training of its trials, beside Optuna alone.",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change any key of the recipe")
-    parser.add_argument("--space", default="joint", metavar="NAME", help="what is searched (default: joint)")
+    parser.add_argument(
+        "--space", default="sharing_width", metavar="NAME", help="what is searched (default: sharing_width)"
+    )
     parser.add_argument("--recipe", default="digits_tiny", metavar="NAME", help="how a point is trained (digits_tiny)")
     parser.add_argument("--trials", type=int, default=10, help="points that are trained by each (default: 10)")
     epochs = f"length of a trial (default: {_EPOCHS}: about 10 s of digits_tiny on one core)"

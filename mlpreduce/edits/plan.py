@@ -58,6 +58,9 @@ class Plan:
     notes: tuple[str, ...] = ()
     data: dict[str, Any] | None = None
     costs: Callable[[], tuple[Any, Any]] | None = field(default=None, compare=False, repr=False)
+    replaced: Any = field(
+        default=None, compare=False, repr=False
+    )  # the MLPs afterwards, by name, of a plan with new layers
 
     def of(self, *kinds: type[Any]) -> list[Any]:
         """The edits of these kinds, in the order given by the transform."""
@@ -75,7 +78,7 @@ class Plan:
         return _table(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"costs": None}  # a closure over a model
+        return self.__dict__ | {"costs": None, "replaced": None}  # of use where the plan was made
 
     def to_json(self) -> str:
         """The plan as JSON. Tensors that edits give are named, not stored: `save` writes them beside it."""

@@ -21,7 +21,7 @@ from mlpreduce.layers.lora import LoraLinear
 from mlpreduce.layers.low_rank import LowRankLinear
 from mlpreduce.layers.scale_shift import ScaleShift
 from mlpreduce.layers.svft import SvftLinear
-from mlpreduce.layers.wrapper import StandIn, Wrapper, merged
+from mlpreduce.layers.wrapper import StandIn, Wrapper, macs_of, merged
 
 __all__ = [
     "ADAPTERS",
@@ -39,6 +39,7 @@ __all__ = [
     "Wrapper",
     "adapters",
     "block_orders",
+    "macs_of",
     "make_layer",
     "merged",
     "wraps",

@@ -109,6 +109,11 @@ class BlockDiagonalLinear(nn.Module):
         )
 
     @property
+    def macs(self) -> tuple[int, int]:
+        """Multiply-accumulates for each position, and once for each call."""
+        return self.weight.numel(), 0
+
+    @property
     def outputs(self) -> Axes:
         """Axes of its tensors that its outputs lie on, if they are in order."""
         return (("weight", 0), ("bias", 0)) if self.outputs_order is None else ()

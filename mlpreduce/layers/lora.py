@@ -56,6 +56,11 @@ class LoraLinear(Wrapper):
         return cls(module, rank, alpha)
 
     @property
+    def macs(self) -> tuple[int, int]:
+        """Multiply-accumulates for each position, and once for each call."""
+        return self.down.numel() + self.up.numel(), 0
+
+    @property
     def outputs(self) -> Axes:
         """Axes of its own tensors that its outputs lie on."""
         return (("up", 0),)

@@ -91,6 +91,11 @@ class LowRankLinear(nn.Module):
         return self._kept
 
     @property
+    def macs(self) -> tuple[int, int]:
+        """Multiply-accumulates for each position, and once for each call."""
+        return self.down.numel() + self.up.numel(), 0
+
+    @property
     def outputs(self) -> Axes:
         """Axes of its tensors that its outputs lie on."""
         return ("up", 0), ("bias", 0)

@@ -144,6 +144,13 @@ class SvftLinear(nn.Module):
         return made
 
     @property
+    def macs(self) -> tuple[int, int]:
+        """Multiply-accumulates for each position, and once for each call."""
+        return self.in_features * self.out_features, len(self.values) * self.in_features * (
+            len(self.values) + self.out_features
+        )
+
+    @property
     def outputs(self) -> Axes:
         """None of its axes may be sliced: the singular vectors would not be any more."""
         return ()

@@ -6,7 +6,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
-__all__ = ["Axes", "StandIn", "Wrapper", "merged"]
+__all__ = ["Axes", "StandIn", "Wrapper", "macs_of", "merged"]
 
 Axes = tuple[tuple[str, int], ...]  # name of a tensor, and its axis; names of tensors that a layer lacks are left out
 
@@ -39,6 +39,15 @@ class Wrapper(nn.Module):
 
     base: nn.Module
     is_one_layer: ClassVar[bool] = True
+
+
+def macs_of(module: nn.Module) -> tuple[int, int]:
+    """Multiply-accumulates of a layer in evaluation: for each position, and once for each call."""
+    own: tuple[int, int] = getattr(module, "macs", (0, 0))
+    if isinstance(module, Wrapper):
+        return tuple(map(sum, zip(own, macs_of(module.base), strict=True)))  # type: ignore[return-value]
+    weight = module._parameters.get("weight")
+    return (weight.numel(), 0) if not hasattr(module, "macs") and weight is not None and weight.dim() > 1 else own
 
 
 def merged(module: nn.Module) -> nn.Module:

@@ -41,7 +41,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, console: Consol
     from mlpreduce.records import store
     from mlpreduce.train.weights import locate
 
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or Console(width=None if sys.stdout.isatty() else 150)
     output = output.resolve()
     document = recipe.model_dump(mode="json")
     every = {output / name: point for name, point in points(recipe).items()}

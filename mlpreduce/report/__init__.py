@@ -16,8 +16,9 @@ from mlpreduce.records import SCHEMA, store, summarize
 from mlpreduce.report.content import Picture
 from mlpreduce.report.figure import CAPTION, as_png, draw
 from mlpreduce.report.gather import gather, gather_points
+from mlpreduce.report.overview import beyond_noise, overview
 from mlpreduce.report.pages import as_html, as_markdown, for_console
-from mlpreduce.report.tables import NOTES, Part, compose, overview
+from mlpreduce.report.tables import NOTES, Part, compose
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(console_table(document))
     for note in NOTES:
         console.print(note, style="dim", highlight=False)
@@ -101,7 +102,8 @@ def _write_sweep(points: dict[str, list[dict[str, Any]]], place: Path) -> dict[s
 
 def _write(place: Path, document: dict[str, Any], parts: Sequence[Part], remarks: Sequence[str] = ()) -> dict[str, Any]:
     picture = Picture("Curves", "curves.png", CAPTION, as_png(draw([records for _, records in parts])))
-    content = compose(document["recipe"], parts, picture, remarks)
+    verdict = beyond_noise(document)
+    content = compose(document["recipe"], parts, picture, [*remarks, *([verdict] if verdict else [])])
     store(place, "results.json", document)
     (place / picture.file).write_bytes(picture.png)
     (place / "report.md").write_text(as_markdown(content), encoding="utf-8")
@@ -110,5 +112,5 @@ def _write(place: Path, document: dict[str, Any], parts: Sequence[Part], remarks
 
 
 def console_table(document: dict[str, Any]) -> Group:
-    """The results for rich's console: one table of counts, one of accuracies."""
-    return for_console(overview(document))
+    """The results for rich's console: one table of all variants, and which differences are beyond the noise."""
+    return for_console([overview(document)], beyond_noise(document))

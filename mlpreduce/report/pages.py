@@ -73,8 +73,8 @@ def as_html(content: Content) -> str:
     return "\n".join([head, *body, "</body>\n</html>\n"])
 
 
-def for_console(tables: Iterable[Table], words: int = 1) -> Group:
-    """Tables for rich's console; the first `words` columns stand to the left, numbers to the right."""
+def for_console(tables: Iterable[Table], remark: str = "", words: int = 1) -> Group:
+    """Tables for rich's console, and a remark below; the first `words` columns stand to the left, numbers to the right."""
     from rich import table as rich_table
     from rich.console import Group
     from rich.text import Text
@@ -87,7 +87,7 @@ def for_console(tables: Iterable[Table], words: int = 1) -> Group:
         for row in table.rows:
             drawn.add_row(*map(Text, row))  # a name is text, not rich's markup
         shown.append(drawn)
-    return Group(*shown)
+    return Group(*shown, *([Text(remark)] if remark else []))
 
 
 def _table(table: Table) -> str:

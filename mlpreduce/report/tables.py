@@ -13,7 +13,7 @@ from mlpreduce.report import probes, published
 from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.gather import differing
 
-__all__ = ["FEW", "NOTES", "Part", "compose", "few", "mean_std", "overview", "short"]
+__all__ = ["FEW", "NOTES", "Part", "comparison", "compose", "few", "mean_std", "short"]
 
 ABSENT = "not in the paper"
 FEW = "(n is too small to conclude)"
@@ -102,27 +102,6 @@ def _variants(document: dict[str, Any], records: list[dict[str, Any]], paper: bo
         mine = [record for record in records if record["variant"] == name]
         cells = published.cells_of(mine[0]["steps"]) if paper else None
         yield _Variant(name, found, mine, cells, width, baseline)
-
-
-def overview(document: dict[str, Any]) -> list[Table]:
-    """Two small tables for a terminal, from `results.json` alone."""
-    counts, accuracy = [], []
-    points = document.get("points", {"": document})
-    for name, v in (
-        (f"{point} {name}".strip(), v) for point, part in points.items() for name, v in part["variants"].items()
-    ):
-        speed = "" if v["throughput"] is None else f"{v['throughput']:,.0f}"
-        row = [f"{v['params']:,}", f"{v['mlp_params']:,}", str(v["unique_mlps"]), short(v["macs"]), speed]
-        counts.append([name, *row])
-        top1 = mean_std([run["top1"] for run in v["runs"]])
-        compared = comparison(v["vs_baseline"]) if v["vs_baseline"] else [""] * 5
-        accuracy.append([name, top1, f"{v['top5_mean']:.2f}", f"{v['peak_to_final_mean']:.2f}", *compared[:4]])
-    first = ("variant", "parameters", "MLP parameters", "unique MLPs", "MACs", "images/s")
-    second = ("variant", "top-1 %", "top-5 %", "peak-to-final", "vs baseline", "95 % interval", "p", "n")
-    return [
-        Table(f"{document['recipe']}: counts and speed", first, counts),
-        Table(f"{document['recipe']}: accuracy", second, accuracy),
-    ]
 
 
 def comparison(against: dict[str, Any]) -> list[str]:

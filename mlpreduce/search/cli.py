@@ -16,7 +16,7 @@ __all__ = ["main"]
 _EPILOG = """\
 examples:
   python -m mlpreduce.search --list
-  python -m mlpreduce.search joint --recipe digits --trials 40 --workers 2 --objectives top1,params
+  python -m mlpreduce.search sharing_width --recipe digits --trials 40 --workers 2 --objectives top1,params
   python -m mlpreduce.search width_per_block --recipe paper_vitb16 --budget "params<=0.7" data.root=/data/imagenet
   python -m mlpreduce.search my_space.py --recipe my.toml --storage postgresql+psycopg://me@host/optuna --resume
 """

@@ -15,10 +15,11 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce.budget import Baseline, Cost, counted, measure
-from mlpreduce.edits import Assign, Plan, Slice
+from mlpreduce.edits import Assign, Plan, Replace, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Survey, mlps_or_raise, structural_copy, survey
-from mlpreduce.planning import make_plan, planned
+from mlpreduce.outcomes import planned
+from mlpreduce.planning import make_plan
 from mlpreduce.recipe import Recipe, changed, runs
 from mlpreduce.search.spaces import ModelView, Suggestion
 from mlpreduce.surgery import carry_out
@@ -163,8 +164,13 @@ class Pricer:
             cost, after = planned(tree, measured, plan)
             if number < len(rest):  # what follows needs the structure; no value is looked at where one was changed
                 carry_out(tree, plan, weights=False)
-                found = replace(survey(tree), tree=None)
-                measured = replace(counted(tree, found.mlps), cost=cost, positions=measured.positions)
+                if plan.replaced is None:
+                    found = replace(survey(tree), tree=None)
+                else:
+                    found = replace(found, mlps=list(plan.replaced.values()))
+                positions = {mlp.name: p for mlp, p in zip(measured.mlps, measured.positions, strict=True)}
+                now = tuple(positions[mlp.name] for mlp in found.mlps)
+                measured = replace(counted(tree, found.mlps), cost=cost, positions=now)
         return plans, cost, after
 
     def _unreduced(self, recipe: Recipe, first: Step | None, device: str | None, seed: int = 0) -> _Known:
@@ -190,11 +196,11 @@ def _priced(step: Step) -> Step:
     """
     plain = without_data(step)
     call = call_text(step["transform"], {key: value for key, value in step.items() if key != "transform"})
-    if step.get("min_score") is not None:
-        raise ReductionError(
-            f"{call}: the widths, and so the cost, follow from the scores of given weights, and a search knows costs before; "
-            f"search over ratio or widths"
-        )
+    for key, other in (("min_score", "ratio or widths"), ("energy", "ratio or rank")):
+        if step.get(key) is not None:
+            raise ReductionError(
+                f"{call}: with {key} the cost follows from given weights, and a search knows costs before; search over {other}"
+            )
     if plain.get("scope") != step.get("scope"):
         raise ReductionError(
             f"{call}: the widths, and so the cost, follow from training images, and a search knows costs before; search with "
@@ -211,7 +217,7 @@ def _identity(plan: Plan, other: Plan) -> Any:
         other: the same for a model of other weights.
     """
     edits = json.loads(plan.to_json())["edits"]
-    if edits and plan.edits == other.edits and not plan.of(Assign):
+    if edits and plan.edits == other.edits and not plan.of(Assign, Replace):
         return edits
     for edit, entry in zip(plan.edits, edits, strict=True):
         if isinstance(edit, Slice):

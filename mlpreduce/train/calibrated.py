@@ -22,13 +22,13 @@ __all__ = ["apply_as_before", "apply_step", "calibration_data", "needs_data", "w
 
 
 def needs_data(step: Step) -> bool:
-    """Whether a step chooses units or groups by calibration data, or repairs what is left with it.
+    """Whether a step chooses units, groups or factors by calibration data, or repairs what is left with it.
 
     Example:
         >>> needs_data({"transform": "shallow", "criterion": "nvit"}), needs_data({"transform": "shallow"})
         (True, False)
     """
-    if step.get("repair", "none") != "none" or step.get("pattern") == "similarity":
+    if step.get("repair", "none") != "none" or step.get("pattern") == "similarity" or step.get("init") == "data":
         return True
     try:
         return "criterion" in step and choose(step["criterion"]).criterion.of_data
@@ -49,7 +49,7 @@ def without_data(step: Step) -> Step:
     if not needs_data(step):
         return step
     kept = {key: value for key, value in step.items() if key not in ("repair", "latency_weight")}
-    plain = {"criterion": "first", "scope": "uniform"}
+    plain = {"criterion": "first", "scope": "uniform"} | ({"init": "weights"} if step.get("init") == "data" else {})
     if kept.get("pattern") == "similarity":  # as many MLPs are left
         return kept | {"pattern": "cycle"}
     return {key: plain.get(key, value) for key, value in kept.items()}

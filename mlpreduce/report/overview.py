@@ -1,0 +1,71 @@
+"""What a recipe comes to: one table of all its variants, and which differences are beyond the noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mlpreduce.report.content import Table
+from mlpreduce.report.tables import FEW, comparison, mean_std, short
+
+__all__ = ["beyond_noise", "overview"]
+
+RATE = 0.05  # of false discoveries
+HEADERS = (
+    "variant",
+    "parameters",
+    "MACs",
+    "images/s",
+    "top-1 %",
+    "peak-to-final",
+    "vs baseline",
+    "95 % interval",
+    "p",
+    "n",
+)
+
+
+def overview(document: dict[str, Any]) -> Table:
+    """One table of all variants, of all points of a sweep, from `results.json` alone."""
+    rows = []
+    for name, v in _variants(document):
+        speed = "" if v["throughput"] is None else f"{v['throughput']:,.0f}"
+        top1 = mean_std([run["top1"] for run in v["runs"]])
+        compared = comparison(v["vs_baseline"]) if v["vs_baseline"] else [""] * 5
+        delta, interval, p, n, _ = compared
+        cells = [f"{v['params']:,}", short(v["macs"]), speed, top1, f"{v['peak_to_final_mean']:.2f}"]
+        rows.append([name, *cells, delta, interval, p.removesuffix(f" {FEW}"), n])
+    return Table(str(document["recipe"]), HEADERS, rows)
+
+
+def beyond_noise(document: dict[str, Any]) -> str:
+    """Which variants differ from their baseline in top-1 beyond the noise; empty where fewer than two can be compared.
+
+    The more variants, the more of them differ by chance: p-values are adjusted by Benjamini and Hochberg's procedure, so that
+    at most 5 % of the differences called beyond the noise are expected to be chance.
+    """
+    from scipy.stats import false_discovery_control
+
+    compared = [(name, v["vs_baseline"]) for name, v in _variants(document) if v["vs_baseline"]]
+    tested = [(name, against) for name, against in compared if against["p_value"] is not None]
+    if len(tested) < 2:
+        return ""
+    adjusted = false_discovery_control([against["p_value"] for _, against in tested])
+    marked = list(zip(tested, adjusted, strict=True))
+    beyond = [f"{name} ({against['delta']:+.2f})" for (name, against), p in marked if p <= RATE]
+    within = [name for (name, _), p in marked if p > RATE] + [
+        name for name, against in compared if against["p_value"] is None
+    ]
+    parts = [
+        f"{len(tested)} differences in top-1 from the baseline are tested, over {min(a['n'] for _, a in tested)} or more seeds",
+        f"beyond the noise: {', '.join(beyond) or 'none'}",
+        f"within it: {', '.join(within) or 'none'}",
+    ]
+    chance = f"of those beyond, at most {RATE:.0%} are expected to be chance"
+    return f"{'; '.join(parts)} (paired t-tests; {chance}: Benjamini-Hochberg)."
+
+
+def _variants(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for point, part in document.get("points", {"": document}).items():
+        for name, variant in part["variants"].items():
+            yield f"{point} {name}".strip(), variant
