@@ -53,7 +53,7 @@ def _more_macs(model: nn.Module, tree: nn.Module, measured: Baseline, made: Plan
     more = 0
     for edit in made.of(Replace):
         old, new = module_at(model, edit.module), module_at(tree, edit.module)
-        if old is None or new is None or not (wraps(edit.layer) or is_one_node(old)):  # a whole MLP goes
+        if old is None or new is None or not is_one_node(old):  # a whole MLP goes, or something happens before it
             return None
         (each, once), (each_before, once_before) = macs_of(new), macs_of(old)
         positions = [count for path, count in _calls(measured) if _is_of(model, path, edit, old)]

@@ -11,7 +11,7 @@ from mlpreduce.calibration import Loss
 from mlpreduce.edits import Assign, Plan, Replace, Share
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Inputs, find_mlps, module_at, refuse_wrapped
-from mlpreduce.layers import StandIn, Wrapper, merged
+from mlpreduce.layers import LAYERS, merged
 from mlpreduce.planning import Globs, make_plan
 from mlpreduce.rewriting import without_layers, without_ties
 from mlpreduce.surgery import carry_out, untie_leaves
@@ -155,8 +155,9 @@ def merge(model: Model) -> Model:
     if any(made.of(Share) for made in history(model)):
         untie(model)
     plains: dict[int, nn.Module] = {}  # of a module in several places one
-    for layer in [module for module in model.modules() if isinstance(module, Wrapper | StandIn)]:
-        plains[id(layer)] = merged(layer)
+    for layer in [module for module in model.modules() if isinstance(module, tuple(LAYERS.values()))]:
+        if hasattr(layer, "merged"):
+            plains[id(layer)] = merged(layer)
     while any(id(plain) in plains for plain in plains.values()):  # a layer was around a layer
         plains = {key: plains.get(id(plain), plain) for key, plain in plains.items()}
     for module in list(model.modules()):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from mlpreduce.edits import Axis, Edit, Plan, Replace, Share, Slice
-from mlpreduce.layers import LAYERS, wraps
+from mlpreduce.layers import merges, wraps
 from mlpreduce.ties import gone_by, moved_by
 
 __all__ = ["without_layers", "without_ties"]
@@ -54,9 +54,9 @@ def without_layers(plans: Iterable[Plan]) -> list[Plan]:
             if isinstance(edit, Slice):
                 axes = (_merged(axis, before) for axis in edit.axes)
                 edits.append(replace(edit, axes=tuple(dict.fromkeys(axis for axis in axes if axis is not None))))
-            elif not isinstance(edit, Replace) or not hasattr(LAYERS[edit.layer], "merged"):
+            elif not isinstance(edit, Replace) or not merges(edit.layer):
                 edits.append(edit)
-        before += made.of(Replace)
+        before += [edit for edit in made.of(Replace) if merges(edit.layer)]
         plain.append(replace(made, edits=tuple(edits)))
     return plain
 

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from types import FrameType
 from typing import Any, cast
 
@@ -91,7 +92,7 @@ def carry_out(model: nn.Module, plan: Plan, *, weights: bool = True, rehearsal: 
             _tensor(model, edit.tensor, plan.transform).mul_(edit.factor)
         for edit, layer in _replace_all(model, plan.of(Replace), undo, plan.transform):
             for name, value in (edit.values or {}).items() if weights else ():
-                getattr(layer, name).copy_(value)
+                attrgetter(name)(layer).copy_(value)
         if isinstance(model, fx.GraphModule):
             canonicalize(model)
         undo.pop_all()
@@ -275,9 +276,9 @@ def _check_layer(layer: nn.Module, edit: Replace, where: str, *, weights: bool, 
     """Whether the values of a new layer are its own and fit."""
     if weights and edit.values is None:
         raise ReductionError(f"{where}: the values of the new layer are not in the plan; they lie beside it")
-    own = {*layer._parameters, *layer._buffers}
+    own = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     for name, value in (edit.values or {}).items():
-        tensor = getattr(layer, name, None) if name in own else None
+        tensor = None if name.startswith("base.") else own.get(name)
         if tensor is None or tensor.shape != value.shape or tensor.is_floating_point() != value.is_floating_point():
             fact = "no such tensor" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
             raise ReductionError(

@@ -103,4 +103,4 @@ def test_options_may_stand_before_the_job(capsys: pytest.CaptureFixture[str]) ->
 def test_without_a_job_the_jobs_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", *words])
-    assert "{apply,train,search,criteria,gram_schmidt,latency}" in capsys.readouterr().err
+    assert "{apply,train,search,criteria,gram_schmidt,latency,layers}" in capsys.readouterr().err

@@ -68,6 +68,23 @@ def test_the_loop_beside_gram_schmidt_does_the_same(capsys: pytest.CaptureFixtur
     assert "--units 0: it must be at least 1" in capsys.readouterr().err
 
 
+def test_layers_are_timed_beside_dense_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--batch", "2", "--tokens", "5", "--features", "16", "--hidden", "32", "--runs", "1", "--ratios", "0.5"]
+    assert main(["bench", "layers", *small]) == 0
+    text = capsys.readouterr().out
+    assert "2 x 5 tokens, 16 x 32, float32, cpu" in text
+    for what in ("projections", "MLP"):
+        for name, part in (
+            ("dense", "1.000"),
+            ("block_diagonal 4", "0.250"),
+            ("low_rank 0.5", "0.469"),
+            ("svft", "1.000"),
+        ):
+            assert re.search(rf"{what}, {name} +{part} +[\d.]+ \([\d.]+ to [\d.]+\) +[\d.]+ .* \d+%", text)
+    assert main(["bench", "layers", *small, "--groups", "3"]) == 2
+    assert "groups must divide both widths" in capsys.readouterr().err
+
+
 def test_what_cannot_be_measured_is_told_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nowhere = str(tmp_path / "nowhere" / "file")
     for words, message in (

@@ -18,7 +18,15 @@ import mlpreduce
 from mlpreduce import ReductionError
 from mlpreduce.budget import Cost, measure
 from mlpreduce.edits import Replace, Share, Slice
-from mlpreduce.layers import BlockDiagonalLinear, ChannelCovariance, LoraLinear, LowRankLinear, ScaleShift, adapters
+from mlpreduce.layers import (
+    BlockDiagonalLinear,
+    ChannelCovariance,
+    LoraLinear,
+    LowRankLinear,
+    ScaleShift,
+    TokenConvolution,
+    adapters,
+)
 from mlpreduce.testing import tiny_vit
 
 Steps = list[tuple[str, dict[str, Any]]]
@@ -122,6 +130,9 @@ def test_what_uses_of_a_tied_mlp_have_of_their_own() -> None:
     assert scaled.params - tied.params == BLOCKS * 2 * (H + D)
     assert lora.params - tied.params == BLOCKS * 2 * 8 * (H + D)
     assert lora.macs_linear - tied.macs_linear == BLOCKS * TOKENS * 2 * 8 * (H + D)
+    seen = cost_of([("grouped", {"group": 2, "per_use": "conv"})])
+    assert seen.params - tied.params == BLOCKS * 9 * D
+    assert seen.macs_linear - tied.macs_linear == BLOCKS * (TOKENS - 1) * 9 * D
     assert scaled.unique_mlps == lora.unique_mlps == tied.unique_mlps == 6
 
 
@@ -237,6 +248,18 @@ def test_the_branch_of_scheme_runs_in_training_alone_and_merges_away() -> None:
     assert near(model(images), evaluated)
     assert mlpreduce.merge(model).eval().blocks[0].mlp is branch.base
     assert near(model(images), evaluated)
+
+
+def test_a_convolution_before_each_use_stays_when_the_rest_is_merged(tmp_path: Path) -> None:
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    model = moved(reduced([("grouped", {"per_use": "conv"}), ("lora", {"rank": 2}), ("shallow", {"ratio": 0.5})]))
+    assert [mlp.name for mlp in mlpreduce.find_mlps(model)] == [f"blocks.{i}.mlp" for i in range(4)]
+    plain = mlpreduce.merge(copy.deepcopy(model))
+    assert near(plain(images), model(images))
+    assert isinstance(plain.get_submodule("blocks.1.mlp"), TokenConvolution)
+    assert type(plain.get_submodule("blocks.1.mlp.base.fc1")) is nn.Linear
+    mlpreduce.save(plain, tmp_path)
+    assert torch.equal(mlpreduce.load(tmp_path).eval()(images), plain(images))
 
 
 def test_gates_that_shut_say_which_mlps_go() -> None:

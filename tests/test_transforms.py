@@ -50,6 +50,7 @@ SETTINGS = [
     ("grouped", {"per_use": "ssf"}),
     ("grouped", {"per_use": {"name": "lora", "rank": 2}, "keep": "mean", "scale": "none", "repair": "least_squares"}),
     ("grouped", {"per_use": "norm", "share": "block"}),
+    ("grouped", {"per_use": {"name": "conv", "kernel": 5}, "scale": "none"}),
     ("block_diagonal", {}),
     ("block_diagonal", {"groups": 2, "align": "all"}),
     ("block_diagonal", {"groups": 2, "align": "none", "init": "new", "shuffle": True}),

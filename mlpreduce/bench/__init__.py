@@ -20,6 +20,7 @@ JOBS = {
     "criteria": "accuracy after slicing by each criterion",
     "gram_schmidt": "the order of gram_schmidt",
     "latency": "latency that a table predicts, and that is measured",
+    "layers": "layers with fewer weights beside dense ones",
 }
 
 

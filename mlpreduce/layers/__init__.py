@@ -21,6 +21,7 @@ from mlpreduce.layers.lora import LoraLinear
 from mlpreduce.layers.low_rank import LowRankLinear
 from mlpreduce.layers.scale_shift import ScaleShift
 from mlpreduce.layers.svft import SvftLinear
+from mlpreduce.layers.token_convolution import TokenConvolution
 from mlpreduce.layers.wrapper import StandIn, Wrapper, macs_of, merged
 
 __all__ = [
@@ -36,12 +37,14 @@ __all__ = [
     "ScaleShift",
     "StandIn",
     "SvftLinear",
+    "TokenConvolution",
     "Wrapper",
     "adapters",
     "block_orders",
     "macs_of",
     "make_layer",
     "merged",
+    "merges",
     "wraps",
 ]
 
@@ -54,8 +57,14 @@ LAYERS: dict[str, Any] = {
     "no_mlp": NoMlp,
     "scale_shift": ScaleShift,
     "svft": SvftLinear,
+    "token_convolution": TokenConvolution,
 }
 ADAPTERS = (LoraLinear, ScaleShift, SvftLinear)  # few parameters that train beside weights that may be frozen
+
+
+def merges(name: str) -> bool:
+    """Whether the layer of this name has a plain one that computes the same."""
+    return hasattr(LAYERS[name], "merged") if name in LAYERS else False
 
 
 def wraps(name: str) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mlpreduce.edits import Plan, Share, Slice, Units
+from mlpreduce.edits import Plan, Replace, Share, Slice, Units
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import MLP, Survey, example_inputs, mlps_or_raise, module_at, structural_copy, survey, tensors_in
 from mlpreduce.planning import make_plan
@@ -140,6 +140,10 @@ class Planner:
             looks = needs_data(step) or "meta device" in str(error)
             why = '; a sub-model must be the same for any weights: choose units by "first" or "last"' if looks else ""
             raise ReductionError(f"{self._call}: {error}{why}") from error
+        if plan.of(Replace):
+            raise ReductionError(
+                f"{where}: {name} puts new layers into the model, and sub-models are parts of one; search without it"
+            )
         for edit in plan.of(Slice):
             for setting in edit.settings:
                 raise ReductionError(

@@ -64,8 +64,9 @@ def grouped(
         repair: `least_squares` refits the shared fc2 and its bias on the data, so that it best gives what the MLPs gave that
             it stands for; or `none`.
         per_use: what each use of a shared layer has of its own: `none`, `ssf` (a scale and shift of what fc1 and fc2 give),
-            `lora` (a correction of low rank), or with options, `{"name": "lora", "rank": 8}`; `norm`: the norms and layer
-            scales of blocks and MLPs are not shared.
+            `lora` (a correction of low rank), `conv` (a depthwise convolution over the tokens before the MLP, which does not
+            merge), or with options, `{"name": "lora", "rank": 8}`; `norm`: the norms and layer scales of blocks and MLPs are
+            not shared.
 
     Raises:
         ReductionError: the blocks do not split so, are tied already, or an option is out of range; or there is no data

@@ -1,7 +1,7 @@
 """What each use of a shared MLP has of its own, and which tensors of shared layers a scale rule meets.
 
 Sources: a scale and shift for each use, SSF (arXiv 2210.08823); a correction of low rank for each use, relaxed recursive
-transformers (arXiv 2410.20672); norms of their own, MiniViT (arXiv 2204.07154).
+transformers (arXiv 2410.20672); norms of their own and a depthwise convolution before each use, MiniViT (arXiv 2204.07154).
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any
 
 from torch import nn
 
-from mlpreduce.edits import Edit
+from mlpreduce.edits import Edit, Replace
 from mlpreduce.errors import ReductionError, check_one_of, did_you_mean
 from mlpreduce.graph import MLP, Leaf
-from mlpreduce.layers import BlockDiagonalLinear, LowRankLinear, StandIn
+from mlpreduce.layers import BlockDiagonalLinear, LowRankLinear, StandIn, TokenConvolution, make_layer
 from mlpreduce.parts import Parts
 from mlpreduce.transforms.lora import lora_around
 from mlpreduce.transforms.ssf import scale_around
 
 __all__ = ["check_per_use", "multiplies", "scaled_tensor", "uses_of_their_own"]
 
-KINDS = ("none", "ssf", "lora", "norm")
-OPTIONS = {"lora": ("rank", "alpha", "seed"), "ssf": (), "norm": (), "none": ()}
+KINDS = ("none", "ssf", "lora", "norm", "conv")
+OPTIONS = {"lora": ("rank", "alpha", "seed"), "ssf": (), "norm": (), "none": (), "conv": ("kernel",)}
 
 
 def check_per_use(parts: Parts, per_use: str | Mapping[str, Any], share: str, keep: str) -> None:
@@ -36,7 +36,7 @@ def check_per_use(parts: Parts, per_use: str | Mapping[str, Any], share: str, ke
     for option in options:
         if option not in OPTIONS[kind]:
             raise ReductionError(f"per_use={kind!r} has no option {option!r}{did_you_mean(str(option), OPTIONS[kind])}")
-    if share == "attention" and kind in ("ssf", "lora"):
+    if share == "attention" and kind in ("ssf", "lora", "conv"):
         raise ReductionError(f"per_use={kind!r} is of shared MLPs, and share='attention' leaves each block its own")
     for mlp in parts if keep in ("mean", "align_mean") and share != "attention" else ():
         for leaf in (leaf for leaf in mlp.leaves if leaf.shareable):
@@ -51,6 +51,12 @@ def check_per_use(parts: Parts, per_use: str | Mapping[str, Any], share: str, ke
 def uses_of_their_own(parts: Parts, members: Sequence[MLP], per_use: str | Mapping[str, Any]) -> Iterator[Edit]:
     """The edits that give each member something of its own around its shared layers."""
     kind, options = _chosen(per_use)
+    for mlp in members if kind == "conv" else ():
+        config = {"features": mlp.in_features, "kernel": options.get("kernel", 3)}
+        made = make_layer("token_convolution", parts.whole(mlp), config)
+        assert isinstance(made, TokenConvolution)
+        values = {"convolution.weight": made.convolution.weight.detach()}
+        yield Replace(mlp.name, "token_convolution", config, values)
     for mlp in members if kind in ("ssf", "lora") else ():
         for leaf in mlp.leaves:
             if leaf.role in ("fc1", "fc2") and leaf.shareable:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mlpreduce.calibration import Loss
-from mlpreduce.edits import Plan, Share, Slice
+from mlpreduce.edits import Plan, Replace, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Inputs, module_at, refuse_wrapped, structural_copy
 from mlpreduce.planning import Globs, make_plan
@@ -66,8 +66,9 @@ def reduce_in_training(
         The model.
 
     Raises:
-        ReductionError: as `mlpreduce.apply`; the optimizer has a parameter that is none of the model's, or holds of a sliced
-            one what is not of its shape, as factored moments are; the average is another model. Nothing has changed then.
+        ReductionError: as `mlpreduce.apply`; the plan puts new layers into the model; the optimizer has a parameter that is
+            none of the model's, or holds of a sliced one what is not of its shape, as factored moments are; the average is
+            another model. Nothing has changed then.
 
     Example:
         >>> from mlpreduce.testing import tiny_vit
@@ -91,6 +92,11 @@ def reduce_in_training(
         made, _ = make_plan(model, transform, config, **scope, example_inputs=example_inputs)
     call = f"reduce_in_training(model, {call_text(made.transform, made.config)})"
     refuse_wrapped(model, call)
+    for edit in made.of(Replace):
+        raise ReductionError(
+            f"{call}: it puts a new layer at {edit.module}, of which the optimizer knows nothing; do that before training, or "
+            f"apply it and build a new optimizer"
+        )
     other = average_of(model, ema, call)
     given = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     optimizers = [_inner(each, call) for each in given]
