@@ -162,11 +162,14 @@ class BlockDiagonalLinear(nn.Module):
             x = x.index_select(-1, self.inputs_order)
         groups = self.groups
         tokens = x.reshape(-1, groups, x.shape[-1] // groups).transpose(0, 1)  # groups, tokens, inputs of a block
-        y = torch.bmm(tokens, self.weight.unflatten(0, (groups, -1)).transpose(1, 2))
+        blocks = self.weight.unflatten(0, (groups, -1)).transpose(1, 2)
+        if self.bias is None:
+            y = torch.bmm(tokens, blocks)
+        else:
+            bias = self.bias if self.outputs_order is None else self.bias.index_select(0, self.outputs_order)
+            y = torch.baddbmm(bias.view(groups, 1, -1), tokens, blocks)
         y = y.transpose(0, 1).reshape(*x.shape[:-1], self.weight.shape[0])
-        if self.outputs_order is not None:
-            y = y.index_select(-1, self.outputs_order.argsort())
-        return y if self.bias is None else y + self.bias.to(y.dtype)  # autocast makes y of its type alone
+        return y if self.outputs_order is None else y.index_select(-1, self.outputs_order.argsort())
 
     def merged(self) -> nn.Linear:
         """The dense layer that computes the same, with zeros outside of the blocks."""
