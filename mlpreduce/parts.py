@@ -77,6 +77,11 @@ class Parts(Sequence[MLP]):
     def __iter__(self) -> Iterator[MLP]:
         return iter(self._mlps)
 
+    @property
+    def number(self) -> int:
+        """How many MLPs the model has, in scope or not."""
+        return len(self._every)
+
     def uses(self, mlp: MLP) -> list[MLP]:
         """All calls of the MLP's weights in the model, in scope or not; just itself unless it is tied."""
         return [other for other in self._every if other.owner == mlp.owner]
@@ -114,6 +119,26 @@ class Parts(Sequence[MLP]):
         if module is None or not {f"{mlp.name}.{path}".rstrip(".") for path in held} <= leaves:
             raise ReductionError(f"{mlp.name} is no module of the MLP alone, as this needs")
         return module
+
+    def grid(self, mlp: MLP) -> list[int] | None:
+        """Height and width of the tokens that an MLP is given last; None where it is given them as a grid.
+
+        Raises:
+            ReductionError: the model does not say, drops some of its patches, or the MLP is given something else.
+        """
+        shape = mlp.input_shape
+        if len(shape) == 4 and shape[-1] == mlp.in_features:
+            return None
+        sides = getattr(getattr(self._model, "patch_embed", None), "grid_size", None)
+        before = getattr(self._model, "num_prefix_tokens", 0)
+        drop = getattr(getattr(self._model, "patch_drop", None), "prob", 0.0)
+        whole = isinstance(sides, (tuple, list)) and len(sides) == 2 and not drop
+        if not whole or shape[1:] != (before + sides[0] * sides[1], mlp.in_features):  # type: ignore[index]
+            raise ReductionError(
+                f"{mlp.name} is given {shape or 'what is not known'}, and the model does not say which of that is a grid of "
+                f"tokens, or drops some of them"
+            )
+        return list(sides)  # type: ignore[arg-type]
 
     def outside(self) -> list[tuple[str, nn.Module]]:
         """Leaf modules with parameters that lie in no block of an MLP, such as the patch embedding and the last norm."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -156,12 +157,15 @@ def _replaced(model: nn.Module, mlps: list[MLP], draft: Plan, inputs: Inputs | N
     """
     tree = rehearse(model, draft, weights=False)
     layers = ", ".join(sorted({edit.layer for edit in draft.of(Replace)}))
+    if inputs is None:
+        with suppress(ReductionError):  # then it is traced, which shows less
+            inputs = example_inputs(model, 2)
     try:
         found = {mlp.name: mlp for mlp in find_mlps(tree, inputs)}
     except ReductionError as error:
         raise ReductionError(
-            f"{call}: with {layers} the model does not run: its forward reads what only the layers that were there have "
-            f"({error})"
+            f"{call}: with {layers} the model does not run: its forward reads what only the layers that were there have, or "
+            f"calls them otherwise ({error})"
         ) from error
     dropped = {edit.module for edit in draft.of(Replace)}
     lost = [mlp.name for mlp in mlps if mlp.name not in found and mlp.name not in dropped]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import fx, nn
 
 from mlpreduce.calibration import Loss
@@ -135,8 +136,7 @@ def untie(model: Model) -> Model:
     if not shares:
         raise ReductionError("untie: this model has no tie made by mlpreduce")
     untie_leaves(model, shares)
-    plans = without_ties(history(model))
-    model.mlpreduce_history = [made for made in plans if made.edits]  # type: ignore[assignment]
+    _rewrite(model, without_ties(history(model)))
     unguard(model)
     return model
 
@@ -152,12 +152,15 @@ def merge(model: Model) -> Model:
         ReductionError: the model is wrapped, or a tie that the history tells of is gone.
     """
     refuse_wrapped(model, "merge")
-    if any(made.of(Share) for made in history(model)):
+    if shares_of(history(model)):
         untie(model)
     plains: dict[int, nn.Module] = {}  # of a module in several places one
     for layer in [module for module in model.modules() if isinstance(module, tuple(LAYERS.values()))]:
         if hasattr(layer, "merged"):
-            plains[id(layer)] = merged(layer)
+            with torch.inference_mode(False), torch.no_grad():
+                plains[id(layer)] = merged(layer)
+            if not any(parameter.requires_grad for parameter in layer.parameters()):
+                plains[id(layer)].requires_grad_(False)
     while any(id(plain) in plains for plain in plains.values()):  # a layer was around a layer
         plains = {key: plains.get(id(plain), plain) for key, plain in plains.items()}
     for module in list(model.modules()):
@@ -165,9 +168,16 @@ def merge(model: Model) -> Model:
             if id(child) in plains:
                 module._modules[name] = plains[id(child)].train(child.training)  # type: ignore[union-attr]
     if plains:
-        plans = without_layers(history(model))
-        model.mlpreduce_history = [made for made in plans if made.edits]  # type: ignore[assignment]
+        _rewrite(model, without_layers(without_ties(history(model))))
     return model
+
+
+def _rewrite(model: nn.Module, plans: list[Plan]) -> None:
+    """Give a model another history."""
+    kept = [made for made in plans if made.edits]
+    model.mlpreduce_history = kept  # type: ignore[assignment]
+    if isinstance(model, fx.GraphModule):
+        model.meta["mlpreduce_history"] = kept
 
 
 def broken_ties(model: nn.Module, tree: nn.Module | None = None) -> list[Share]:

@@ -187,7 +187,7 @@ def _hook(stack: ExitStack, model: Model, role: str, hook: Callable[..., Any]) -
     leaves: dict[int, nn.Module] = {}
     for mlp in uses:
         for number, leaf in enumerate(leaf for leaf in mlp.leaves if leaf.role == role):
-            module = module_at(tree, leaf.path)
+            module = module_at(tree, leaf.call)
             if module is not None:
                 leaves[id(module)] = module
                 places.setdefault(id(module), []).append(f"{mlp.name} {role} {number}")

@@ -56,7 +56,11 @@ def without_layers(plans: Iterable[Plan]) -> list[Plan]:
                 edits.append(replace(edit, axes=tuple(dict.fromkeys(axis for axis in axes if axis is not None))))
             elif not isinstance(edit, Replace) or not merges(edit.layer):
                 edits.append(edit)
-        before += [edit for edit in made.of(Replace) if merges(edit.layer)]
+        for edit in made.of(Replace):
+            if merges(edit.layer):
+                before.append(edit)
+            else:  # it stays, and has moved the others
+                before = [replace(other, module=moved_by(edit, other.module)) for other in before]
         plain.append(replace(made, edits=tuple(edits)))
     return plain
 

@@ -63,7 +63,9 @@ def rehearse(model: nn.Module, plan: Plan, rehearsal: nn.Module | None = None, *
             raise ReductionError(f"{call}: {edit.tensor} has two {type(edit).__name__} edits; make them one")
         given.add((type(edit), id(tensor)))
         _check_value(tensor, edit, call)
-    for edit, layer in _replace_all(rehearsal, plan.of(Replace), undo, call):
+    layers = _make_all(rehearsal, plan.of(Replace), call)
+    _put_in(rehearsal, layers, undo)
+    for edit, _, layer in layers:
         _check_layer(layer, edit, f"{call}: {edit.module}", weights=weights, weightless=weightless)
     return rehearsal
 
@@ -86,13 +88,17 @@ def carry_out(model: nn.Module, plan: Plan, *, weights: bool = True, rehearsal: 
     with _uninterrupted(), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         slice_all(model, plan.of(Slice), undo)
         _share_all(model, plan.of(Share), undo)
+        layers = _make_all(
+            model, plan.of(Replace), plan.transform
+        )  # what may want for memory comes before what is not undone
+        for edit, _, layer in layers:
+            for name, value in (edit.values or {}).items() if weights else ():
+                attrgetter(name)(layer).copy_(value)
         for edit in plan.of(Assign):
             _tensor(model, edit.tensor, plan.transform).copy_(edit.value)
         for edit in plan.of(Scale):
             _tensor(model, edit.tensor, plan.transform).mul_(edit.factor)
-        for edit, layer in _replace_all(model, plan.of(Replace), undo, plan.transform):
-            for name, value in (edit.values or {}).items() if weights else ():
-                attrgetter(name)(layer).copy_(value)
+        _put_in(model, layers, undo)
         if isinstance(model, fx.GraphModule):
             canonicalize(model)
         undo.pop_all()
@@ -122,9 +128,13 @@ def _share_all(model: nn.Module, shares: list[Share], undo: ExitStack) -> None:
             parent._modules[name] = source
 
 
-def _replace_all(model: nn.Module, edits: list[Replace], undo: ExitStack, call: str) -> list[tuple[Replace, nn.Module]]:
-    """Put layers in their places; each comes back with its edit."""
-    made: list[tuple[Replace, nn.Module]] = []
+_Made = tuple[Replace, nn.Module, nn.Module]  # an edit, what it replaces, and the layer
+
+
+def _make_all(model: nn.Module, edits: list[Replace], call: str) -> list[_Made]:
+    """The layers that edits ask for; they are not in the model yet."""
+    made: list[_Made] = []
+    places: dict[tuple[int, str], str] = {}
     for edit in edits:
         module = module_at(model, edit.module)
         if module is None or not edit.module:
@@ -133,22 +143,31 @@ def _replace_all(model: nn.Module, edits: list[Replace], undo: ExitStack, call: 
             raise ReductionError(
                 f"{call}: {edit.module} is no call of a torch.fx graph, but what it was made of; give the model"
             )
-        if any(edit.module == other.module for other, _ in made):
+        place = _place(model, edit.module)
+        other = places.setdefault((id(place[0]), place[1]), edit.module)
+        if len(places) == len(made):
             raise ReductionError(
-                f"{call}: {edit.module} would be replaced twice; a torch.fx graph calls a tied module by one path, so give "
-                f"the model, or untie it first"
+                f"{call}: {edit.module} and {other} are one place, which would be replaced twice, as the module around it is "
+                f"shared; give each block one of its own (of a torch.fx graph give the model), or include one of them"
             )
         try:
-            layer = make_layer(edit.layer, module, edit.config)
+            made.append((edit, module, make_layer(edit.layer, module, edit.config)))
         except ReductionError as error:
             raise ReductionError(f"{call}: {edit.module}: {error}") from error
-        made.append((edit, layer))
-        parent, _, name = edit.module.rpartition(".")
-        here = cast(nn.Module, module_at(model, parent)), name
-        for owner, key in [here] if wraps(edit.layer) else _places(model)[id(module)]:
+    return made
+
+
+def _put_in(model: nn.Module, made: list[_Made], undo: ExitStack) -> None:
+    """Put layers in their places."""
+    for edit, module, layer in made:
+        for owner, key in [_place(model, edit.module)] if wraps(edit.layer) else _places(model)[id(module)]:
             undo.callback(owner._modules.__setitem__, key, module)
             owner._modules[key] = layer
-    return made
+
+
+def _place(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, name = path.rpartition(".")
+    return cast(nn.Module, module_at(model, parent)), name
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -286,6 +305,8 @@ def _check_layer(layer: nn.Module, edit: Replace, where: str, *, weights: bool, 
             )
         if value.is_meta and not weightless:
             raise ReductionError(f"{where}: the new values of {name} are on the meta device; give them values")
+        if value.layout != torch.strided:
+            raise ReductionError(f"{where}: the new values of {name} are {value.layout}; give a dense tensor")
 
 
 def _form(leaf: nn.Module | None) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mlpreduce
 from mlpreduce import ReductionError
 from mlpreduce.budget import Cost, measure
-from mlpreduce.edits import Replace, Share, Slice
+from mlpreduce.edits import Replace, Scale, Share, Slice
 from mlpreduce.layers import (
     BlockDiagonalLinear,
     ChannelCovariance,
@@ -414,3 +414,183 @@ def test_a_layer_whose_forward_is_not_called_is_refused() -> None:
         mlpreduce.apply(model, "ssf", sites="all")
     assert list(model.state_dict()) == before
     mlpreduce.apply(model, "ssf", sites="mlp")
+
+
+# --- what once went wrong -----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_would_not_run_is_refused_and_norms_on_channels_are_scaled() -> None:
+    with torch.device("meta"):
+        xcit = timm.create_model("xcit_nano_12_p16_224").eval()
+        convnext = timm.create_model("convnext_atto").eval()
+    with pytest.raises(ReductionError, match="the model does not run"):
+        mlpreduce.apply(xcit, "ssf", sites="all")
+    mlpreduce.apply(convnext, "ssf", sites="all")
+    convnext(torch.zeros(1, 3, 224, 224, device="meta"))
+
+
+def test_layers_that_make_something_of_their_weights_are_left_out() -> None:
+    settings: dict[str, Any] = {"img_size": 64, "depth": 1, "embed_dim": 48, "num_classes": 5}
+    model = timm.create_model("vit_tiny_r_s16_p8_224", **settings).eval()
+    mlpreduce.apply(model, "ssf", sites="all", init="released")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.head.weight.normal_()
+        for name, parameter in model.named_parameters():
+            if name.endswith(".scale"):
+                parameter.mul_(1.3)
+    output = model(images)
+    assert near(mlpreduce.merge(copy.deepcopy(model))(images), output)
+
+
+def test_a_merged_model_with_a_convolution_left_can_be_loaded(tmp_path: Path) -> None:
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    model = moved(reduced([("lora", {}), ("grouped", {"per_use": "conv"}), ("shallow", {})]))
+    mlpreduce.merge(model)
+    mlpreduce.save(model, tmp_path)
+    assert torch.equal(mlpreduce.load(tmp_path).eval()(images), model(images))
+
+
+def test_a_lack_of_memory_for_layers_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlpreduce import surgery
+
+    model = tiny_vit()
+    before, make = copy.deepcopy(model), surgery.make_layer
+
+    def scarce(name: str, module: nn.Module, config: dict[str, Any]) -> nn.Module:
+        if not next(module.parameters()).is_meta:
+            raise torch.OutOfMemoryError("out of memory")
+        return make(name, module, config)
+
+    monkeypatch.setattr(surgery, "make_layer", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        mlpreduce.apply(model, "grouped", per_use="lora")
+    assert model.blocks[0].mlp.fc1 is not model.blocks[1].mlp.fc1
+    assert all(map(torch.equal, model.state_dict().values(), before.state_dict().values()))
+
+
+def test_merge_after_partners_of_a_tie_are_dropped_and_of_frozen_models() -> None:
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    gone = ["blocks.1.mlp", "blocks.3.mlp"]
+    model = moved(reduced([("grouped", {"scale": "none"}), ("drop", {"mlps": gone}), ("lora", {})]))
+    output = model(images)
+    assert near(mlpreduce.merge(model)(images), output)
+    assert not any(made.of(Share) for made in mlpreduce.history(model))
+    frozen = tiny_vit().requires_grad_(False)
+    mlpreduce.merge(mlpreduce.apply(frozen, "low_rank"))
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    graph = mlpreduce.apply(mlpreduce.to_graph(tiny_vit()), "lora")
+    assert not mlpreduce.history(copy.deepcopy(mlpreduce.merge(graph)))
+
+
+def test_training_on_rows_and_columns_of_tokens() -> None:
+    small: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "num_classes": 5, "conv_mlp": False}
+    model = timm.create_model("convnext_atto", **small)
+    mlpreduce.apply(model, "block_diagonal", cca="covariance", groups=4)
+    assert model.train()(torch.randn(2, 3, 64, 64)).isfinite().all()
+
+
+def test_a_convolution_knows_its_grid() -> None:
+    model = tiny_vit(img_size=(20, 16), class_token=False, global_pool="avg")
+    convolution = mlpreduce.apply(model, "grouped", per_use="conv").get_submodule("blocks.0.mlp.convolution")
+    nn.init.ones_(convolution.weight)  # type: ignore[arg-type]
+    tokens = torch.zeros(1, 20, 32)
+    tokens[0, 0] = 1
+    assert convolution(tokens)[0, :, 0].reshape(5, 4).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    with pytest.raises(ReductionError, match="or drops some of them"):
+        mlpreduce.apply(tiny_vit(patch_drop_rate=0.5), "grouped", per_use="conv")
+
+
+@pytest.mark.parametrize("adapter", ["lora", "ssf"])
+def test_criteria_and_repair_see_what_adapters_make_of_a_layer(adapter: str) -> None:
+    data = [torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(3))]
+    model = moved(moved(moved(reduced([(adapter, {})]))))
+    merged = mlpreduce.merge(copy.deepcopy(model))
+    for criterion in ("l2", "gram_schmidt", "activation"):
+        ours, plain = (mlpreduce.plan(m, "shallow", criterion=criterion, data=data).of(Slice) for m in (model, merged))
+        assert [edit.units for edit in ours] == [edit.units for edit in plain]
+
+
+def test_during_training_layers_around_others_are_refused() -> None:
+    from mlpreduce.train.during import GateL1, reduce_in_training
+
+    for steps in ([("lora", {})], [("low_rank", {})], [("block_diagonal", {"include": "blocks.2.mlp"})]):
+        model = reduced(steps)
+        names = list(model.state_dict())
+        with pytest.raises(ReductionError, match="merge the model first"):
+            GateL1(model)
+        assert list(model.state_dict()) == names
+    model = tiny_vit()
+    with pytest.raises(ReductionError, match="of which the optimizer knows nothing"):
+        reduce_in_training(model, "lora", torch.optim.AdamW(model.parameters()))
+
+
+def test_a_measured_scale_of_factors_is_that_of_the_merged_model() -> None:
+    model = moved(reduced([("low_rank", {})]))
+    merged = mlpreduce.merge(copy.deepcopy(model))
+    found = []
+    for each in (model, merged):
+        made = mlpreduce.plan(each, "grouped", scale="match_forward")
+        found.append({edit.factor for edit in made.of(Scale)})
+    assert sorted(found[0]) == pytest.approx(sorted(found[1]), rel=1e-3)
+
+
+def test_units_of_a_tied_mlp_with_a_norm_are_put_in_order_once() -> None:
+    small: dict[str, Any] = {"img_size": 28, "embed_dim": 48, "depth": 4, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model("eva02_tiny_patch14_224", scale_mlp=True, **small).eval()
+    mlpreduce.apply(model, "grouped", scale="none")
+    images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(2))
+    made = mlpreduce.plan(model, "block_diagonal", groups=2)
+    assert mlpreduce.plan(model, "block_diagonal", groups=2).to_json() == made.to_json()
+    assert mlpreduce.apply(model, made)(images).isfinite().all()
+
+
+def test_a_norm_after_the_mlp_has_no_gate() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("swinv2_tiny_window8_256")
+    with pytest.raises(ReductionError, match="a norm lies between"):
+        mlpreduce.apply(model, "block_gate")
+
+
+WRONG: dict[str, tuple[Steps, str]] = {
+    "part of a tie": (
+        [("grouped", {}), ("low_rank", {"exclude": "blocks.0.mlp"})],
+        "is not in scope; include all or none",
+    ),
+    "means in other orders": (
+        [("block_diagonal", {"align": "all"}), ("grouped", {"keep": "mean", "scale": "none"})],
+        "blocks of unlike features have none",
+    ),
+    "units of adapters": ([("lora", {}), ("grouped", {"keep": "align_mean", "scale": "none"})], "knows its units"),
+    "seed": ([("low_rank", {"init": "new", "seed": "x"})], "seed is 'x'"),
+    "layers of none": ([("lora", {"layers": 5})], "give 'fc1', 'fc2', or both"),
+    "names of none": ([("drop", {"mlps": 5})], "mlps is 5"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_refused_too(case: str) -> None:
+    steps, message = WRONG[case]
+    model = reduced(steps[:-1])
+    with pytest.raises(ReductionError) as error:
+        mlpreduce.apply(model, steps[-1][0], **steps[-1][1])
+    assert message in str(error.value)
+
+
+def test_on_meta_the_same_is_refused() -> None:
+    for config in ({"pattern": "foo"}, {"init": "foo"}, {"pattern": "banded", "band": 999}, {"rank": "a"}):
+        with pytest.raises(ReductionError):
+            mlpreduce.plan(base(depth=1), "svft", **config)
+    with pytest.raises(ReductionError, match="or never had any"):
+        mlpreduce.plan(base(depth=1), "low_rank").save("never.json")
+
+
+def test_one_place_is_not_replaced_twice() -> None:
+    model = tiny_vit()
+    model.blocks[1].mlp = model.blocks[0].mlp
+    with pytest.raises(ReductionError, match="are one place"):
+        mlpreduce.apply(model, "ssf")
+    made = mlpreduce.plan(tiny_vit(), "block_gate")
+    gated = mlpreduce.apply(tiny_vit(), made)
+    with pytest.raises(ReductionError, match="there is a gate already"):
+        mlpreduce.apply(gated, made)

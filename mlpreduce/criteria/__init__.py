@@ -239,6 +239,8 @@ def choose(criterion: str | Mapping[str, Any]) -> Choice:
 
 def derived_seed(seed: int, name: str) -> int:
     """A seed for one of several random choices that are to have nothing in common, whatever the seed they follow from."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ReductionError(f"seed is {seed!r}; it must be a whole number")
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7])
 
 
@@ -281,6 +283,7 @@ def unit_weights(mlp: MLP, tensor: Callable[[str], torch.Tensor], names: Sequenc
     import torch
 
     roles = {leaf.path: leaf.role for leaf in mlp.leaves}
+    calls = {leaf.path: leaf.call for leaf in mlp.leaves}  # the layer around it, if there is one
     parts = []
     known = []
     for axis in mlp.axes:
@@ -290,7 +293,7 @@ def unit_weights(mlp: MLP, tensor: Callable[[str], torch.Tensor], names: Sequenc
         known.append(f"{roles.get(path)}.{name}")
         if known[-1] not in names:
             continue
-        values = tensor(f"{path}.{name}").detach()
+        values = tensor(f"{calls.get(path, path)}.{name}").detach()
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         if axis.groups > 1:  # the input axis of a grouped convolution, once for each group
             values = values.unflatten(0, (axis.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)

@@ -134,9 +134,9 @@ class Plan:
         path = Path(path)
         given = {name: value for edit in self.edits for name, value in tensors_of(edit).items()}
         values = {name: value.detach().contiguous() for name, value in given.items() if value is not None}
-        if len(values) < len(given):
+        if len(values) < len(given) or any(value.is_meta for value in values.values()):
             raise ReductionError(
-                f"Plan.save({str(path)!r}): the plan has lost the values it assigns; save it before apply"
+                f"Plan.save({str(path)!r}): the plan has lost the values it assigns, or never had any; save it before apply"
             )
         if values:
             from safetensors.torch import save_file

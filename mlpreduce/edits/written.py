@@ -70,6 +70,8 @@ def edit_from_json(entry: dict[str, Any], tensors: dict[str, torch.Tensor] | Non
     if kind == "scale":
         return Scale(entry["tensor"], float(entry["factor"]))
     if kind == "replace":
+        if not isinstance(entry["layer"], str) or not isinstance(entry["config"], dict):
+            raise ValueError(f"a layer {entry['layer']!r} with {entry['config']!r}")
         names, values = entry.get("values"), None
         if tensors is not None and names is not None:
             values = {name: given(f"{entry['module']}.{name}") for name in names}

@@ -124,6 +124,8 @@ def survey(model: nn.Module, example_inputs: Inputs | None = None) -> Survey:
             others[place.name] = "expands, convolves and projects; no name says MLP: an inverted residual or SepConv"
             continue
         mlp = describe_mlp(tree, match, place, "one token" if one else "tokens")
+        shape = flow.shape(match.expand[0].args[0]) if match.expand[0].args else None
+        mlp = replace(mlp, input_shape=shape or (), norm_follows=flow.meets_norm(match.contract))
         shared = [leaf for leaf in mlp.leaves if leaf.shareable] or mlp.leaves
         leaves = tuple(id(module_at(tree, leaf.path)) for leaf in shared)
         mlps.append(replace(mlp, owner=owners.setdefault(leaves, mlp.name)))

@@ -21,7 +21,7 @@ from mlpreduce.graph.rules import (
     projection,
     tensors_of,
 )
-from mlpreduce.graph.trace import module_at
+from mlpreduce.graph.trace import NORMS, module_at
 
 __all__ = ["Flow"]
 
@@ -145,6 +145,20 @@ class Flow:
                         return True
                 elif not self.passes(user) and not self._is_scaled(user, node):
                     continue
+                stack.append(user)
+        return False
+
+    def meets_norm(self, contract: fx.Node) -> bool:
+        """Whether a norm lies on the way from a projection to the residual addition."""
+        stack, seen = [contract], {contract}
+        while stack:
+            for user in stack.pop().users:
+                if user in seen or operation(user) in ADD or not self.passes(user):
+                    continue
+                module = self.module(user)
+                if isinstance(module, NORMS) or (operation(user) or "").endswith("_norm"):
+                    return True
+                seen.add(user)
                 stack.append(user)
         return False
 

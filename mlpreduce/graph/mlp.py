@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from mlpreduce.edits import Axis, Setting, Slice, as_units
@@ -68,6 +68,8 @@ class MLP:
         alone: why it cannot share, if so.
         reshapes: whether shapes change between its layers, so that a plan is tried before it is given.
         fixed: why its hidden units cannot be sliced, if so.
+        input_shape: of what it is given, with the batch that was used to find it; empty if that is not known.
+        norm_follows: whether a norm lies between it and the residual stream.
     """
 
     name: str
@@ -89,6 +91,8 @@ class MLP:
     alone: str = ""
     reshapes: bool = False
     fixed: str = ""
+    input_shape: tuple[int, ...] = field(default=(), compare=False)
+    norm_follows: bool = False
 
     def params(self, hidden: int | None = None, *, owned: bool = True) -> int:
         """Parameters of its leaves, each counted once.

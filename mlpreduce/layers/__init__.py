@@ -19,7 +19,7 @@ from mlpreduce.layers.channel_covariance import ChannelCovariance
 from mlpreduce.layers.energy import BlockOrders, block_orders
 from mlpreduce.layers.lora import LoraLinear
 from mlpreduce.layers.low_rank import LowRankLinear
-from mlpreduce.layers.scale_shift import ScaleShift
+from mlpreduce.layers.scale_shift import ScaleShift, is_scalable
 from mlpreduce.layers.svft import SvftLinear
 from mlpreduce.layers.token_convolution import TokenConvolution
 from mlpreduce.layers.wrapper import StandIn, Wrapper, macs_of, merged
@@ -41,6 +41,7 @@ __all__ = [
     "Wrapper",
     "adapters",
     "block_orders",
+    "is_scalable",
     "macs_of",
     "make_layer",
     "merged",

@@ -6,6 +6,7 @@ Source: ADA-DEFT (as described in DEFT's reviews): a learned weight for each MLP
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +36,11 @@ class BlockGate(Wrapper):
         like = next(base.parameters(), None)
         if like is None:
             raise ReductionError(f"BlockGate: {type(base).__name__} has no weights to take a gate")
+        inner = base
+        while isinstance(inner, Wrapper):
+            if isinstance(inner, BlockGate):
+                raise ReductionError("BlockGate: there is a gate already")
+            inner = inner.base
         self.base = base
         self.gate = nn.Parameter(torch.ones((), device=like.device, dtype=like.dtype))
 
@@ -78,6 +84,6 @@ class NoMlp(nn.Module):
         """The layer in place of a module."""
         return cls()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Zeros of the shape of what it is given."""
+    def forward(self, x: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+        """Zeros of the shape of what it is given; what else an MLP may be given makes no difference."""
         return x * 0

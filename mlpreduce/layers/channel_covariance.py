@@ -59,11 +59,12 @@ class ChannelCovariance(Wrapper):
         y: torch.Tensor = self.base(x)
         if not self.training:
             return y
-        channels = x.transpose(1, 2).contiguous()
-        other = channels.transpose(1, 2) if self.variant == "covariance" else channels.view(x.shape)
+        tokens = x.flatten(1, -2)  # (images, height, width, channels) are tokens too
+        channels = tokens.transpose(1, 2).contiguous()
+        other = channels.transpose(1, 2) if self.variant == "covariance" else channels.view(tokens.shape)
         attention = (channels * self.hidden**-0.5 @ other).softmax(-1)
         alpha, rest = self.mix.softmax(0)
-        mixed: torch.Tensor = (attention @ channels).transpose(1, 2)
+        mixed: torch.Tensor = (attention @ channels).transpose(1, 2).reshape(x.shape)
         return torch.add(alpha * y, rest * mixed)
 
     def merged(self) -> nn.Module:

@@ -23,8 +23,8 @@ class LowRankLinear(nn.Module):
         down: (rank, inputs).
         up: (outputs, rank).
         bias: (outputs,), or None.
-        kept: share of the energy of the layer that it was made of, 0..1: of its weight, or of what it gives for the
-            inputs whose moments were given. 1 of a new one.
+        kept: share of the energy of the layer that `from_linear` made it of, 0..1: of its weight, or of what it gives for
+            the inputs whose moments were given. 1 of any other; the plan of a transform tells it in a note.
 
     Args:
         in_features: inputs.

@@ -11,9 +11,20 @@ import torch
 from torch import nn
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.layers.wrapper import Axes, Wrapper, merged
+from mlpreduce.layers.wrapper import Axes, StandIn, Wrapper, merged
 
-__all__ = ["ScaleShift"]
+__all__ = ["ScaleShift", "is_scalable"]
+
+
+def is_scalable(layer: nn.Module) -> bool:
+    """Whether a scale and shift of what a layer gives can be part of its weight and bias.
+
+    A layer whose forward makes something else of its weight, such as a weight-standardised convolution, is none.
+    """
+    if isinstance(layer, nn.LayerNorm):
+        return layer.elementwise_affine and len(layer.normalized_shape) == 1
+    plain = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward) and not layer._modules
+    return plain or (isinstance(layer, StandIn) and not isinstance(layer, Wrapper))
 
 
 class ScaleShift(Wrapper):
@@ -36,14 +47,15 @@ class ScaleShift(Wrapper):
         plain = base
         while isinstance(plain, Wrapper):
             plain = plain.base
-        features = getattr(plain, "out_features", getattr(plain, "out_channels", None))
-        if isinstance(plain, nn.LayerNorm) and plain.elementwise_affine and len(plain.normalized_shape) == 1:
-            (features,) = plain.normalized_shape
-        if not isinstance(features, int) or isinstance(plain, nn.Conv1d | nn.Conv3d):
+        if not is_scalable(plain):
             raise ReductionError(
                 f"ScaleShift: {type(plain).__name__} is no Linear, no Conv2d and no LayerNorm of one dimension with weights"
             )
-        self.base, self._dim = base, 1 if isinstance(plain, nn.Conv2d) else -1
+        features = getattr(plain, "out_features", getattr(plain, "out_channels", None))
+        features = plain.normalized_shape[0] if isinstance(plain, nn.LayerNorm) else features
+        assert isinstance(features, int)
+        first = isinstance(plain, nn.Conv2d) or "2d" in type(plain).__name__  # timm's LayerNorm2d
+        self.base, self._dim = base, 1 if first else -1
         like = next(base.parameters())
         self.scale = nn.Parameter(torch.ones(features, device=like.device, dtype=like.dtype))
         biased = plain._parameters.get("bias") is not None

@@ -114,15 +114,8 @@ class SvftLinear(nn.Module):
             ReductionError: an option is out of range, or the layer is no `Linear` with finite values.
         """
         weight = weight_of(layer, "SvftLinear")
-        check_one_of("SvftLinear: pattern", pattern, PATTERNS)
         check_one_of("SvftLinear: init", init, INITS)
-        check_whole("SvftLinear: band", band, least=0)
-        size = min(weight.shape)
-        rank = size if rank is None else rank
-        check_whole("SvftLinear: rank", rank)
-        band = 0 if pattern == "plain" else band
-        if rank > size or band >= rank:
-            raise ReductionError(f"SvftLinear: rank is {rank} and band {band}; rank is at most {size}, band below it")
+        band, rank, _ = cls.sizes(layer, pattern, band, rank)
         left, values, right = decomposed(weight, "SvftLinear")
         left, values, right = left[:, :rank], values[:rank], right[:rank]
         generator = torch.Generator().manual_seed(seed)
@@ -142,6 +135,23 @@ class SvftLinear(nn.Module):
             if made.bias is not None:
                 made.bias.copy_(layer.get_parameter("bias"))
         return made
+
+    @staticmethod
+    def sizes(layer: nn.Module, pattern: str, band: int, rank: int | None) -> tuple[int, int, int]:
+        """The band, the rank and the number of entries that a layer has, as of `from_linear`; needs no values.
+
+        Raises:
+            ReductionError: an option is out of range, or the layer is no `Linear`.
+        """
+        size = min(weight_of(layer, "SvftLinear").shape)
+        check_one_of("SvftLinear: pattern", pattern, PATTERNS)
+        check_whole("SvftLinear: band", band, least=0)
+        rank = size if rank is None else rank
+        check_whole("SvftLinear: rank", rank)
+        band = 0 if pattern == "plain" else band
+        if rank > size or band >= rank:
+            raise ReductionError(f"SvftLinear: rank is {rank} and band {band}; rank is at most {size}, band below it")
+        return band, rank, rank * (2 * band + 1) - band * (band + 1)
 
     @property
     def macs(self) -> tuple[int, int]:

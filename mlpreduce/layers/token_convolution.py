@@ -6,7 +6,7 @@ use of a shared MLP. Here it starts as nothing, and class and register tokens pa
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,22 +21,19 @@ __all__ = ["TokenConvolution"]
 class GridConvolution(nn.Conv2d):
     """A depthwise convolution, without bias, over tokens that form a grid; it starts at 0."""
 
-    def __init__(self, features: int, kernel: int, like: torch.Tensor) -> None:
+    def __init__(self, features: int, kernel: int, grid: tuple[int, int] | None, like: torch.Tensor) -> None:
         place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         super().__init__(features, features, kernel, padding=kernel // 2, groups=features, bias=False, **place)
+        self.grid = grid
         nn.init.zeros_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(images, tokens, features), or (images, height, width, features), of the same shape."""
-        if x.dim() == 4:
+        """(images, tokens, features) with the grid, or (images, height, width, features) without, of the same shape."""
+        if self.grid is None:
             return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        side = math.isqrt(x.shape[1])
-        others = x.shape[1] - side * side  # class and register tokens come first
-        if x.dim() != 3 or others > side:
-            raise ReductionError(
-                f"TokenConvolution: {tuple(x.shape)} are no tokens of a square image, with few others before them"
-            )
-        grid = x[:, others:].transpose(1, 2).unflatten(2, (side, side))
+        height, width = self.grid
+        others = x.shape[1] - height * width  # class and register tokens come first
+        grid = x[:, others:].transpose(1, 2).unflatten(2, (height, width))
         return nn.functional.pad(super().forward(grid).flatten(2).transpose(1, 2), (0, 0, others, 0))
 
 
@@ -51,6 +48,8 @@ class TokenConvolution(Wrapper):
         base: the MLP.
         features: its inputs.
         kernel: an odd number of tokens.
+        grid: height and width of the tokens of an image, which come last; None for a base that is given
+            (images, height, width, features).
 
     Raises:
         ReductionError: an even kernel.
@@ -58,25 +57,24 @@ class TokenConvolution(Wrapper):
 
     is_one_layer = False
 
-    def __init__(self, base: nn.Module, features: int, kernel: int = 3) -> None:
+    def __init__(self, base: nn.Module, features: int, kernel: int = 3, grid: Sequence[int] | None = None) -> None:
         super().__init__()
         check_whole("TokenConvolution: features", features)
         check_whole("TokenConvolution: kernel", kernel)
         if kernel % 2 == 0:
             raise ReductionError(f"TokenConvolution: kernel is {kernel}; it must be odd, so that tokens stay in place")
         self.base = base
-        self.convolution = GridConvolution(features, kernel, next(base.parameters()))
+        sides = None if grid is None else (int(grid[0]), int(grid[1]))
+        self.convolution = GridConvolution(features, kernel, sides, next(base.parameters()))
 
     @classmethod
-    def in_place_of(cls, module: nn.Module, features: int, kernel: int = 3) -> TokenConvolution:
+    def in_place_of(
+        cls, module: nn.Module, features: int, kernel: int = 3, grid: Sequence[int] | None = None
+    ) -> TokenConvolution:
         """The layer around a module."""
-        return cls(module, features, kernel)
+        return cls(module, features, kernel, grid)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the base takes: (images, tokens, features), or (images, height, width, features).
-
-        Raises:
-            ReductionError: the tokens are no square, with or without some before it.
-        """
+        """What the base takes: (images, tokens, features), or (images, height, width, features)."""
         y: torch.Tensor = self.base(x + self.convolution(x))
         return y

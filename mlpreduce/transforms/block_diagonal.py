@@ -100,11 +100,12 @@ def _check(mlp: MLP, given: dict[str, nn.Linear], groups: int) -> None:
 
 def _reordered(parts: Parts, mlp: MLP, given: dict[str, nn.Linear], order: torch.Tensor) -> Iterator[Edit]:
     """What lies on the hidden axis beside the projections, in the new order of the units."""
-    for axis in {axis for use in parts.uses(mlp) for axis in use.axes}:
-        path = axis.tensor.rpartition(".")[0]
-        if all(parts.module(path) is not layer for layer in given.values()):
-            value = parts.tensor(axis.tensor).detach()
-            yield Assign(axis.tensor, value.index_select(axis.dim, order.to(value.device)))
+    seen = {id(layer) for layer in given.values()}
+    for axis in dict.fromkeys(axis for use in parts.uses(mlp) for axis in use.axes):
+        value = parts.tensor(axis.tensor)
+        if id(parts.module(axis.tensor.rpartition(".")[0])) not in seen and id(value) not in seen:
+            seen.add(id(value))
+            yield Assign(axis.tensor, value.detach().index_select(axis.dim, order.to(value.device)))
 
 
 def _replaced(

@@ -34,6 +34,9 @@ def block_gate(parts: Parts) -> Iterator[Replace]:
         layer = parts.module(path)
         if _gate(parts, mlp) is not None:
             raise ReductionError(f"{mlp.name} has a gate already")
+        if not mlp.leaf("fc2").shareable:
+            raise ReductionError(f"{path} is a layer of attention too, which the gate would shut; exclude {mlp.name}")
+        _check_alone(mlp)
         yield replacing(path, "block_gate", {}, BlockGate(layer))
 
 
@@ -61,18 +64,31 @@ def drop(parts: Parts, *, gate: float = 0.05, mlps: Sequence[str] | None = None)
                 f"gate={gate}: all of {len(gates)} gates are larger, the least {min(gates.values()):.3g}"
             )
     else:
-        going = [mlps] if isinstance(mlps, str) else list(mlps)
+        going = [mlps] if isinstance(mlps, str) else list(mlps) if isinstance(mlps, (list, tuple)) else []
+        if not going:
+            raise ReductionError(f"mlps is {mlps!r}; give names, such as ['blocks.3.mlp']")
         for name in going:
             if name not in names:
                 raise ReductionError(f"mlps has {name!r}{did_you_mean(str(name), names)}")
-    if set(going) == set(names):
-        raise ReductionError(f"none of {len(names)} MLPs would be left; drop fewer")
+    if len(set(going)) == parts.number:
+        raise ReductionError(f"none of {parts.number} MLPs would be left; drop fewer")
     for mlp in parts:
         if mlp.name in going:
             parts.whole(mlp)
+            _check_alone(mlp)
             if mlp.in_features != mlp.out_features:
                 raise ReductionError(f"{mlp.name} gives {mlp.out_features} features for {mlp.in_features}; exclude it")
             yield replacing(mlp.name, "no_mlp", {}, NoMlp())
+
+
+def _check_alone(mlp: MLP) -> None:
+    """Whether what an MLP gives comes to the residual stream as it is.
+
+    Raises:
+        ReductionError: a norm would undo the gate, and add its bias to zeros.
+    """
+    if mlp.norm_follows:
+        raise ReductionError(f"a norm lies between {mlp.name} and the residual stream, which would undo it; exclude it")
 
 
 def _gate(parts: Parts, mlp: MLP) -> float | None:

@@ -167,8 +167,8 @@ def _matching_factor(parts: Parts, members: list[MLP], keeper: MLP, means: Mappi
     paths = [
         path
         for leaf in keeper.leaves
-        for path in parts.tensors_of(leaf)
-        if f"{leaf.role}{path[len(leaf.path) :]}" in SCALED
+        for name in ("weight", "bias")
+        if f"{leaf.role}.{name}" in SCALED and (path := scaled_tensor(parts, leaf, name)) is not None
     ]
     values = {path: means[path] if path in means else parts.tensor(path) for path in paths}
 
@@ -197,7 +197,7 @@ def _means(parts: Parts, members: list[MLP], *, align: bool) -> Iterator[tuple[s
     first = members[0]
     if align and first.groups > 1:
         raise ReductionError(
-            f"keep='align_mean': {first.name} has a convolution in {first.groups} groups, whose units cannot trade places; "
+            f"keep='align_mean': {first.name} has units in {first.groups} groups, which cannot trade places; "
             f"use keep='mean'"
         )
     orders = [None, *(_matching(parts, first, member) if align else None for member in members[1:])]

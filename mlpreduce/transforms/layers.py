@@ -36,6 +36,13 @@ def linears(parts: Parts, name: str, layers: str | Sequence[str] = LAYERS) -> It
         ReductionError: unknown layers, or one is no `Linear` of the MLP alone.
     """
     seen: set[int] = set()
+    names = {mlp.name for mlp in parts}
+    for mlp in parts:
+        outside = [use.name for use in parts.uses(mlp) if use.name not in names]
+        if outside:
+            raise ReductionError(
+                f"{mlp.name} is tied to {', '.join(outside)}, which is not in scope; include all or none"
+            )
     for mlp, leaf, layer in uses_of_linears(parts, name, layers):
         if id(layer) not in seen:
             seen.add(id(layer))
@@ -46,8 +53,9 @@ def uses_of_linears(
     parts: Parts, name: str, layers: str | Sequence[str] = LAYERS
 ) -> Iterator[tuple[MLP, Leaf, nn.Linear]]:
     """The same, a tied one for each of its uses."""
-    wanted = [layers] if isinstance(layers, str) else list(layers)
-    if not wanted or not set(wanted) <= set(LAYERS):
+    wanted = [layers] if isinstance(layers, str) else layers
+    known = isinstance(wanted, (list, tuple)) and all(isinstance(name, str) and name in LAYERS for name in wanted)
+    if not wanted or not known:
         raise ReductionError(f"layers is {layers!r}; give 'fc1', 'fc2', or both")
     for mlp in parts:
         for leaf in mlp.leaves:

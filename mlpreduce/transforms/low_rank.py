@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Replace
 from mlpreduce.errors import ReductionError, check_number, check_one_of, check_whole
 from mlpreduce.layers import LowRankLinear, make_layer
@@ -71,7 +72,7 @@ def low_rank(
         ratio = _ratio_for(parts, [layer for _, layer in found], target_params)
     ratio = 0.5 if not given else ratio
     kept, whole, used, before = 0.0, 0.0, 0, 0
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(derived_seed(seed, "low_rank"))
     for leaf, layer in found:
         wanted = rank if ratio is None else _rank(layer, ratio)
         if wanted == 0:

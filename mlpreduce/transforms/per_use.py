@@ -39,12 +39,22 @@ def check_per_use(parts: Parts, per_use: str | Mapping[str, Any], share: str, ke
     if share == "attention" and kind in ("ssf", "lora", "conv"):
         raise ReductionError(f"per_use={kind!r} is of shared MLPs, and share='attention' leaves each block its own")
     for mlp in parts if keep in ("mean", "align_mean") and share != "attention" else ():
-        for leaf in (leaf for leaf in mlp.leaves if leaf.shareable):
+        for leaf in mlp.leaves:
             layer = parts.module(leaf.path)
-            if isinstance(layer, StandIn) and not isinstance(layer, BlockDiagonalLinear):
+            if leaf.around and keep == "align_mean":
                 raise ReductionError(
-                    f"keep={keep!r}: {leaf.path} is a {type(layer).__name__}, and the mean of factors is no mean of weights; "
-                    f"share first, or merge the model"
+                    f"keep='align_mean': {leaf.around} is a layer around {leaf.path} and knows its units in their order; share "
+                    f"first, or merge the model"
+                )
+            ordered = isinstance(layer, BlockDiagonalLinear) and any(order is not None for order in layer.buffers())
+            if (
+                leaf.shareable
+                and isinstance(layer, StandIn)
+                and (ordered or not isinstance(layer, BlockDiagonalLinear))
+            ):
+                what = "blocks of unlike features have none" if ordered else "the mean of factors is no mean of weights"
+                raise ReductionError(
+                    f"keep={keep!r}: {leaf.path} is a {type(layer).__name__}, and {what}; share first, or merge the model"
                 )
 
 
@@ -52,7 +62,7 @@ def uses_of_their_own(parts: Parts, members: Sequence[MLP], per_use: str | Mappi
     """The edits that give each member something of its own around its shared layers."""
     kind, options = _chosen(per_use)
     for mlp in members if kind == "conv" else ():
-        config = {"features": mlp.in_features, "kernel": options.get("kernel", 3)}
+        config = {"features": mlp.in_features, "kernel": options.get("kernel", 3), "grid": parts.grid(mlp)}
         made = make_layer("token_convolution", parts.whole(mlp), config)
         assert isinstance(made, TokenConvolution)
         values = {"convolution.weight": made.convolution.weight.detach()}

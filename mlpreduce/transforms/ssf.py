@@ -14,7 +14,7 @@ from torch import nn
 from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Replace
 from mlpreduce.errors import ReductionError, check_one_of
-from mlpreduce.layers import ScaleShift
+from mlpreduce.layers import ScaleShift, is_scalable
 from mlpreduce.parts import Parts
 from mlpreduce.transforms import register
 from mlpreduce.transforms.layers import replacing
@@ -34,7 +34,8 @@ def ssf(parts: Parts, *, sites: str = "mlp", init: str = "identity", seed: int =
     Args:
         parts: the MLPs in scope.
         sites: `mlp` (the expanding and contracting layers of the MLPs in scope), or `all`: also the projections of attention
-            and the norms of their blocks, the patch embedding and the last norm.
+            and the norms of their blocks, the patch embedding and the last norm, but for what could not be merged, such as
+            weight-standardised convolutions.
         init: `identity`, or `released`: normal numbers around 1 and 0, of deviation 0.02.
         seed: of those.
 
@@ -51,21 +52,19 @@ def ssf(parts: Parts, *, sites: str = "mlp", init: str = "identity", seed: int =
 
 
 def _sites(parts: Parts, sites: str) -> Iterator[tuple[str, nn.Module]]:
-    blocks: set[str] = set()
+    seen: set[str] = set()
     for mlp in parts:
         for leaf in mlp.leaves:
             if leaf.role in ("fc1", "fc2"):
                 yield leaf.call, parts.module(leaf.call)
-        if sites == "all" and mlp.block not in blocks:
-            blocks.add(mlp.block)
-            for leaf in parts.beside(mlp):
-                module = parts.module(leaf.path)
-                if isinstance(module, nn.Linear | nn.LayerNorm):
-                    yield leaf.path, module
-    if sites == "all":
-        for path, module in parts.outside():
-            if isinstance(module, nn.Conv2d | nn.LayerNorm):
-                yield path, module
+        for leaf in parts.beside(mlp) if sites == "all" else ():
+            module = parts.module(leaf.path)
+            if leaf.path not in seen and is_scalable(module) and not isinstance(module, nn.Conv2d):
+                seen.add(leaf.path)
+                yield leaf.path, module
+    for path, module in parts.outside() if sites == "all" else ():
+        if isinstance(module, nn.Conv2d | nn.LayerNorm) and is_scalable(module):
+            yield path, module
 
 
 def scale_around(path: str, layer: nn.Module, seed: int | None = None) -> Replace:

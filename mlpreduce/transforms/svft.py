@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Replace
+from mlpreduce.errors import check_one_of
 from mlpreduce.layers import SvftLinear, make_layer
 from mlpreduce.parts import Parts
 from mlpreduce.transforms import register
@@ -44,11 +45,10 @@ def svft(
     Raises:
         ReductionError: an option is out of range, or the weights have no values.
     """
+    check_one_of("init", init, ("zeros", "normal"))
     for _, leaf, layer in linears(parts, "svft", layers):
         if layer.weight.is_meta:
-            size = min(layer.weight.shape) if rank is None else rank
-            beside = 0 if pattern == "plain" else band
-            entries = size * (2 * beside + 1) - beside * (beside + 1)
+            _, size, entries = SvftLinear.sizes(layer, pattern, band, rank)
             made = make_layer("svft", layer, {"entries": entries, "rank": size})
             assert isinstance(made, SvftLinear)
         else:

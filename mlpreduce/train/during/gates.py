@@ -283,6 +283,7 @@ class GateL1:
 
 
 def _placed(model: nn.Module, mlp: MLP, call: str) -> _Place:
+    projections(mlp)  # which says why, if it has none
     layer = mlp.leaf("fc2").path
     module = cast(nn.Module, module_at(model, layer))
     if module.get_parameter("weight").is_floating_point():

@@ -39,8 +39,13 @@ def projections(mlp: MLP) -> tuple[list[Axis], Axis]:
     """The axes of the hidden units in the weights of fc1 (a gated MLP may have two) and of fc2.
 
     Raises:
-        ReductionError: one of the layers is none that has a weight for each pair of features.
+        ReductionError: one of the layers is none that has a weight for each pair of features, or has another around it.
     """
+    for leaf in mlp.leaves:
+        if leaf.around:
+            raise ReductionError(
+                f"{leaf.around} is a layer around {leaf.path}; merge the model first, or exclude {mlp.name}"
+            )
     roles = {leaf.path: leaf.role for leaf in mlp.leaves}
     named = [(roles.get(axis.tensor.removesuffix(".weight")), axis) for axis in mlp.axes]
     fc1, fc2 = ([axis for role, axis in named if role == wanted and axis.groups == 1] for wanted in ("fc1", "fc2"))
