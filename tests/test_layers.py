@@ -434,3 +434,13 @@ def test_what_is_refused(case: str) -> None:
     with pytest.raises(ReductionError) as error:
         call()
     assert message in str(error.value)
+
+
+def test_blocks_are_the_same_with_and_without_gradients() -> None:
+    for made in (
+        BlockDiagonalLinear.from_linear(dense(), 4),
+        BlockDiagonalLinear(12, 20, 2, outputs_order=order(20)).double(),
+    ):
+        with torch.no_grad():
+            quiet = made(tokens())
+        assert_same(quiet, made(tokens()), 1e-13)
