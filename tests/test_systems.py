@@ -165,6 +165,7 @@ REFUSED = {
     ("svft", "grouped"): "which no factor scales; use scale='none'",
     ("svft", "mean"): "the mean of factors is no mean of weights",
     ("low rank", "mean"): "the mean of factors is no mean of weights",
+    ("blocks", "mean"): "blocks of unlike features have none",
 }
 
 

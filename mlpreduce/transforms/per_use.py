@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from mlpreduce.edits import Edit, Replace
@@ -38,6 +39,7 @@ def check_per_use(parts: Parts, per_use: str | Mapping[str, Any], share: str, ke
             raise ReductionError(f"per_use={kind!r} has no option {option!r}{did_you_mean(str(option), OPTIONS[kind])}")
     if share == "attention" and kind in ("ssf", "lora", "conv"):
         raise ReductionError(f"per_use={kind!r} is of shared MLPs, and share='attention' leaves each block its own")
+    orders: dict[str, nn.Module] = {}  # by role, the first layer
     for mlp in parts if keep in ("mean", "align_mean") and share != "attention" else ():
         for leaf in mlp.leaves:
             layer = parts.module(leaf.path)
@@ -46,7 +48,9 @@ def check_per_use(parts: Parts, per_use: str | Mapping[str, Any], share: str, ke
                     f"keep='align_mean': {leaf.around} is a layer around {leaf.path} and knows its units in their order; share "
                     f"first, or merge the model"
                 )
-            ordered = isinstance(layer, BlockDiagonalLinear) and any(order is not None for order in layer.buffers())
+            ordered = isinstance(layer, BlockDiagonalLinear) and not _ordered_alike(
+                orders.setdefault(leaf.role, layer), layer
+            )
             if (
                 leaf.shareable
                 and isinstance(layer, StandIn)
@@ -56,6 +60,14 @@ def check_per_use(parts: Parts, per_use: str | Mapping[str, Any], share: str, ke
                 raise ReductionError(
                     f"keep={keep!r}: {leaf.path} is a {type(layer).__name__}, and {what}; share first, or merge the model"
                 )
+
+
+def _ordered_alike(first: nn.Module, other: nn.Module) -> bool:
+    """Whether two layers have the same orders of features, as far as they have values."""
+    ours, theirs = list(first.buffers()), list(other.buffers())
+    return len(ours) == len(theirs) and all(
+        order.is_meta or torch.equal(order, its) for order, its in zip(ours, theirs, strict=True)
+    )
 
 
 def uses_of_their_own(parts: Parts, members: Sequence[MLP], per_use: str | Mapping[str, Any]) -> Iterator[Edit]:
