@@ -84,7 +84,7 @@ def test_groups_of_a_convolution_are_kept_alike() -> None:
 
 
 def test_units_of_groups_cannot_be_aligned() -> None:
-    with pytest.raises(ReductionError, match="convolution in 8 groups, whose units cannot trade places"):
+    with pytest.raises(ReductionError, match="units in 8 groups, which cannot trade places"):
         mlpreduce.apply(visformer(), "grouped", keep="align_mean", remainder="own")
     assert tied_is_copied(visformer().eval(), torch.randn(1, 3, 64, 64))
 
