@@ -177,7 +177,7 @@ def _dense(module: nn.Module, outputs: int, features: int) -> Projection:
 def _around(module: Wrapper) -> Projection | None:
     """A projection with what a layer around it adds."""
     inner, own = projection(module.base), module
-    if inner is None or not isinstance(own, StandIn):
+    if inner is None:
         return None
     outputs, inputs = (
         (*((f"base.{name}", dim) for name, dim in below), *_present(module, mine)) if below else ()

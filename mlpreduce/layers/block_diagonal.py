@@ -12,12 +12,12 @@ from torch import nn
 
 from mlpreduce.errors import ReductionError, check_whole
 from mlpreduce.layers.linear import linear_of, place_of, undisturbed, weight_of
-from mlpreduce.layers.wrapper import Axes
+from mlpreduce.layers.wrapper import Axes, StandIn
 
 __all__ = ["BlockDiagonalLinear"]
 
 
-class BlockDiagonalLinear(nn.Module):
+class BlockDiagonalLinear(StandIn):
     """y = W x + b, where W has `groups` equal blocks on its diagonal and is 0 elsewhere.
 
     A group of inputs or outputs need not lie together: `inputs_order` and `outputs_order` say which features are, in order,

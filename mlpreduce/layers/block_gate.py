@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.layers.wrapper import Axes, Wrapper, merged
+from mlpreduce.layers.wrapper import Wrapper, merged
 
 __all__ = ["BlockGate", "NoMlp"]
 
@@ -48,16 +48,6 @@ class BlockGate(Wrapper):
     def in_place_of(cls, module: nn.Module) -> BlockGate:
         """The layer around a module."""
         return cls(module)
-
-    @property
-    def outputs(self) -> Axes:
-        """Axes of its own tensors that its outputs lie on."""
-        return ()
-
-    @property
-    def inputs(self) -> Axes:
-        """Axes of its own tensors that its inputs lie on."""
-        return ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the base takes, to what it gives."""

@@ -9,14 +9,14 @@ from torch import nn
 
 from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.layers.linear import decomposed, linear_of, place_of, undisturbed, weight_of
-from mlpreduce.layers.wrapper import Axes
+from mlpreduce.layers.wrapper import Axes, StandIn
 
 __all__ = ["LowRankLinear"]
 
 RIDGE = 1e-6  # of the mean second moment, so that inputs that never vary divide nothing by zero
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(StandIn):
     """y = up (down x) + b. It has fewer weights than a dense layer where rank < inputs * outputs / (inputs + outputs).
 
     Attributes:

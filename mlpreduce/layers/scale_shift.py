@@ -24,7 +24,7 @@ def is_scalable(layer: nn.Module) -> bool:
     if isinstance(layer, nn.LayerNorm):
         return layer.elementwise_affine and len(layer.normalized_shape) == 1
     plain = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward) and not layer._modules
-    return plain or (isinstance(layer, StandIn) and not isinstance(layer, Wrapper))
+    return plain or isinstance(layer, StandIn)
 
 
 class ScaleShift(Wrapper):
@@ -70,11 +70,6 @@ class ScaleShift(Wrapper):
     def outputs(self) -> Axes:
         """Axes of its own tensors that its outputs lie on."""
         return ("scale", 0), ("shift", 0)
-
-    @property
-    def inputs(self) -> Axes:
-        """Axes of its own tensors that its inputs lie on."""
-        return ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the base takes, to what it gives."""

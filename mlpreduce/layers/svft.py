@@ -12,7 +12,7 @@ from torch import nn
 
 from mlpreduce.errors import ReductionError, check_one_of, check_whole
 from mlpreduce.layers.linear import decomposed, linear_of, place_of, weight_of
-from mlpreduce.layers.wrapper import Axes
+from mlpreduce.layers.wrapper import StandIn
 
 __all__ = ["SvftLinear"]
 
@@ -20,7 +20,7 @@ PATTERNS = ("plain", "banded", "random", "top_k")
 INITS = ("normal", "zeros")
 
 
-class SvftLinear(nn.Module):
+class SvftLinear(StandIn):
     """y = U (diag(s) + sigmoid(gate) M) V^T x + b: only M, on a fixed set of entries, and the gate train.
 
     Attributes:
@@ -159,16 +159,6 @@ class SvftLinear(nn.Module):
         return self.in_features * self.out_features, len(self.values) * self.in_features * (
             len(self.values) + self.out_features
         )
-
-    @property
-    def outputs(self) -> Axes:
-        """None of its axes may be sliced: the singular vectors would not be any more."""
-        return ()
-
-    @property
-    def inputs(self) -> Axes:
-        """None of its axes may be sliced: the singular vectors would not be any more."""
-        return ()
 
     def dense_weight(self) -> torch.Tensor:
         """The weight as it is, (outputs, inputs)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 from torch import nn
 
@@ -11,25 +11,30 @@ __all__ = ["Axes", "StandIn", "Wrapper", "macs_of", "merged"]
 Axes = tuple[tuple[str, int], ...]  # name of a tensor, and its axis; names of tensors that a layer lacks are left out
 
 
-@runtime_checkable
-class StandIn(Protocol):
-    """A layer that does what a `Linear` does.
-
-    Attributes:
-        outputs: axes of its own tensors that its outputs lie on.
-        inputs: the same of its inputs.
-    """
+class Layer(nn.Module):
+    """A layer of this package, told by its class: attributes of such names mean something else in the layers of others."""
 
     @property
-    def outputs(self) -> Axes: ...
+    def outputs(self) -> Axes:
+        """Axes of its own tensors that its outputs lie on; none: they cannot be sliced."""
+        return ()
 
     @property
-    def inputs(self) -> Axes: ...
+    def inputs(self) -> Axes:
+        """Axes of its own tensors that its inputs lie on; none: they cannot be sliced."""
+        return ()
 
-    def merged(self) -> nn.Module: ...
+    @property
+    def macs(self) -> tuple[int, int]:
+        """Multiply-accumulates of its own tensors: for each position, and once for each call."""
+        return 0, 0
 
 
-class Wrapper(nn.Module):
+class StandIn(Layer):
+    """A layer that does what a `Linear` does, and turns back into one by `merged()`."""
+
+
+class Wrapper(Layer):
     """A layer around a module, which stays as it is and may be tied while the rest is this layer's own.
 
     Attributes:
@@ -43,15 +48,17 @@ class Wrapper(nn.Module):
 
 def macs_of(module: nn.Module) -> tuple[int, int]:
     """Multiply-accumulates of a layer in evaluation: for each position, and once for each call."""
-    own: tuple[int, int] = getattr(module, "macs", (0, 0))
     if isinstance(module, Wrapper):
-        return tuple(map(sum, zip(own, macs_of(module.base), strict=True)))  # type: ignore[return-value]
+        (each, once), (own, own_once) = macs_of(module.base), module.macs
+        return each + own, once + own_once
+    if isinstance(module, Layer):
+        return module.macs
     weight = module._parameters.get("weight")
-    return (weight.numel(), 0) if not hasattr(module, "macs") and weight is not None and weight.dim() > 1 else own
+    return (weight.numel(), 0) if weight is not None and weight.dim() > 1 else (0, 0)
 
 
 def merged(module: nn.Module) -> nn.Module:
     """A plain module that computes the same: of a layer of this package its `merged()`, any other as it is."""
-    merge = getattr(module, "merged", None)
+    merge = getattr(module, "merged", None) if isinstance(module, Layer) else None
     plain: nn.Module = module if merge is None else merge()
     return plain
