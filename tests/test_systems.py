@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mlpreduce
 from mlpreduce import ReductionError
 from mlpreduce.budget import Cost, measure
-from mlpreduce.edits import Replace, Scale, Share, Slice
+from mlpreduce.edits import Assign, Replace, Scale, Share, Slice
 from mlpreduce.layers import (
     BlockDiagonalLinear,
     ChannelCovariance,
@@ -510,6 +510,18 @@ def test_criteria_and_repair_see_what_adapters_make_of_a_layer(adapter: str) -> 
     for criterion in ("l2", "gram_schmidt", "activation"):
         ours, plain = (mlpreduce.plan(m, "shallow", criterion=criterion, data=data).of(Slice) for m in (model, merged))
         assert [edit.units for edit in ours] == [edit.units for edit in plain]
+
+
+def test_a_repair_gives_a_layer_around_another_what_it_was_given() -> None:
+    data = [torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(3))]
+    model = moved(moved(reduced([("lora", {"layers": "fc1"})])))
+    fitted = []
+    for each in (model, mlpreduce.merge(copy.deepcopy(model))):
+        made = mlpreduce.plan(each, "shallow", repair="least_squares", data=data)
+        fitted.append({edit.tensor: edit.value for edit in made.of(Assign)})
+    assert fitted[0].keys() == fitted[1].keys() != set()
+    for name, value in fitted[0].items():
+        torch.testing.assert_close(value, fitted[1][name], rtol=1e-3, atol=1e-4)
 
 
 def test_during_training_layers_around_others_are_refused() -> None:
