@@ -25,6 +25,7 @@ from mlpreduce.train import Run, Runtime, TrainingStopped, build_model, create_e
 from mlpreduce.train.parts import create_optimizer
 from mlpreduce.train.settings import TrainSettings
 from mlpreduce.train.state import checkpoints, seed_everything
+from mlpreduce.train.weight_decay import create_decay_schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,6 +169,25 @@ def test_optimizer_decays_a_tied_tensor_once() -> None:
     assert torch.allclose(weight, before * (1 - 0.1 * 0.5))
 
 
+def test_weight_decay_goes_along_half_a_cosine() -> None:
+    train = TrainSettings(lr=0.1, weight_decay=0.04, weight_decay_end=0.2)
+    optimizer = create_optimizer(tiny_vit(), train)
+    schedule = create_decay_schedule(optimizer, train, 101)
+    assert schedule is not None
+    taken = []
+    for update in range(101):
+        taken.append([group["weight_decay"] for group in optimizer.param_groups])
+        schedule.step_update(update + 1)
+    plain, decayed = sorted(zip(*taken, strict=True))
+    assert set(plain) == {0.0}  # biases and norms
+    assert [decayed[update] for update in (0, 50, 100)] == pytest.approx([0.04, 0.12, 0.2])
+    assert decayed[25] == pytest.approx(0.2 + 0.5 * (0.04 - 0.2) * (1 + 2**-0.5))
+    assert list(decayed) == sorted(decayed)
+    assert create_decay_schedule(optimizer, TrainSettings(), 101) is None
+    with pytest.raises(ReductionError, match=r"train\.weight_decay_end=0\.2: nothing decays at the start"):
+        create_decay_schedule(optimizer, TrainSettings(weight_decay=0, weight_decay_end=0.2), 101)
+
+
 def test_unknown_optimizer_and_schedule_are_refused() -> None:
     with pytest.raises(ReductionError, match="did you mean 'adamw'"):
         create_optimizer(nn.Linear(1, 1), TrainSettings(optimizer="adamww"))
@@ -232,6 +252,8 @@ def test_resumed_run_is_exact(tmp_path: Path, amp: str) -> None:
 def test_resumed_run_on_augmented_images_is_exact(tmp_path: Path) -> None:
     whole = synthetic_run(tmp_path / "whole")
     fit(whole)
+    ended = {group["weight_decay"] for group in state(tmp_path / "whole")["state.pt"]["optimizer"]["param_groups"]}
+    assert sorted(ended) == [0.0, pytest.approx(0.3)]
     parted = whole.model_copy(update={"directory": str(tmp_path / "parted")})
     interrupt_after(parted, 1)
     fit(parted)
@@ -247,7 +269,7 @@ def synthetic_run(directory: Path) -> Run:
             **base.model_dump(),
             "model": {"name": base.model.name, "kwargs": {**SMALL_VIT, "in_chans": 3}},
             "data": data,
-            "train": {**base.train.model_dump(), **augment, "batch_size": 32},
+            "train": {**base.train.model_dump(), **augment, "batch_size": 32, "weight_decay_end": 0.3},
         }
     )
 

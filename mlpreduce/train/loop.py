@@ -217,6 +217,8 @@ def _update(parts: Setup) -> None:
         )  # with a step, the first update copies the weights, as timm does
     if parts.scheduler is not None:
         parts.scheduler.step_update(parts.updates)
+    if parts.decay_scheduler is not None:
+        parts.decay_scheduler.step_update(parts.updates)
 
 
 def _mean_loss(parts: Setup, total: torch.Tensor, seen: int, epoch: int) -> float:

@@ -46,6 +46,7 @@ LATER = (
     "train.ema_warmup",
     "train.ema_start",
     "train.density_eps",
+    "train.weight_decay_end",
 )
 DENSITY_THRESHOLDS = (0.0, 1e-3, 1e-2)  # GELU is next to zero for many inputs, and zero for few
 Step = dict[str, Any]  # {"transform": name, **config}
@@ -76,6 +77,7 @@ class TrainSettings(AugmentSettings):
     optimizer: str = "adamw"  # timm's name
     lr: NonNegative = 1e-3  # peak learning rate
     weight_decay: NonNegative = 0.05  # not applied to biases, norms and position embeddings (timm's rule)
+    weight_decay_end: NonNegative | None = None  # where half a cosine takes it by the last update; none = constant
     clip_grad: NonNegative = 0.0  # largest gradient norm; 0 = no clipping
     schedule: str = "cosine"  # timm's name
     warmup_epochs: Annotated[int, Field(ge=0)] = 5  # epochs of linear warm-up, part of `epochs`

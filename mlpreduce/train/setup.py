@@ -24,6 +24,7 @@ from mlpreduce.train.runtime import Runtime, environment
 from mlpreduce.train.settings import Run
 from mlpreduce.train.state import Saved, restore_rng, seed_everything
 from mlpreduce.train.supernet import Supernet, check_supernet, entangle
+from mlpreduce.train.weight_decay import WeightDecaySchedule, create_decay_schedule
 from mlpreduce.train.weights import start_digest
 from mlpreduce.verification import reentrant_problem
 
@@ -43,6 +44,7 @@ class Setup:
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
     scheduler: Any
+    decay_scheduler: WeightDecaySchedule | None
     scaler: torch.amp.GradScaler
     loss: nn.Module  # of the task, from logits and targets
     teacher: nn.Module | None  # the unreduced model, for distillation; it gives what the student gives
@@ -149,6 +151,7 @@ def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
         ema=ema,
         optimizer=optimizer,
         scheduler=create_scheduler(optimizer, train, updates_per_epoch),
+        decay_scheduler=create_decay_schedule(optimizer, train, train.epochs * updates_per_epoch),
         scaler=torch.amp.GradScaler(device.type, enabled=train.amp == "float16"),
         loss=create_loss(train),
         teacher=torch.compile(teacher) if train.compile and teacher is not None else teacher,  # type: ignore[arg-type]
