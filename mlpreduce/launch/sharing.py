@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+from typing import Any
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.train.settings import Run
@@ -47,11 +47,15 @@ def regroup(rank: int, world: int, team: int, backend: str) -> bool:
     """
     import torch.distributed as dist
 
-    address = [_free_address() if rank == 0 else ""]
-    dist.broadcast_object_list(address)
+    host = os.environ["MASTER_ADDR"]  # worker 0's, as the other workers see it
+    open_store: Any = dist.TCPStore  # type: ignore[attr-defined]
+    store = open_store(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None  # at any free port
+    port = [store.port if store else 0]
+    dist.broadcast_object_list(port)
     dist.destroy_process_group()
     if rank < team and team > 1:
-        dist.init_process_group(backend, init_method=address[0], rank=rank, world_size=team)
+        store = store or open_store(host, port[0], is_master=False)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=team)
     return rank < team
 
 
@@ -61,12 +65,3 @@ def _can_share(run: Run, world: int) -> bool:
     except ReductionError:
         return False
     return True
-
-
-def _free_address() -> str:
-    """An address of this machine at which nothing listens."""
-    host = os.environ["MASTER_ADDR"]  # worker 0's, as the other workers see it
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
