@@ -24,6 +24,7 @@ from mlpreduce.graph import (
     first_units,
     is_leaf,
     module_at,
+    projection,
     slice_edit,
     structural_copy,
 )
@@ -35,6 +36,24 @@ __all__ = ["Parts"]
 def _holds(module: nn.Module) -> bool:
     """Whether a module has tensors itself, other than those that a layer around another adds."""
     return bool(module._parameters or module._buffers) and not isinstance(module, Wrapper)
+
+
+def _gives_without_weights(module: nn.Module, mlp: MLP) -> bool:
+    """Whether a module gives something though all its tensors are zero: its input, for one."""
+    zeros = {
+        name: torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+    shape = mlp.input_shape or (1, mlp.in_features)
+    ones = torch.ones(
+        1, *(1 if shape[-1] == mlp.in_features else size for size in shape[1:-1]), shape[-1], device="cpu"
+    )
+    try:
+        with torch.no_grad():
+            given = functional_call(structural_copy(module).eval(), zeros, (ones,))
+    except (RuntimeError, TypeError, ValueError, IndexError):  # it takes other arguments, so this cannot be asked
+        return False
+    return isinstance(given, torch.Tensor) and bool(given.any())
 
 
 class Parts(Sequence[MLP]):
@@ -118,27 +137,32 @@ class Parts(Sequence[MLP]):
         held = [] if module is None else [path for path, m in module.named_modules(remove_duplicate=False) if _holds(m)]
         if module is None or not {f"{mlp.name}.{path}".rstrip(".") for path in held} <= leaves:
             raise ReductionError(f"{mlp.name} is no module of the MLP alone, as this needs")
+        if _gives_without_weights(module, mlp):
+            raise ReductionError(
+                f"{mlp.name} adds its input to what it computes, so it is more than an MLP; exclude it"
+            )
         return module
 
     def grid(self, mlp: MLP) -> list[int] | None:
-        """Height and width of the tokens that an MLP is given last; None where it is given them as a grid.
+        """Number of tokens before the others, height and width of those; None where an MLP is given a grid.
 
         Raises:
             ReductionError: the model does not say, drops some of its patches, or the MLP is given something else.
         """
-        shape = mlp.input_shape
-        if len(shape) == 4 and shape[-1] == mlp.in_features:
+        shape, layer = mlp.input_shape, projection(self.module(mlp.leaf("fc1").call))
+        channels_last = layer is not None and layer.features == -1
+        if len(shape) == 4 and channels_last:
             return None
         sides = getattr(getattr(self._model, "patch_embed", None), "grid_size", None)
         before = getattr(self._model, "num_prefix_tokens", 0)
         drop = getattr(getattr(self._model, "patch_drop", None), "prob", 0.0)
-        whole = isinstance(sides, (tuple, list)) and len(sides) == 2 and not drop
+        whole = isinstance(sides, (tuple, list)) and len(sides) == 2 and not drop and channels_last
         if not whole or shape[1:] != (before + sides[0] * sides[1], mlp.in_features):  # type: ignore[index]
             raise ReductionError(
                 f"{mlp.name} is given {shape or 'what is not known'}, and the model does not say which of that is a grid of "
                 f"tokens, or drops some of them"
             )
-        return list(sides)  # type: ignore[arg-type]
+        return [before, *sides]  # type: ignore[misc]
 
     def outside(self) -> list[tuple[str, nn.Module]]:
         """Leaf modules with parameters that lie in no block of an MLP, such as the patch embedding and the last norm."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -155,6 +156,13 @@ def _replaced(model: nn.Module, mlps: list[MLP], draft: Plan, inputs: Inputs | N
     Raises:
         ReductionError: it does not, or one of them is an MLP no longer.
     """
+    for edit in draft.of(Replace):
+        parent = module_at(model, edit.module.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            raise ReductionError(
+                f"{call}: {edit.module} is part of a TransformerEncoderLayer, which reads the weights of its Linear layers "
+                f"itself in evaluation; exclude it, or share or slice it"
+            )
     tree = rehearse(model, draft, weights=False)
     layers = ", ".join(sorted({edit.layer for edit in draft.of(Replace)}))
     if inputs is None:
@@ -300,6 +308,8 @@ def plain(value: Any, call: str) -> Any:
         return plain(value.tolist(), call)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ReductionError(f"{call}: {value!r} is no number that a plan can be stored with")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ReductionError(

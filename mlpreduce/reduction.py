@@ -92,10 +92,12 @@ def _check_same(model: nn.Module, made: Plan, example_inputs: Inputs | None) -> 
         )
     for row in made.rows:
         mlp = found[row.mlp]
-        if (row.hidden_before, row.owner_before) != (mlp.hidden_features, mlp.owner):
+        params = mlp.params(owned=mlp.owner == mlp.name)
+        if (row.hidden_before, row.owner_before, row.params_before) != (mlp.hidden_features, mlp.owner, params):
             raise ReductionError(
-                f"{call}: {row.mlp} has {mlp.hidden_features} hidden units and is owned by {mlp.owner}; the plan was made "
-                f"for {row.hidden_before} and {row.owner_before}: it is of another model, or already carried out"
+                f"{call}: {row.mlp} has {mlp.hidden_features} hidden units and {params:,} parameters and is owned by "
+                f"{mlp.owner}; the plan was made for {row.hidden_before}, {row.params_before:,} and {row.owner_before}: it "
+                f"is of another model, or already carried out"
             )
 
 
@@ -159,8 +161,6 @@ def merge(model: Model) -> Model:
         if hasattr(layer, "merged"):
             with torch.inference_mode(False), torch.no_grad():
                 plains[id(layer)] = merged(layer)
-            if not any(parameter.requires_grad for parameter in layer.parameters()):
-                plains[id(layer)].requires_grad_(False)
     while any(id(plain) in plains for plain in plains.values()):  # a layer was around a layer
         plains = {key: plains.get(id(plain), plain) for key, plain in plains.items()}
     for module in list(model.modules()):

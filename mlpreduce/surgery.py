@@ -113,7 +113,8 @@ def untie_leaves(model: nn.Module, shares: list[Share]) -> None:
             raise ReductionError(
                 f"untie: {share.target} is no longer tied to {share.source}; mlpreduce.verify tells more"
             )
-        copies.append((share.target, copy.deepcopy(source)))
+        with torch.inference_mode(False):  # what is made within can never train
+            copies.append((share.target, copy.deepcopy(source)))
     for path, module in copies:
         parent, _, name = path.rpartition(".")
         module_at(model, parent)._modules[name] = module  # type: ignore[union-attr]

@@ -33,7 +33,8 @@ MARK = "MLPREDUCE_TEST_MARK"
 def environment(mark: str) -> dict[str, str]:
     """That of a user's shell, but never a developer's cluster or tracking server."""
     without = {"RAY_ADDRESS", "MLFLOW_TRACKING_URI"}
-    return {**{key: value for key, value in os.environ.items() if key not in without}, MARK: mark}
+    kept = {key: value for key, value in os.environ.items() if key not in without}
+    return {**kept, MARK: mark, "PYTHONFAULTHANDLER": "1"}  # a crash at the very end would leave no word
 
 
 def marked(mark: str) -> dict[int, str]:

@@ -320,8 +320,12 @@ def test_svft_changes_nothing_at_zero_trains_entries_alone_and_has_each_once(pat
         made.entries.fill_(0.1)
     made(tokens()).square().sum().backward()
     got = {name for name, parameter in made.named_parameters() if parameter.grad is not None}
-    assert got == {"entries", "gate"}
-    assert not {"left", "values", "right"} & {name for name, _ in made.named_parameters()}
+    assert got == {"entries", "gate", "bias"}
+    assert {name for name, parameter in made.named_parameters() if not parameter.requires_grad} == {
+        "left",
+        "values",
+        "right",
+    }
 
 
 def test_svft_takes_the_largest_signed_entries_and_moves_the_weight_a_little() -> None:
@@ -377,7 +381,7 @@ def test_a_scale_and_shift_is_merged_into_what_it_is_around(bias: bool) -> None:
 
 def test_a_convolution_over_tokens_is_that_over_the_image_and_leaves_others_alone() -> None:
     generator = torch.Generator().manual_seed(1)
-    made = TokenConvolution(nn.Linear(6, 4, dtype=torch.float64), 6, kernel=3, grid=(4, 4))
+    made = TokenConvolution(nn.Linear(6, 4, dtype=torch.float64), 6, kernel=3, grid=(3, 4, 4))
     x = torch.randn(2, 4 * 4 + 3, 6, dtype=torch.float64, generator=generator)
     assert torch.equal(made(x), made.base(x))
     trained(made)
@@ -386,6 +390,8 @@ def test_a_convolution_over_tokens_is_that_over_the_image_and_leaves_others_alon
     seen = nn.functional.conv2d(image, weight, padding=1, groups=6).flatten(2).transpose(1, 2)
     assert_same(made(x)[:, 3:], made.base(x[:, 3:] + seen), 1e-13)
     assert torch.equal(made(x)[:, :3], made.base(x)[:, :3])
+    with pytest.raises(ReductionError, match="given 18 tokens, but made for 3 and a grid of 4 x 4"):
+        made(x[:, :-1])
     rows = x[:, 3:].reshape(2, 4, 4, 6)
     alike = TokenConvolution(made.base, 6)
     alike.load_state_dict(made.state_dict())

@@ -407,25 +407,45 @@ def test_what_is_refused(case: str) -> None:
     assert all(map(torch.equal, model.state_dict().values(), before.state_dict().values()))
 
 
-def test_a_layer_whose_forward_is_not_called_is_refused() -> None:
-    """BEiT reads qkv's weight itself, where a scale and shift around it would be passed by."""
-    model = timm.create_model("beit_base_patch16_224", depth=2, embed_dim=32, num_heads=2, img_size=32)
-    before = list(model.state_dict())
-    with pytest.raises(ReductionError, match="the model does not run"):
-        mlpreduce.apply(model, "ssf", sites="all")
-    assert list(model.state_dict()) == before
-    mlpreduce.apply(model, "ssf", sites="mlp")
+def test_a_scale_and_shift_is_met_where_a_weight_is_read() -> None:
+    """BEiT reads qkv's weight itself, and does not call the layer."""
+    model = timm.create_model("beit_base_patch16_224", depth=2, embed_dim=32, num_heads=2, img_size=32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    before = model(images)
+    mlpreduce.apply(model, "ssf", sites="all")
+    assert torch.equal(model(images), before)
+    scale = model.blocks[0].attn.qkv.scale
+    scale.data.mul_(1.5)
+    scaled = model(images)
+    assert float((scaled - before).detach().abs().max()) > 1e-3
+    scaled.sum().backward()
+    assert scale.grad is not None
+    assert float((mlpreduce.merge(model)(images) - scaled).detach().abs().max()) < 1e-5
+
+
+def test_layers_of_an_encoder_that_reads_their_weights_are_refused() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    inputs = torch.randn(2, 5, 32)
+    for transform in ("block_diagonal", "low_rank", "ssf"):
+        with pytest.raises(ReductionError, match="TransformerEncoderLayer, which reads the weights"):
+            mlpreduce.apply(encoder, transform, example_inputs=inputs)
+    mlpreduce.apply(encoder, "shallow", example_inputs=inputs)
+    with torch.no_grad():
+        assert encoder(inputs).shape == inputs.shape
 
 
 # --- what once went wrong -----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_would_not_run_is_refused_and_norms_on_channels_are_scaled() -> None:
+def test_weights_that_are_read_and_norms_on_channels_are_scaled() -> None:
     with torch.device("meta"):
         xcit = timm.create_model("xcit_nano_12_p16_224").eval()
         convnext = timm.create_model("convnext_atto").eval()
-    with pytest.raises(ReductionError, match="the model does not run"):
-        mlpreduce.apply(xcit, "ssf", sites="all")
+    mlpreduce.apply(xcit, "ssf", sites="all")
+    xcit(torch.zeros(1, 3, 224, 224, device="meta"))
     mlpreduce.apply(convnext, "ssf", sites="all")
     convnext(torch.zeros(1, 3, 224, 224, device="meta"))
 
@@ -603,7 +623,7 @@ def test_one_place_is_not_replaced_twice() -> None:
     model.blocks[1].mlp = model.blocks[0].mlp
     with pytest.raises(ReductionError, match="are one place"):
         mlpreduce.apply(model, "ssf")
-    made = mlpreduce.plan(tiny_vit(), "block_gate")
-    gated = mlpreduce.apply(tiny_vit(), made)
-    with pytest.raises(ReductionError, match="there is a gate already"):
-        mlpreduce.apply(gated, made)
+    for transform in ("block_gate", "ssf"):
+        made = mlpreduce.plan(tiny_vit(), transform)
+        with pytest.raises(ReductionError, match="or already carried out"):
+            mlpreduce.apply(mlpreduce.apply(tiny_vit(), made), made)

@@ -177,5 +177,5 @@ class PrimalDual:
         if weight.is_meta:
             raise ReductionError(f"{path} is on the meta device; give the model weights first")
         flat = weight.flatten(1)  # a view: what follows the first two dimensions is 1 x 1
-        columns = flat if layer.inputs == (("weight", 1),) else flat.T
+        columns = flat if layer.inputs == (("weight", 1, 1),) else flat.T
         return columns.narrow(1, axes[0].offsets[0], mlp.hidden_features)  # beside attention's, where layers are fused

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,15 +55,16 @@ class Answers:
             ReductionError: the model is on the meta device and has no values.
         """
         parent, _, name = path.rpartition(".")
+        return _with_values(getattr(module_at(self._model, parent), name), path)
+
+    def _plain(self, path: str) -> torch.Tensor:
+        """The same of the plain layer that a layer of this library stands for."""
+        parent, _, name = path.rpartition(".")
         module = module_at(self._model, parent)
-        if not hasattr(module, name) and module is not None:  # the weight that a layer of factors stands for
+        held = None if module is None else next(module.parameters(), None)
+        if module is not None and held is not None and not held.is_meta:
             module = merged(module)
-        value: torch.Tensor = getattr(module, name)
-        if value.is_meta:
-            raise ReductionError(
-                f"needs the values of {path}, but the model is on the meta device; give it weights first"
-            )
-        return value
+        return _with_values(held if module is None else getattr(module, name, held), path)
 
     def of(self, mlp: MLP, choice: Choice, seed: int = 0, wanted: int | None = None) -> torch.Tensor:
         """Scores of the units of an MLP, or their order, (hidden units,): see `mlpreduce.criteria`.
@@ -76,7 +77,7 @@ class Answers:
             if (key := (str(choice), seed)) not in self._measured:
                 self._measured[key] = self._measure(choice, seed)
             return self._measured[key].scores[mlp.owner]
-        units = HiddenUnits(mlp, self.tensor, derived_seed(seed, mlp.owner), wanted)
+        units = HiddenUnits(mlp, self._plain, derived_seed(seed, mlp.owner), wanted)
         answer = choice.values(units)
         if tuple(answer.shape) != (len(units),) or not answer.isfinite().all():
             raise ReductionError(
@@ -108,3 +109,9 @@ class Answers:
         if choice.criterion.needs == "gates":
             return measure_gates(self._model, self._mlps, choice, self._data, self._loss)
         return measure_scores(self._model, self._mlps, choice, self._data, self._loss, seed)
+
+
+def _with_values(value: Any, path: str) -> torch.Tensor:
+    if value.is_meta:
+        raise ReductionError(f"needs the values of {path}, but the model is on the meta device; give it weights first")
+    return cast(torch.Tensor, value)

@@ -134,7 +134,8 @@ def _tap(mlp: MLP, leaf: Leaf, module: nn.Module) -> _Tap | None:
     layer = projection(module)
     if layer is None:
         return None
-    axes = [(f"{leaf.call}.{name}", dim) for name, dim in (layer.outputs if leaf.role == "fc1" else layer.inputs)]
+    along = layer.outputs if leaf.role == "fc1" else layer.inputs
+    axes = [(f"{leaf.call}.{name}", dim) for name, dim, *_ in along]
     offsets = [axis.offsets for axis in mlp.axes if (axis.tensor, axis.dim) in axes]
     return _Tap(mlp.owner, leaf.role, module, layer.features, offsets[0], mlp.hidden_features) if offsets else None
 

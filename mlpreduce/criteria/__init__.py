@@ -295,7 +295,7 @@ def unit_weights(mlp: MLP, tensor: Callable[[str], torch.Tensor], names: Sequenc
             continue
         values = tensor(f"{calls.get(path, path)}.{name}").detach()
         values = values.to(torch.promote_types(values.dtype, torch.float32))
-        if axis.groups > 1:  # the input axis of a grouped convolution, once for each group
+        if axis.groups > 1 and values.shape[axis.dim] == axis.size:  # inputs of a grouped convolution, not yet dense
             values = values.unflatten(0, (axis.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
         else:
             values = values.movedim(axis.dim, 0).reshape(values.shape[axis.dim], -1)

@@ -111,8 +111,10 @@ def _match(flow: Flow, contract: fx.Node, barren: set[tuple[object, ...]], stops
             continue
         if not layer.inputs:
             walk.fixed = no_slices(contract, module)
-        tensors = ((name, dim, attrgetter(name)(module).shape[dim]) for name, dim in layer.inputs)
-        ends = [Axis(f"{contract.target}.{n}", dim, size, (entry.start,), layer.groups) for n, dim, size in tensors]
+        ends = [
+            Axis(f"{contract.target}.{name}", dim, attrgetter(name)(module).shape[dim], (entry.start,), groups)
+            for name, dim, groups in layer.inputs
+        ]
         return _built(flow, contract, source, walk, ends, entry.hidden != columns)
     return None
 

@@ -159,7 +159,8 @@ def _without_running(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if is_norm or forward in _KEEPS_SHAPE:
         return torch.empty(x.shape, dtype=x.dtype, device="meta")
     if forward is nn.Linear.forward:
-        outputs, inputs = module.get_parameter("weight").shape
+        held: Any = module.weight  # under weight_norm a tensor, and no parameter
+        outputs, inputs = held.shape
         if x.shape[-1] == inputs:
             return torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device="meta")
     return None

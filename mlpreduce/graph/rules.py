@@ -111,7 +111,7 @@ class Projection:
 
     Attributes:
         outputs: names of its tensors that have an axis of outputs, and that axis. Empty: none can be sliced.
-        inputs: the same of inputs.
+        inputs: the same of inputs, with the blocks they come in on that axis.
         features: the feature dimension of what it is given.
         in_features, out_features: widths.
         groups: blocks of inputs, each of which only a block of outputs sees.
@@ -119,7 +119,7 @@ class Projection:
     """
 
     outputs: tuple[tuple[str, int], ...]
-    inputs: tuple[tuple[str, int], ...]
+    inputs: tuple[tuple[str, int, int], ...]
     features: int
     in_features: int
     out_features: int
@@ -149,8 +149,10 @@ def projection(module: nn.Module | None) -> Projection | None:
     if isinstance(module, StandIn) and "forward" not in vars(module):
         made: Any = module
         widths = made.in_features, made.out_features
-        axes = _present(module, made.outputs), _present(module, made.inputs)
-        return Projection(*axes, -1, *widths, groups=getattr(module, "groups", 1), dense=False)
+        groups = getattr(module, "groups", 1)
+        outputs, inputs = _present(module, made.outputs), _present(module, made.inputs)
+        blocks = tuple((name, dim, groups) for name, dim in inputs)
+        return Projection(outputs, blocks, -1, *widths, groups=groups, dense=False)
     if module is None or set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
         return None
     if not is_stock(module):
@@ -170,7 +172,7 @@ def _dense(module: nn.Module, outputs: int, features: int) -> Projection:
     """A projection by a weight whose axis of outputs is the first or the second."""
     shape, bias = module.get_parameter("weight").shape, (("bias", 0),) if module._parameters["bias"] is not None else ()
     return Projection(
-        (("weight", outputs), *bias), (("weight", 1 - outputs),), features, shape[1 - outputs], shape[outputs]
+        (("weight", outputs), *bias), (("weight", 1 - outputs, 1),), features, shape[1 - outputs], shape[outputs]
     )
 
 
@@ -179,11 +181,15 @@ def _around(module: Wrapper) -> Projection | None:
     inner, own = projection(module.base), module
     if inner is None:
         return None
-    outputs, inputs = (
-        (*((f"base.{name}", dim) for name, dim in below), *_present(module, mine)) if below else ()
-        for below, mine in ((inner.outputs, own.outputs), (inner.inputs, own.inputs))
+    outputs = ((f"base.{name}", dim) for name, dim in inner.outputs)
+    inputs = ((f"base.{name}", dim, groups) for name, dim, groups in inner.inputs)
+    seen = ((name, dim, 1) for name, dim in _present(module, own.inputs))  # each of its rows sees all inputs
+    return replace(
+        inner,
+        outputs=(*outputs, *_present(module, own.outputs)) if inner.outputs else (),
+        inputs=(*inputs, *seen) if inner.inputs else (),
+        dense=False,
     )
-    return replace(inner, outputs=outputs, inputs=inputs, dense=False)
 
 
 def _present(module: nn.Module, axes: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:

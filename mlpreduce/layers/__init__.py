@@ -21,7 +21,7 @@ from mlpreduce.layers.lora import LoraLinear
 from mlpreduce.layers.low_rank import LowRankLinear
 from mlpreduce.layers.scale_shift import ScaleShift, is_scalable
 from mlpreduce.layers.svft import SvftLinear
-from mlpreduce.layers.token_convolution import TokenConvolution
+from mlpreduce.layers.token_convolution import GridConvolution, TokenConvolution
 from mlpreduce.layers.wrapper import StandIn, Wrapper, macs_of, merged
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "Wrapper",
     "adapters",
     "block_orders",
+    "gates",
     "is_scalable",
     "macs_of",
     "make_layer",
@@ -60,7 +61,7 @@ LAYERS: dict[str, Any] = {
     "svft": SvftLinear,
     "token_convolution": TokenConvolution,
 }
-ADAPTERS = (LoraLinear, ScaleShift, SvftLinear)  # few parameters that train beside weights that may be frozen
+ADAPTERS = (GridConvolution, LoraLinear, ScaleShift, SvftLinear)  # few parameters beside weights that may be frozen
 
 
 def merges(name: str) -> bool:
@@ -74,8 +75,8 @@ def wraps(name: str) -> bool:
 
 
 def adapters(model: nn.Module) -> list[str]:
-    """Names of the parameters that adapters have added to a model and that train: those of LoRA, of scales and shifts, and of
-    SVFT. To train them and the head alone, freeze the others:
+    """Names of the parameters that adapters have added to a model and that train: those of LoRA, of scales and shifts, of SVFT,
+    and of the convolutions before uses of a shared MLP. To train them and the head alone, freeze the others:
 
         names = adapters(model)
         for name, parameter in model.named_parameters():
@@ -86,8 +87,16 @@ def adapters(model: nn.Module) -> list[str]:
         for path, module in model.named_modules()
         if isinstance(module, ADAPTERS)
         for name, parameter in module._parameters.items()
-        if parameter is not None and not (isinstance(module, SvftLinear) and name == "bias")
+        if parameter is not None and not (isinstance(module, SvftLinear) and name not in ("entries", "gate"))
     ]
+
+
+def gates(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The gates that `block_gate` has put on MLPs, by name. To make it cheap to shut them:
+
+    loss = loss + 0.01 * sum(gate.clamp(0, 1).sum() for gate in gates(model).values())
+    """
+    return {f"{path}.gate": module.gate for path, module in model.named_modules() if isinstance(module, BlockGate)}
 
 
 def make_layer(name: str, module: nn.Module, config: Mapping[str, Any]) -> nn.Module:
@@ -110,6 +119,14 @@ def make_layer(name: str, module: nn.Module, config: Mapping[str, Any]) -> nn.Mo
         except TypeError as error:
             raise ReductionError(f"the layer {name} cannot be made with {dict(config)}: {error}") from error
     layer.training = module.training  # and not that of a base, which keeps its own
-    if not isinstance(layer, ADAPTERS) and not any(parameter.requires_grad for parameter in module.parameters()):
-        layer.requires_grad_(False)
+    _train_alike(layer, module)
     return layer
+
+
+def _train_alike(layer: nn.Module, module: nn.Module) -> None:
+    """Let what stands for a weight or a bias train if that did; what a layer adds trains."""
+    for name, parameter in layer._parameters.items():
+        if parameter is None or isinstance(layer, Wrapper) or (name != "bias" and isinstance(layer, SvftLinear)):
+            continue
+        before = module._parameters.get("bias" if name == "bias" else "weight")
+        parameter.requires_grad_(before is None or before.requires_grad)

@@ -164,7 +164,7 @@ class BlockDiagonalLinear(StandIn):
         tokens = x.reshape(-1, groups, x.shape[-1] // groups).transpose(0, 1)  # groups, tokens, inputs of a block
         blocks = self.weight.unflatten(0, (groups, -1)).transpose(1, 2)
         if self.bias is None:
-            y = torch.bmm(tokens, blocks).transpose(0, 1).reshape(*x.shape[:-1], -1)
+            y = torch.bmm(tokens, blocks).transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
         else:
             bias = self.bias if self.outputs_order is None else self.bias.index_select(0, self.outputs_order)
             bias = bias.view(groups, 1, -1)
@@ -172,13 +172,15 @@ class BlockDiagonalLinear(StandIn):
                 y = x.new_empty(*x.shape[:-1], self.weight.shape[0])
                 torch.baddbmm(bias, tokens, blocks, out=y.view(-1, groups, bias.shape[-1]).transpose(0, 1))
             else:
-                y = torch.baddbmm(bias, tokens, blocks).transpose(0, 1).reshape(*x.shape[:-1], -1)
+                y = torch.baddbmm(bias, tokens, blocks).transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
         return y if self.outputs_order is None else y.index_select(-1, self.outputs_order.argsort())
 
     def _can_write(self, x: torch.Tensor) -> bool:
         """Whether a product may be written into memory that is there: eagerly on a CPU, without gradients and autocast."""
         eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
-        return eager and x.device.type == "cpu" and x.dtype == self.weight.dtype
+        if not eager or torch._C._is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+        return x.device.type == "cpu" and x.dtype == self.weight.dtype
 
     def merged(self) -> nn.Linear:
         """The dense layer that computes the same, with zeros outside of the blocks."""

@@ -22,7 +22,7 @@ class BlockGate(Wrapper):
 
     Attributes:
         base: the contracting layer of an MLP.
-        gate: a scalar.
+        gate: (1,), as FSDP takes no scalars.
 
     Args:
         base: the layer.
@@ -42,7 +42,7 @@ class BlockGate(Wrapper):
                 raise ReductionError("BlockGate: there is a gate already")
             inner = inner.base
         self.base = base
-        self.gate = nn.Parameter(torch.ones((), device=like.device, dtype=like.dtype))
+        self.gate = nn.Parameter(torch.ones(1, device=like.device, dtype=like.dtype))
 
     @classmethod
     def in_place_of(cls, module: nn.Module) -> BlockGate:

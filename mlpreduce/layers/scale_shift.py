@@ -71,6 +71,18 @@ class ScaleShift(Wrapper):
         """Axes of its own tensors that its outputs lie on."""
         return ("scale", 0), ("shift", 0)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the base with the scale in it, for modules that read it and do not call the layer."""
+        weight: torch.Tensor = self.base.weight  # type: ignore[assignment]
+        return weight * self.scale.reshape(-1, *[1] * (weight.dim() - 1))
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of the base with the scale and the shift in it; None if it has none."""
+        bias: torch.Tensor | None = self.base.bias  # type: ignore[assignment]
+        return None if bias is None or self.shift is None else bias * self.scale + self.shift
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the base takes, to what it gives."""
         y: torch.Tensor = self.base(x)

@@ -24,13 +24,13 @@ class SvftLinear(StandIn):
     """y = U (diag(s) + sigmoid(gate) M) V^T x + b: only M, on a fixed set of entries, and the gate train.
 
     Attributes:
-        left: (outputs, rank), left singular vectors; a buffer.
-        values: (rank,), singular values; a buffer.
-        right: (rank, inputs), right singular vectors; a buffer.
+        left: (outputs, rank), left singular vectors; frozen.
+        values: (rank,), singular values; frozen.
+        right: (rank, inputs), right singular vectors; frozen.
         rows, columns: (entries,), where M may differ from 0; buffers.
         entries: (entries,), its values there.
-        gate: a scalar, before the sigmoid.
-        bias: (outputs,), frozen, or None.
+        gate: (1,), before the sigmoid.
+        bias: (outputs,), or None.
 
     Args:
         in_features: inputs.
@@ -45,9 +45,6 @@ class SvftLinear(StandIn):
         ReductionError: an option is out of range.
     """
 
-    left: torch.Tensor
-    values: torch.Tensor
-    right: torch.Tensor
     rows: torch.Tensor
     columns: torch.Tensor
 
@@ -72,20 +69,23 @@ class SvftLinear(StandIn):
             raise ReductionError(f"SvftLinear: rank is {rank} and entries {entries}; at most {size} and rank squared")
         self.in_features, self.out_features = in_features, out_features
         empty = torch.empty(0, device=device, dtype=dtype)
-        self.register_buffer("left", empty.new_zeros(out_features, rank))
-        self.register_buffer("values", empty.new_zeros(rank))
-        self.register_buffer("right", empty.new_zeros(rank, in_features))
+        self.left = nn.Parameter(empty.new_zeros(out_features, rank), requires_grad=False)
+        self.values = nn.Parameter(empty.new_zeros(rank), requires_grad=False)
+        self.right = nn.Parameter(empty.new_zeros(rank, in_features), requires_grad=False)
         self.register_buffer("rows", empty.new_zeros(entries, dtype=torch.long))
         self.register_buffer("columns", empty.new_zeros(entries, dtype=torch.long))
         self.entries = nn.Parameter(empty.new_zeros(entries))
-        self.gate = nn.Parameter(empty.new_zeros(()))
-        self.bias = nn.Parameter(empty.new_zeros(out_features), requires_grad=False) if bias else None
+        self.gate = nn.Parameter(empty.new_zeros(1))
+        self.bias = nn.Parameter(empty.new_zeros(out_features)) if bias else None
+        self._dense_trains = True
 
     @classmethod
     def in_place_of(cls, module: nn.Module, entries: int, rank: int) -> SvftLinear:
         """A layer of the widths of a `Linear`, its type and place, of zeros."""
         outputs, inputs = weight_of(module, "SvftLinear.in_place_of").shape
-        return cls(inputs, outputs, entries, rank, **place_of(module))
+        made = cls(inputs, outputs, entries, rank, **place_of(module))
+        made._dense_trains = module.get_parameter("weight").requires_grad
+        return made
 
     @classmethod
     def from_linear(
@@ -152,6 +152,11 @@ class SvftLinear(StandIn):
         if rank > size or band >= rank:
             raise ReductionError(f"SvftLinear: rank is {rank} and band {band}; rank is at most {size}, band below it")
         return band, rank, rank * (2 * band + 1) - band * (band + 1)
+
+    @property
+    def weight_trains(self) -> bool:
+        """Whether a weight in its place would train: as that did which it was made of."""
+        return self._dense_trains
 
     @property
     def macs(self) -> tuple[int, int]:

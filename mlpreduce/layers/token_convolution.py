@@ -21,7 +21,7 @@ __all__ = ["TokenConvolution"]
 class GridConvolution(nn.Conv2d):
     """A depthwise convolution, without bias, over tokens that form a grid; it starts at 0."""
 
-    def __init__(self, features: int, kernel: int, grid: tuple[int, int] | None, like: torch.Tensor) -> None:
+    def __init__(self, features: int, kernel: int, grid: tuple[int, ...] | None, like: torch.Tensor) -> None:
         place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         super().__init__(features, features, kernel, padding=kernel // 2, groups=features, bias=False, **place)
         self.grid = grid
@@ -31,8 +31,12 @@ class GridConvolution(nn.Conv2d):
         """(images, tokens, features) with the grid, or (images, height, width, features) without, of the same shape."""
         if self.grid is None:
             return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        height, width = self.grid
-        others = x.shape[1] - height * width  # class and register tokens come first
+        others, height, width = self.grid
+        if x.shape[1] != others + height * width:
+            raise ReductionError(
+                f"TokenConvolution: given {x.shape[1]} tokens, but made for {others} and a grid of {height} x {width}; images "
+                f"must have the size that the model was reduced with"
+            )
         grid = x[:, others:].transpose(1, 2).unflatten(2, (height, width))
         return nn.functional.pad(super().forward(grid).flatten(2).transpose(1, 2), (0, 0, others, 0))
 
@@ -48,8 +52,8 @@ class TokenConvolution(Wrapper):
         base: the MLP.
         features: its inputs.
         kernel: an odd number of tokens.
-        grid: height and width of the tokens of an image, which come last; None for a base that is given
-            (images, height, width, features).
+        grid: how many tokens (class and register tokens) come before the others, and height and width of those; None for a base
+            that is given (images, height, width, features).
 
     Raises:
         ReductionError: an even kernel.
@@ -64,8 +68,11 @@ class TokenConvolution(Wrapper):
         if kernel % 2 == 0:
             raise ReductionError(f"TokenConvolution: kernel is {kernel}; it must be odd, so that tokens stay in place")
         self.base = base
-        sides = None if grid is None else (int(grid[0]), int(grid[1]))
-        self.convolution = GridConvolution(features, kernel, sides, next(base.parameters()))
+        if grid is not None and len(grid) != 3:
+            raise ReductionError(f"TokenConvolution: grid is {grid!r}; give the tokens before, height and width")
+        self.convolution = GridConvolution(
+            features, kernel, None if grid is None else tuple(map(int, grid)), next(base.parameters())
+        )
 
     @classmethod
     def in_place_of(

@@ -33,6 +33,11 @@ class Layer(nn.Module):
 class StandIn(Layer):
     """A layer that does what a `Linear` does, and turns back into one by `merged()`."""
 
+    @property
+    def weight_trains(self) -> bool:
+        """Whether a weight in its place would train: as its own do, but for the bias."""
+        return any(p.requires_grad for name, p in self._parameters.items() if p is not None and name != "bias")
+
 
 class Wrapper(Layer):
     """A layer around a module, which stays as it is and may be tied while the rest is this layer's own.
@@ -61,4 +66,8 @@ def merged(module: nn.Module) -> nn.Module:
     """A plain module that computes the same: of a layer of this package its `merged()`, any other as it is."""
     merge = getattr(module, "merged", None) if isinstance(module, Layer) else None
     plain: nn.Module = module if merge is None else merge()
+    if isinstance(module, StandIn):
+        plain.get_parameter("weight").requires_grad_(module.weight_trains)
+        if (bias := module._parameters.get("bias")) is not None:
+            plain.get_parameter("bias").requires_grad_(bias.requires_grad)
     return plain

@@ -19,7 +19,7 @@ from mlpreduce.graph import MLP
 from mlpreduce.layers import BlockDiagonalLinear, BlockOrders, ChannelCovariance, block_orders, make_layer
 from mlpreduce.parts import Parts
 from mlpreduce.transforms import register
-from mlpreduce.transforms.layers import linears, replacing
+from mlpreduce.transforms.layers import check_seed, linears, replacing
 
 ALIGN = ("hidden", "all", "none")
 
@@ -45,7 +45,7 @@ def block_diagonal(
         groups: blocks; they divide the widths.
         align: which features and units are put in groups so that the blocks keep most of the energy of given weights: `hidden`
             (units, which costs nothing when the model runs), `all` (also what goes in and out, which is then put in order at
-            each call), `none`.
+            each call), `none`. With `layers="fc2"` that is by fc2 alone, and with `shuffle` all stay as they are.
         init: `weights` (the blocks of the given weights), or `new`, for training from scratch.
         layers: `both`, or `fc2`: the expanding layer stays dense.
         shuffle: whether fc2's groups take every n-th unit of all groups of fc1, n the number of groups.
@@ -61,6 +61,11 @@ def block_diagonal(
     check_one_of("init", init, ("weights", "new"))
     check_one_of("layers", layers, ("both", "fc2"))
     check_one_of("cca", cca, ("none", "covariance", "as_released"))
+    if not isinstance(shuffle, bool):
+        raise ReductionError(f"shuffle is {shuffle!r}; it must be True or False")
+    check_seed(seed)
+    if align == "all" and (shuffle or layers == "fc2"):
+        raise ReductionError('align="all" is of both layers without a shuffle; use align="hidden" or "none"')
     found: dict[str, tuple[MLP, dict[str, nn.Linear]]] = {}
     for mlp, leaf, layer in linears(parts, "block diagonal"):
         found.setdefault(mlp.name, (mlp, {}))[1][leaf.path] = layer
@@ -70,13 +75,15 @@ def block_diagonal(
         *expand, contract = given
         weightless = given[contract].weight.is_meta
         orders = None
-        if init == "weights" and align != "none" and not weightless and layers == "both" and not shuffle:
-            weights = [given[path].weight for path in expand]
+        changed = given if layers == "both" else {contract: given[contract]}
+        if init == "weights" and align != "none" and not weightless and not shuffle:
+            weights = [given[path].weight if path in changed else given[path].weight.new_zeros(()) for path in expand]
+            weights = [weight.expand_as(given[expand[0]].weight) for weight in weights]
             orders = block_orders(weights, given[contract].weight, groups, features=align == "all")
             kept.append((orders.kept_before, orders.kept))
-            yield from _reordered(parts, mlp, given, orders.hidden)
-        everything = align == "all" and layers == "both" and not shuffle and init == "weights"
-        for path in (*expand, contract) if layers == "both" else (contract,):
+            yield from _reordered(parts, mlp, changed, orders.hidden)
+        everything = align == "all" and init == "weights"
+        for path in changed:
             yield _replaced(path, given[path], groups, path == contract, orders, everything, shuffle, init, seed)
     for mlp in parts if cca != "none" else ():
         yield _branch(parts, mlp, cca, seed)
@@ -98,9 +105,9 @@ def _check(mlp: MLP, given: dict[str, nn.Linear], groups: int) -> None:
             )
 
 
-def _reordered(parts: Parts, mlp: MLP, given: dict[str, nn.Linear], order: torch.Tensor) -> Iterator[Edit]:
-    """What lies on the hidden axis beside the projections, in the new order of the units."""
-    seen = {id(layer) for layer in given.values()}
+def _reordered(parts: Parts, mlp: MLP, changed: dict[str, nn.Linear], order: torch.Tensor) -> Iterator[Edit]:
+    """What lies on the hidden axis beside the layers that are changed, in the new order of the units."""
+    seen = {id(layer) for layer in changed.values()}
     for axis in dict.fromkeys(axis for use in parts.uses(mlp) for axis in use.axes):
         value = parts.tensor(axis.tensor)
         if id(parts.module(axis.tensor.rpartition(".")[0])) not in seen and id(value) not in seen:

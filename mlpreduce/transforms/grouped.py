@@ -39,7 +39,7 @@ def grouped(
     remainder: str = "error",
     share: str = "mlp",
     repair: str = "none",
-    per_use: str | Mapping[str, Any] = "none",
+    per_use: str | Mapping[str, Any] | None = "none",
 ) -> Iterator[Edit]:
     """Share MLP weights between blocks of one stage.
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Replace
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, Leaf
 from mlpreduce.parts import Parts
 
-__all__ = ["LAYERS", "linears", "replacing", "uses_of_linears"]
+__all__ = ["LAYERS", "check_seed", "linears", "replacing", "uses_of_linears"]
 
 LAYERS = ("fc1", "fc2")
 
@@ -22,6 +23,15 @@ def replacing(path: str, name: str, config: Mapping[str, Any], layer: nn.Module)
     tensors = {**layer._parameters, **layer._buffers}
     values = {key: tensor.detach() for key, tensor in tensors.items() if tensor is not None}
     return Replace(path, name, dict(config), values)
+
+
+def check_seed(seed: int) -> None:
+    """Whether a seed is one, also where nothing is drawn by it.
+
+    Raises:
+        ReductionError: it is no whole number.
+    """
+    derived_seed(seed, "")
 
 
 def linears(parts: Parts, name: str, layers: str | Sequence[str] = LAYERS) -> Iterator[tuple[MLP, Leaf, nn.Linear]]:

@@ -26,7 +26,7 @@ KINDS = ("none", "ssf", "lora", "norm", "conv")
 OPTIONS = {"lora": ("rank", "alpha", "seed"), "ssf": (), "norm": (), "none": (), "conv": ("kernel",)}
 
 
-def check_per_use(parts: Parts, per_use: str | Mapping[str, Any], share: str, keep: str) -> None:
+def check_per_use(parts: Parts, per_use: str | Mapping[str, Any] | None, share: str, keep: str) -> None:
     """Whether what uses are to have of their own can be, beside what is shared and kept.
 
     Raises:
@@ -70,7 +70,7 @@ def _ordered_alike(first: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def uses_of_their_own(parts: Parts, members: Sequence[MLP], per_use: str | Mapping[str, Any]) -> Iterator[Edit]:
+def uses_of_their_own(parts: Parts, members: Sequence[MLP], per_use: str | Mapping[str, Any] | None) -> Iterator[Edit]:
     """The edits that give each member something of its own around its shared layers."""
     kind, options = _chosen(per_use)
     for mlp in members if kind == "conv" else ():
@@ -111,8 +111,10 @@ def scaled_tensor(parts: Parts, leaf: Leaf, name: str) -> str | None:
     return path if path in parts.tensors_of(leaf) else None
 
 
-def _chosen(per_use: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _chosen(per_use: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
     """A kind, and its options."""
+    if per_use is None:
+        return "none", {}
     if isinstance(per_use, str):
         return per_use, {}
     if not isinstance(per_use, Mapping) or not isinstance(per_use.get("name"), str):

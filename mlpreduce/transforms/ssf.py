@@ -17,7 +17,7 @@ from mlpreduce.errors import ReductionError, check_one_of
 from mlpreduce.layers import ScaleShift, is_scalable
 from mlpreduce.parts import Parts
 from mlpreduce.transforms import register
-from mlpreduce.transforms.layers import replacing
+from mlpreduce.transforms.layers import check_seed, replacing
 
 __all__ = ["scale_around"]
 
@@ -44,6 +44,7 @@ def ssf(parts: Parts, *, sites: str = "mlp", init: str = "identity", seed: int =
     """
     check_one_of("sites", sites, ("mlp", "all"))
     check_one_of("init", init, ("identity", "released"))
+    check_seed(seed)
     for path, layer in _sites(parts, sites):
         try:
             yield scale_around(path, layer, seed if init == "released" else None)

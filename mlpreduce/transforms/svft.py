@@ -14,7 +14,7 @@ from mlpreduce.errors import check_one_of
 from mlpreduce.layers import SvftLinear, make_layer
 from mlpreduce.parts import Parts
 from mlpreduce.transforms import register
-from mlpreduce.transforms.layers import LAYERS, linears, replacing
+from mlpreduce.transforms.layers import LAYERS, check_seed, linears, replacing
 
 
 @register("svft", preserves="at_init")
@@ -46,6 +46,7 @@ def svft(
         ReductionError: an option is out of range, or the weights have no values.
     """
     check_one_of("init", init, ("zeros", "normal"))
+    check_seed(seed)
     for _, leaf, layer in linears(parts, "svft", layers):
         if layer.weight.is_meta:
             _, size, entries = SvftLinear.sizes(layer, pattern, band, rank)
