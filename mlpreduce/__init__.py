@@ -38,6 +38,20 @@ _NAMES = {
     "verify": "verification",
 }
 
+_PACKAGES = (
+    "budget",
+    "criteria",
+    "data",
+    "edits",
+    "graph",
+    "layers",
+    "models",
+    "search",
+    "testing",
+    "train",
+    "transforms",
+)
+
 __all__ = ["MLP", "Plan", "Profile", "ReductionError", "Report", "apply", "create_model", "find_mlps", "history"]
 __all__ += ["list_criteria", "list_transforms", "load", "merge", "plan", "profile", "register", "register_model"]
 __all__ += ["save", "to_graph", "untie", "verify"]
@@ -58,8 +72,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "search":
-        return importlib.import_module("mlpreduce.search")
+    if name in _PACKAGES:
+        return importlib.import_module(f"mlpreduce.{name}")
     if name not in _NAMES:
         raise AttributeError(f"module 'mlpreduce' has no attribute {name!r}")
     return getattr(importlib.import_module(f"mlpreduce.{_NAMES[name]}"), name)

@@ -71,7 +71,8 @@ def create_model(
     except TypeError as error:
         raise ReductionError(f"create_model({name!r}, {transform!r}): {error}; {_known(entry)}") from error
     recorded = {key: value for key, value in given.items() if key not in NOT_RECORDED}
-    model.mlpreduce_build = {"name": name, "kwargs": recorded}  # type: ignore[assignment]
+    if not hasattr(model, "mlpreduce_build"):  # a registered name has said what it is a reduction of
+        model.mlpreduce_build = {"name": name, "kwargs": recorded}  # type: ignore[assignment]
     if entry is not None and entry.construction:
         remember(model, Plan(entry.name, {key: plain(value, entry.name) for key, value in config.items()}, ()))
     elif entry is not None:

@@ -147,6 +147,7 @@ def profile(
             one = _seconds(lambda: call_with(model, first), images.device, repeats)
             peak = _peak_bytes(model, batch, images.device)
     finally:
+        model.train()  # what some modules keep for evaluation goes: it was made within inference_mode
         for module, training in modes.items():
             module.training = training
     return Profile(

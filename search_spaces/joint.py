@@ -31,8 +31,9 @@ def suggest(trial, model):
     if own != "none":
         steps.append((own, {}))
     if layers != "dense":
-        options = {"block_diagonal": {"groups": 2, "align": "none"}, "low_rank": {"ratio": 0.5}}
-        steps.append((layers, options.get(layers, {})))
+        half = min(m.in_features * m.hidden_features // (2 * (m.in_features + m.hidden_features)) for m in model.mlps)
+        options = {"block_diagonal": {"groups": 2, "align": "none"}, "low_rank": {"ratio": 0.5}, "svft": {"rank": half}}
+        steps.append((layers, options[layers]))
     if gates:
         steps.append(("block_gate", {}))
     return steps

@@ -206,3 +206,13 @@ def test_a_run_uses_the_variant(tmp_path: Path) -> None:
     gaps = [(warm["ema"][name] - tensor).abs().max().item() for name, tensor in warm["model"].items() if tensor.numel()]
     assert max(gaps) > 0
     assert run.config_hash != digits_run(tmp_path / "warm", ema_decay=0.999, epochs=2).config_hash
+
+
+def test_what_is_built_by_a_registered_name_is_saved(tmp_path: Path) -> None:
+    """It is the architecture and its steps that are saved, and the name is needed no more."""
+    for number, build in enumerate((timm.create_model, mlpreduce.create_model)):
+        model = build("vit_tiny_patch16_224_dgmlp", depth=2, num_classes=3)
+        mlpreduce.save(model, tmp_path / str(number))
+        again = mlpreduce.load(tmp_path / str(number))
+        assert again.state_dict().keys() == model.state_dict().keys()
+        assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))

@@ -114,3 +114,18 @@ def test_live_memory() -> None:
         assert memory.live == 4000
         del c
         assert memory.live == 0
+
+
+def test_what_a_model_keeps_for_evaluation_is_not_left_behind() -> None:
+    """LeViT keeps attention biases in evaluation; those made while it is timed would hide what is loaded later."""
+    kwargs = {"embed_dim": (16, 16, 16), "depth": (1, 1, 1), "num_heads": (2, 2, 2), "key_dim": 4}
+    model = timm.create_model("levit_128s", num_classes=3, **kwargs).eval()
+    images = torch.zeros(1, 3, 224, 224)
+    mlpreduce.profile(model, images, measure_speed=True, repeats=1)
+    assert not model.training
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    other = timm.create_model("levit_128s", num_classes=3, **kwargs).eval()
+    other.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(model(images)[0], other(images)[0])

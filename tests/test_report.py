@@ -290,9 +290,15 @@ def test_which_differences_are_beyond_the_noise() -> None:
         "b": variant(-2, 0.02),
         "c": variant(0.4, 0.045),
     }
-    told = beyond_noise({"variants": found | {"d": variant(0.1, 0.9), "e": variant(0.5, None, 1)}})
+    others = {"d": variant(0.1, 0.9), "e": variant(0.5, None, 1), "f": variant(5.0, None), "g": variant(1.0, 0.001, 2)}
+    told = beyond_noise({"variants": found | others})
     assert told.startswith("4 differences in top-1 from the baseline are tested, over 4 or more seeds")
-    assert "beyond the noise: a (+1.50), b (-2.00); within it: c, d, e (" in told  # 0.045 * 4 / 3 = 0.06
+    assert (
+        "beyond the noise: a (+1.50), b (-2.00); within it: c, d; too few seeds, or equal differences, to tell: e, f, g ("
+        in told
+    )
+    pairs = {"variants": {"baseline": {"vs_baseline": None}, "a": variant(1, 0.01, 2), "b": variant(1, 0.02, 2)}}
+    assert "can be tested; too few seeds, or equal differences, to tell: a, b." in beyond_noise(pairs)
     assert beyond_noise({"variants": {"baseline": {"vs_baseline": None}, "a": variant(1, 0.01)}}) == ""
     swept = {"points": {"x": {"variants": {"a": variant(1, 0.01)}}, "y": {"variants": {"a": variant(0, 0.8)}}}}
     assert "beyond the noise: x a (+1.00); within it: y a (" in beyond_noise(swept)

@@ -67,6 +67,12 @@ def test_what_is_wrong_at_a_point_is_told_before_anything_runs(change: str, word
     assert words in str(told.value)
 
 
+def test_a_point_that_a_sweep_does_not_have_is_not_made_of_one_key() -> None:
+    with pytest.raises(ReductionError, match=r"has no point 'l'.*write a new one as a table: sweep\.l="):
+        recipes.load("scaling_tiny", ["sweep.l.train.lr=1e-3"])
+    assert set(recipes.load("digits_tiny", ["sweep.a.train.lr=1e-3", "sweep.b.train.lr=1e-2"]).sweep) == {"a", "b"}
+
+
 def test_dry_run_has_each_point_and_the_sum(capsys: pytest.CaptureFixture[str]) -> None:
     assert recipes.main(["digits_tiny", SWEEP, "--dry-run"]) == 0
     text = capsys.readouterr().out

@@ -22,8 +22,8 @@ from mlpreduce.data import load
 from mlpreduce.errors import ReductionError
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import Run, Runtime, TrainingStopped, build_model, create_ema, evaluate, fit, learning_rates
-from mlpreduce.train.parts import create_optimizer
-from mlpreduce.train.settings import TrainSettings
+from mlpreduce.train.parts import create_optimizer, images_of
+from mlpreduce.train.settings import ModelSettings, TrainSettings
 from mlpreduce.train.state import checkpoints, seed_everything
 from mlpreduce.train.weight_decay import create_decay_schedule
 
@@ -186,6 +186,48 @@ def test_weight_decay_goes_along_half_a_cosine() -> None:
     assert create_decay_schedule(optimizer, TrainSettings(), 101) is None
     with pytest.raises(ReductionError, match=r"train\.weight_decay_end=0\.2: nothing decays at the start"):
         create_decay_schedule(optimizer, TrainSettings(weight_decay=0, weight_decay_end=0.2), 101)
+
+
+def test_a_model_that_does_not_say_its_size_is_counted_at_that_of_the_data(tmp_path: Path) -> None:
+    def macs(size: int) -> int:
+        run = digits_run(tmp_path)
+        model = {"name": "convnext_atto", "kwargs": {"num_classes": 10, "in_chans": 1}}
+        run = Run(
+            **{**run.model_dump(), "steps": (), "model": model, "data": {**run.data.model_dump(), "image_size": size}}
+        )
+        built = build_model(run, device="meta")
+        return mlpreduce.profile(built, images_of(run, built)).macs
+
+    assert 3.9 < macs(64) / macs(32) < 4.1
+
+
+def test_new_values_of_a_reduction_follow_the_seed_of_the_run(tmp_path: Path) -> None:
+    steps = (
+        ({"transform": "low_rank", "init": "new"}, "blocks.0.mlp.fc1.up"),
+        ({"transform": "block_diagonal", "groups": 2, "init": "new", "cca": "covariance"}, "blocks.0.mlp.mix"),
+        ({"transform": "lora"}, "blocks.0.mlp.fc1.down"),
+        ({"transform": "grouped", "per_use": {"name": "lora", "rank": 2}}, "blocks.0.mlp.fc1.down"),
+        ({"transform": "svft", "init": "normal"}, "blocks.0.mlp.fc1.entries"),
+    )
+    for step, name in steps:
+        runs = [digits_run(tmp_path).model_copy(update={"steps": (step,), "seed": seed}) for seed in (1, 1, 2)]
+        first, again, other = (build_model(run).get_parameter(name) for run in runs)
+        assert torch.equal(first, again), step
+        assert not torch.equal(first, other), step
+        named = digits_run(tmp_path).model_copy(update={"steps": ({**step, "seed": 7},)})
+        if step["transform"] != "grouped":
+            assert "seed=7" in str(mlpreduce.history(build_model(named))[0])
+
+
+def test_models_optimizers_and_schedules_that_timm_cannot_make_are_told(tmp_path: Path) -> None:
+    wrong = digits_run(tmp_path).model_copy(update={"model": ModelSettings(kwargs={**SMALL_VIT, "num_heads": 5})})
+    with pytest.raises(ReductionError, match=r"model\.kwargs: timm cannot build vit_base_patch16_224\("):
+        build_model(wrong)
+    with pytest.raises(ReductionError, match=r"train\.schedule='wsd', train\.epochs=2"):
+        learning_rates(TrainSettings(schedule="wsd", epochs=2, warmup_epochs=1), 10)
+    larger = digits_run(tmp_path).model_copy(update={"model": ModelSettings(kwargs={**SMALL_VIT, "img_size": 16})})
+    with pytest.raises(ReductionError, match=r"Input height \(8\) doesn't match model \(16\)"):
+        fit(larger)
 
 
 def test_unknown_optimizer_and_schedule_are_refused() -> None:

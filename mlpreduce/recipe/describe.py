@@ -6,7 +6,7 @@ import mlpreduce
 from mlpreduce.errors import ReductionError
 from mlpreduce.recipe.schema import Recipe, points, runs
 from mlpreduce.train.calibrated import needs_data, without_data
-from mlpreduce.train.parts import build_model, learning_rates
+from mlpreduce.train.parts import build_model, images_of, learning_rates
 from mlpreduce.train.settings import Run
 
 __all__ = ["describe"]
@@ -74,7 +74,7 @@ def _variant(run: Run) -> tuple[str, int]:
         random = run.model.model_copy(update={"weights": ""})
         plain = tuple(without_data(step) for step in run.steps)
         model = build_model(run.model_copy(update={"model": random, "steps": plain}))
-    profile = mlpreduce.profile(model)
+    profile = mlpreduce.profile(model, images_of(run, model))
     plans = [str(plan) for plan in mlpreduce.history(model) if plan.rows]
     steps = ", ".join(str(step["transform"]) for step in run.steps) or "as it is"
     lines = [f"variant {run.variant}: {run.model.name}, {steps}", *plans]
@@ -94,7 +94,8 @@ def _variant(run: Run) -> tuple[str, int]:
 
 def _teacher_macs(run: Run) -> int:
     """MACs of the teacher's forward pass of one image."""
-    return mlpreduce.profile(build_model(run.model_copy(update={"steps": ()}), device="meta")).macs
+    teacher = build_model(run.model_copy(update={"steps": ()}), device="meta")
+    return mlpreduce.profile(teacher, images_of(run, teacher)).macs
 
 
 def _weights(recipe: Recipe) -> str:

@@ -102,10 +102,18 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ReductionError(f"recipe {path}: no valid TOML: {error}") from error
+    swept = list(document.get("sweep", {}))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key.strip():
             raise ReductionError(f"{override!r}: no override; write key=value, for instance train.epochs=2")
+        table, _, rest = key.strip().partition(".")
+        point, within, _ = rest.partition(".")
+        if table == "sweep" and within and swept and point not in swept:
+            raise ReductionError(
+                f"{override!r}: the sweep of {name} has no point {point!r}{did_you_mean(point, swept)}; write a new one as a "
+                f"table: sweep.{point}={{...}}"
+            )
         _set(document, key.strip(), parse_value(value))
     return _checked({**document, "name": path.stem})
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlpreduce.report.content import Table
-from mlpreduce.report.tables import FEW, comparison, mean_std, short
+from mlpreduce.report.tables import comparison, mean_std, short
 
 __all__ = ["beyond_noise", "overview"]
 
 RATE = 0.05  # of false discoveries
+LEAST = 3  # seeds, below which nothing is concluded
 HEADERS = (
     "variant",
     "parameters",
@@ -34,7 +35,7 @@ def overview(document: dict[str, Any]) -> Table:
         compared = comparison(v["vs_baseline"]) if v["vs_baseline"] else [""] * 5
         delta, interval, p, n, _ = compared
         cells = [f"{v['params']:,}", short(v["macs"]), speed, top1, f"{v['peak_to_final_mean']:.2f}"]
-        rows.append([name, *cells, delta, interval, p.removesuffix(f" {FEW}"), n])
+        rows.append([name, *cells, delta, interval, p, n])
     return Table(str(document["recipe"]), HEADERS, rows)
 
 
@@ -47,19 +48,22 @@ def beyond_noise(document: dict[str, Any]) -> str:
     from scipy.stats import false_discovery_control
 
     compared = [(name, v["vs_baseline"]) for name, v in _variants(document) if v["vs_baseline"]]
-    tested = [(name, against) for name, against in compared if against["p_value"] is not None]
-    if len(tested) < 2:
+    tested = [(name, v) for name, v in compared if v["p_value"] is not None and v["n"] >= LEAST]
+    if len(compared) < 2:
         return ""
+    untold = [name for name, against in compared if (name, against) not in tested]
+    few = f"too few seeds, or equal differences, to tell: {', '.join(untold)}" if untold else ""
+    if not tested:
+        return f"No difference in top-1 from the baseline can be tested; {few}."
     adjusted = false_discovery_control([against["p_value"] for _, against in tested])
     marked = list(zip(tested, adjusted, strict=True))
     beyond = [f"{name} ({against['delta']:+.2f})" for (name, against), p in marked if p <= RATE]
-    within = [name for (name, _), p in marked if p > RATE] + [
-        name for name, against in compared if against["p_value"] is None
-    ]
+    within = [name for (name, _), p in marked if p > RATE]
     parts = [
         f"{len(tested)} differences in top-1 from the baseline are tested, over {min(a['n'] for _, a in tested)} or more seeds",
         f"beyond the noise: {', '.join(beyond) or 'none'}",
         f"within it: {', '.join(within) or 'none'}",
+        *([few] if few else []),
     ]
     chance = f"of those beyond, at most {RATE:.0%} are expected to be chance"
     return f"{'; '.join(parts)} (paired t-tests; {chance}: Benjamini-Hochberg)."

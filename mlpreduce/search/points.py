@@ -1,6 +1,6 @@
 """What a suggestion comes to, before anything is trained: exact cost, pattern, and a key that equal reductions share.
 
-Everything is read off plans on the meta device: milliseconds for a model of any size.
+Everything is read off plans on the meta device, well below a second for a model of any size, unless widths follow from weights.
 """
 
 from __future__ import annotations
@@ -11,25 +11,28 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 import mlpreduce
 from mlpreduce.budget import Baseline, Cost, counted, measure
+from mlpreduce.criteria import choose
 from mlpreduce.edits import Assign, Plan, Replace, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Survey, mlps_or_raise, structural_copy, survey
 from mlpreduce.outcomes import planned
-from mlpreduce.planning import make_plan
+from mlpreduce.planning import make_plan, plain
 from mlpreduce.recipe import Recipe, changed, runs
 from mlpreduce.search.spaces import ModelView, Suggestion
 from mlpreduce.surgery import carry_out
-from mlpreduce.train import build_model
 from mlpreduce.train.calibrated import needs_data, without_data
+from mlpreduce.train.parts import build_model, images_of
 from mlpreduce.train.settings import Run, Step
 from mlpreduce.transforms import is_construction
 
 __all__ = ["Point", "Pricer", "distance"]
 
+_VALUES = (("keep", "align_mean", "mean"), ("scale", "match_forward", "none"))  # of grouped, which take weights
 _KEPT = 16  # unreduced models: settings may change what is built
 
 
@@ -79,6 +82,7 @@ class _Known:
     model: nn.Module
     found: Survey
     measured: Baseline
+    image: torch.Tensor
 
 
 class Pricer:
@@ -117,6 +121,8 @@ class Pricer:
         Raises:
             ReductionError: it cannot be carried out.
         """
+        call = f"search({self.recipe.name})"
+        suggestion = replace(suggestion, steps=plain(suggestion.steps, call), settings=plain(suggestion.settings, call))
         asked = json.dumps([suggestion.steps, suggestion.settings], sort_keys=True)
         if asked not in self._priced:
             self._priced[asked] = self._price(suggestion)
@@ -124,11 +130,13 @@ class Pricer:
 
     def _price(self, suggestion: Suggestion) -> Point:
         recipe = changed(self.recipe, suggestion.settings)
-        steps = tuple(json.loads(json.dumps(suggestion.steps)))
+        steps = tuple(suggestion.steps)
+        alike = tuple(map(_weightless, steps))
         try:
-            plans, cost, after = self._plans(recipe, steps, "meta")
+            plans, cost, after = self._plans(recipe, alike, "meta")
             others = plans
-        except ReductionError:  # some choose by weights; which units those are changes no count
+        except ReductionError:  # some widths follow from weights
+            alike = steps
             plans, cost, after = self._plans(recipe, steps, None)
             others, _, _ = self._plans(recipe, steps, None, seed=1)
         index = {name: number for number, name in enumerate(after)}
@@ -140,7 +148,7 @@ class Pricer:
         identity = [
             list(map(_identity, plans, others)),
             sorted(suggestion.settings.items()),
-            *filter(needs_data, steps),
+            *(step for step, other in zip(steps, alike, strict=True) if step != other or needs_data(step)),
         ]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         return Point(steps, suggestion.settings, cost, pattern, key)
@@ -161,7 +169,7 @@ class Pricer:
             config = {key: value for key, value in _priced(step).items() if key != "transform"}
             plan, _ = make_plan(tree, step["transform"], config, found=found)
             plans.append(plan)
-            cost, after = planned(tree, measured, plan)
+            cost, after = planned(tree, measured, plan, known.image)
             if number < len(rest):  # what follows needs the structure; no value is looked at where one was changed
                 carry_out(tree, plan, weights=False)
                 if plan.replaced is None:
@@ -183,9 +191,18 @@ class Pricer:
             if len(self._known) >= _KEPT:
                 self._known.pop(next(iter(self._known)))
             model = build_model(run, device=device)
+            image = images_of(run, model)
             found = mlps_or_raise(model, f"search({run.model.name})")
-            self._known[key] = _Known(model, found, measure(model, mlps=found.mlps))
+            self._known[key] = _Known(model, found, measure(model, image, mlps=found.mlps), image)
         return self._known[key]
+
+
+def _weightless(step: Step) -> Step:
+    """A step of the same cost that looks at no weights: which units stay, and by what they are multiplied, changes no count."""
+    other = dict(step)
+    if "criterion" in step and choose(step["criterion"]).criterion.needs == "weights":
+        other["criterion"] = "first"
+    return other | {key: plain for key, given, plain in _VALUES if step.get(key) == given}
 
 
 def _priced(step: Step) -> Step:

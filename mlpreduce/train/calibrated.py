@@ -18,7 +18,7 @@ from mlpreduce.reduction import remember
 from mlpreduce.surgery import carry_out
 from mlpreduce.train.settings import Run, Step
 
-__all__ = ["apply_as_before", "apply_step", "calibration_data", "needs_data", "without_data"]
+__all__ = ["apply_as_before", "apply_step", "calibration_data", "needs_data", "seeded", "without_data"]
 
 
 def needs_data(step: Step) -> bool:
@@ -62,6 +62,21 @@ def calibration_data(run: Run) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     return calibration(run.data, run.model.calibration_images, rank=rank, world=world)
+
+
+def seeded(step: Step, seed: int) -> Step:
+    """A step whose random numbers follow the seed of the run, where it draws some and names no seed itself.
+
+    Example:
+        >>> seeded({"transform": "low_rank", "init": "new"}, 42)
+        {'transform': 'low_rank', 'init': 'new', 'seed': 42}
+    """
+    own = step.get("per_use", "none")
+    if own == "lora" or (isinstance(own, dict) and own.get("name") == "lora"):
+        return {**step, "per_use": {"name": "lora", "seed": seed} | (own if isinstance(own, dict) else {})}
+    drawn = step.get("init") in ("new", "normal", "released") or step.get("cca", "none") != "none"
+    drawn = drawn or step["transform"] == "lora" or step.get("pattern") == "random" or step.get("criterion") == "random"
+    return {**step, "seed": seed} if drawn and "seed" not in step else step
 
 
 def apply_step(model: nn.Module, step: Step, data: Any = None) -> None:

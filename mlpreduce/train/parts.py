@@ -20,7 +20,14 @@ import mlpreduce
 from mlpreduce.errors import ReductionError, call_text, check_whole, did_you_mean
 from mlpreduce.models import is_model
 from mlpreduce.ties import full_state
-from mlpreduce.train.calibrated import apply_as_before, apply_step, calibration_data, needs_data, without_data
+from mlpreduce.train.calibrated import (
+    apply_as_before,
+    apply_step,
+    calibration_data,
+    needs_data,
+    seeded,
+    without_data,
+)
 from mlpreduce.train.settings import Run, TrainSettings
 from mlpreduce.train.weights import inherit_weights, load_weights, no_construction
 from mlpreduce.transforms import is_construction
@@ -31,6 +38,7 @@ __all__ = [
     "create_loss",
     "create_optimizer",
     "create_scheduler",
+    "images_of",
     "learning_rates",
     "outside_mlps",
 ]
@@ -70,12 +78,17 @@ def build_model(run: Run, device: torch.device | str | None = None, plans: Seque
         try:
             with nullcontext() if device is None else torch.device(device):
                 return mlpreduce.create_model(run.model.name, transform, **given)
-        except (RuntimeError, OSError) as error:
+        except ReductionError:
+            raise
+        except (ArithmeticError, AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+            first_line = (str(error).strip().splitlines() or [""])[0]
             if not pretrained:
-                raise
+                raise ReductionError(
+                    f"model.kwargs: timm cannot build {call_text(run.model.name, given)}: {type(error).__name__}: {first_line}"
+                ) from error
             raise ReductionError(
                 f"model.weights='pretrained': timm cannot load any into {call_text(run.model.name, run.model.kwargs)}: "
-                f"{str(error).strip().splitlines()[0]}; choose a model.name of timm.list_models(pretrained=True), with kwargs "
+                f"{first_line}; choose a model.name of timm.list_models(pretrained=True), with kwargs "
                 f"that keep its shapes, or give a path"
             ) from error
 
@@ -86,6 +99,7 @@ def build_model(run: Run, device: torch.device | str | None = None, plans: Seque
         load_weights(model, run.model, path)
     before = plans[len(plans) - len(steps) :] if len(plans) >= len(steps) else ()
     for number, step in enumerate(steps):
+        step = seeded(step, run.seed)
         if not needs_data(step):
             apply_step(model, step)
         elif device is not None:
@@ -97,6 +111,13 @@ def build_model(run: Run, device: torch.device | str | None = None, plans: Seque
     if run.inherit and device is None:
         inherit_weights(model, Path(run.inherit))
     return model
+
+
+def images_of(run: Run, model: nn.Module, batch: int = 1) -> torch.Tensor:
+    """Zeros of the shape that a run trains on, (batch, channels, size, size), where the model lies."""
+    like, size = next(model.parameters(), torch.empty(0)), run.data.image_size
+    shape = (batch, run.model.kwargs.get("in_chans", 3), size, size)
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
 def outside_mlps(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -182,7 +203,13 @@ def create_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Opti
         raise ReductionError(f"train.optimizer={train.optimizer!r}: timm has no such optimizer{near}")
     # torch's fused kernel: one call instead of one per tensor, also on CPUs.
     fused: dict[str, Any] = {"fused": True} if train.optimizer in ("adam", "adamw") else {}
-    return create_optimizer_v2(model, train.optimizer, lr=train.lr, weight_decay=train.weight_decay, **fused)
+    try:
+        made: torch.optim.Optimizer = create_optimizer_v2(
+            model, train.optimizer, lr=train.lr, weight_decay=train.weight_decay, **fused
+        )
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ReductionError(f"train.optimizer={train.optimizer!r}: timm cannot make it here: {error}") from error
+    return made
 
 
 def create_scheduler(
@@ -197,16 +224,22 @@ def create_scheduler(
     if train.schedule not in known:
         near = did_you_mean(train.schedule, known)
         raise ReductionError(f"train.schedule={train.schedule!r}: unknown schedule{near}")
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        train.schedule,
-        num_epochs=train.epochs,
-        min_lr=train.min_lr,
-        warmup_lr=train.warmup_lr,
-        warmup_epochs=train.warmup_epochs,
-        step_on_epochs=not train.schedule_per_update,
-        updates_per_epoch=updates_per_epoch,
-    )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            train.schedule,
+            num_epochs=train.epochs,
+            min_lr=train.min_lr,
+            warmup_lr=train.warmup_lr,
+            warmup_epochs=train.warmup_epochs,
+            step_on_epochs=not train.schedule_per_update,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except (AssertionError, ValueError, ZeroDivisionError) as error:
+        raise ReductionError(
+            f"train.schedule={train.schedule!r}, train.epochs={train.epochs}, train.warmup_epochs={train.warmup_epochs}: timm "
+            f"cannot make it: {error}"
+        ) from error
     return cast("Scheduler | None", scheduler)
 
 

@@ -19,7 +19,15 @@ from mlpreduce.data import Loaders, load
 from mlpreduce.errors import ReductionError
 from mlpreduce.train import digests, distillation
 from mlpreduce.train.density import DensityLoss
-from mlpreduce.train.parts import build_model, create_ema, create_loss, create_optimizer, create_scheduler, outside_mlps
+from mlpreduce.train.parts import (
+    build_model,
+    create_ema,
+    create_loss,
+    create_optimizer,
+    create_scheduler,
+    images_of,
+    outside_mlps,
+)
 from mlpreduce.train.runtime import Runtime, environment
 from mlpreduce.train.settings import Run
 from mlpreduce.train.state import Saved, restore_rng, seed_everything
@@ -237,7 +245,7 @@ def _facts(
     """What a record keeps besides the epochs: plans, counts and speed of the model, versions, hardware."""
     return {
         "plans": plans,
-        "profile": asdict(mlpreduce.profile(core, measure_speed=True, batch_size=32)),
+        "profile": asdict(mlpreduce.profile(core, images_of(run, core, 32), measure_speed=True)),
         "train_samples": loaders.train_samples,
         "val_samples": loaders.val_samples,
         "updates_per_epoch": updates_per_epoch,
