@@ -107,7 +107,10 @@ def _construction(
             model = timm.create_model(name, **kwargs, **more)
         return [mlp.hidden_features for mlp in mlps_or_raise(model, call).mlps]
 
-    usual = widths()
+    try:
+        usual = widths()
+    except TypeError as error:
+        raise ReductionError(f"{call}: {error}; {_known(entry)}") from error
     try:
         built = widths(**arguments)
     except TypeError as error:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from mlpreduce.budget import Cost, measure
-from mlpreduce.errors import ReductionError
+from mlpreduce.errors import ReductionError, check_whole
 from mlpreduce.graph import Inputs, call_with, example_inputs, map_tensors, refuse_wrapped, tensors_in
 
 __all__ = ["LiveMemory", "Profile", "profile"]
@@ -127,8 +127,8 @@ def profile(
             f"profile: inputs is a {type(inputs).__name__}; give a tensor (images, channels, height, width), or a tuple "
             f"or dict of arguments"
         )
-    if batch_size < 1 or repeats < 1:
-        raise ReductionError(f"profile: batch_size={batch_size}, repeats={repeats}; both must be at least 1")
+    check_whole("profile: batch_size", batch_size)
+    check_whole("profile: repeats", repeats)
     if tokens_per_block is not None and measure_speed:
         raise ReductionError("profile(measure_speed=True): tokens are counted, not pruned; leave out tokens_per_block")
     cost = asdict(measure(model, inputs, tokens_per_block=tokens_per_block).cost)

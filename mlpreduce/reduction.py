@@ -16,7 +16,7 @@ from mlpreduce.layers import LAYERS, merged
 from mlpreduce.planning import Globs, make_plan
 from mlpreduce.rewriting import without_layers, without_ties
 from mlpreduce.surgery import carry_out, untie_leaves
-from mlpreduce.ties import guard, shares_of, unguard
+from mlpreduce.ties import guard, plans_of, shares_of, unguard
 
 __all__ = ["apply", "broken_ties", "history", "merge", "remember", "untie"]
 
@@ -115,14 +115,13 @@ def remember(model: nn.Module, made: Plan) -> None:
     model.mlpreduce_history = plans  # type: ignore[assignment]
     if isinstance(model, fx.GraphModule):
         model.meta["mlpreduce_history"] = plans  # what a GraphModule's deepcopy keeps
-    elif made.of(Share):
+    if made.of(Share):
         guard(model)
 
 
 def history(model: nn.Module) -> list[Plan]:
     """The plans that were applied to a model, first to last. Kept in the attribute `mlpreduce_history`."""
-    kept = model.meta.get("mlpreduce_history", []) if isinstance(model, fx.GraphModule) else []
-    return list(getattr(model, "mlpreduce_history", kept))
+    return plans_of(model)
 
 
 def untie(model: Model) -> Model:

@@ -12,14 +12,32 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from mlpreduce.edits import Plan, Replace, Share
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import module_at
 from mlpreduce.layers import wraps
 
-__all__ = ["full_state", "gone_by", "guard", "is_guarded", "moved_by", "shares_of", "tied", "unguard"]
+__all__ = [
+    "full_state",
+    "gone_by",
+    "guard",
+    "is_guarded",
+    "moved_by",
+    "plans_of",
+    "shares_of",
+    "tied",
+    "unguard",
+]
+
+
+def plans_of(model: nn.Module) -> list[Plan]:
+    """The plans that a model remembers, first to last."""
+    kept = (
+        model.meta.get("mlpreduce_history", []) if isinstance(model, fx.GraphModule) else []
+    )  # a copy has these alone
+    return list(getattr(model, "mlpreduce_history", kept))
 
 
 def shares_of(plans: Iterable[Plan]) -> list[Share]:
@@ -49,7 +67,7 @@ def moved_by(edit: Replace, path: str) -> str:
 
 def tied(model: nn.Module) -> dict[str, list[str]]:
     """The ties of a model's history that hold: first path of each shared leaf module -> its other paths."""
-    shares = shares_of(getattr(model, "mlpreduce_history", ()))
+    shares = shares_of(plans_of(model))
     shared = {id(module_at(model, path)) for share in shares for path in (share.source, share.target)}
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):

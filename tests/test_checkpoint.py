@@ -148,7 +148,7 @@ def test_a_plan_of_another_model() -> None:
     with pytest.raises(ReductionError, match=r"blocks.4.mlp is in one of them only, of 2 MLPs"):
         mlpreduce.apply(tiny_vit(depth=6), made)
     with pytest.raises(
-        ReductionError, match=r"has 64 hidden units and is owned by blocks.0.mlp; the plan was made for 128"
+        ReductionError, match=r"has 64 hidden units and 4,192 parameters and is owned by blocks.0.mlp; the plan was made for 128"
     ):
         mlpreduce.apply(tiny_vit(mlp_ratio=2), made)
     sliced = mlpreduce.plan(mlpreduce.apply(tiny_vit(), "grouped"), "shallow")

@@ -172,3 +172,18 @@ def test_a_plan_has_no_numbers_that_cannot_be_stored() -> None:
     with pytest.raises(ReductionError, match="no number that a plan can be stored with"):
         mlpreduce.apply(tiny_vit(), "ssf", seed=float("nan"))
     assert len(mlpreduce.plan(tiny_vit(), "grouped", per_use=None).of(Share)) > 0
+
+
+def test_a_graph_that_is_tied_keeps_its_ties_in_the_state_dict() -> None:
+    graph = mlpreduce.to_graph(tiny_vit().eval())
+    mlpreduce.apply(graph, "grouped", group=2, scale="none")
+    for each in (graph, copy.deepcopy(graph)):
+        assert mlpreduce.verify(each).ok
+        state = each.state_dict()
+        assert state["blocks.1.mlp.fc1.weight"].numel() == 0
+        each.load_state_dict(state)
+        unlike = {**state, "blocks.1.mlp.fc1.weight": state["blocks.0.mlp.fc1.weight"] + 1}
+        with pytest.raises(ReductionError, match="differ, but they are tied"):
+            each.load_state_dict(unlike)
+    mlpreduce.untie(graph)
+    assert graph.state_dict()["blocks.1.mlp.fc1.weight"].numel() > 0
