@@ -148,12 +148,14 @@ def test_a_plan_of_another_model() -> None:
     with pytest.raises(ReductionError, match=r"blocks.4.mlp is in one of them only, of 2 MLPs"):
         mlpreduce.apply(tiny_vit(depth=6), made)
     with pytest.raises(
-        ReductionError, match=r"has 64 hidden units and 4,192 parameters and is owned by blocks.0.mlp; the plan was made for 128"
+        ReductionError,
+        match=r"has 64 hidden units, 4,192 parameters of its own and the owner blocks.0.mlp; the plan was made for 128, 8,352",
     ):
         mlpreduce.apply(tiny_vit(mlp_ratio=2), made)
     sliced = mlpreduce.plan(mlpreduce.apply(tiny_vit(), "grouped"), "shallow")
     with pytest.raises(
-        ReductionError, match=r"blocks.1.mlp has 128 hidden units and is owned by blocks.1.mlp; the plan was"
+        ReductionError,
+        match=r"blocks.1.mlp has 128 hidden units, 8,352 parameters of its own and the owner blocks.1.mlp",
     ):
         mlpreduce.apply(tiny_vit(), sliced)
 

@@ -100,6 +100,7 @@ class PrimalDual:
         Args:
             lr: the learning rate of the weights in this update.
         """
+        check_number("PrimalDual.after_update: lr", lr)
         width_rate, norm_rate, budget_rate = self._rates
         excess = self.cost() / self._budget.target - 1
         for index, (mlp, slot) in enumerate(zip(self._mlps, self._budget.slots, strict=True)):

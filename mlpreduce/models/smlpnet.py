@@ -130,6 +130,8 @@ class SMLPNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Another head, of that many classes."""
+        if global_pool not in (None, "avg"):
+            raise ReductionError(f"SMLPNet.reset_classifier: global_pool is {global_pool!r}; it is 'avg'")
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.apply(_initialize)

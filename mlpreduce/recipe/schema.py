@@ -314,6 +314,14 @@ def _problems(recipe: Recipe) -> Iterable[str]:
             f"train.sam_rho={recipe.train.sam_rho:g}: it takes two gradients for an update, and the scaler of "
             f"train.amp='float16' knows one; use train.amp='bfloat16' or 'none'"
         )
+    for key, needs in (
+        ("sam_adaptive", "sam_rho"),
+        ("sam_sync", "sam_rho"),
+        ("ema_warmup", "ema_decay"),
+        ("ema_start", "ema_decay"),
+    ):
+        if getattr(recipe.train, key) and not getattr(recipe.train, needs):
+            yield f"train.{key}={str(getattr(recipe.train, key)).lower()}: it does nothing, as train.{needs} is 0"
     if recipe.train.density_weight and recipe.train.compile:
         yield (
             f"train.density_weight={recipe.train.density_weight:g}: activations are watched by hooks, which train.compile=true "

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlpreduce.errors import ReductionError
+from mlpreduce.errors import ReductionError, check_number
 
 __all__ = ["ascended", "random_states", "second_pass"]
 
@@ -53,9 +53,9 @@ def ascended(model: nn.Module, rho: float, *, adaptive: bool = False) -> Iterato
         (5.0, tensor([[0.3000, 0.4000]], dtype=torch.float64), True)
     """
     weights = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    if rho < 0 or not weights:
-        fact = "the model has no gradients; call backward before" if rho >= 0 else "rho is at least 0"
-        raise ReductionError(f"ascended({type(model).__name__}, rho={rho}): {fact}")
+    check_number(f"ascended({type(model).__name__}): rho", rho)
+    if not weights:
+        raise ReductionError(f"ascended({type(model).__name__}): the model has no gradients; call backward before")
     before = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         slopes = [_wide(weight.grad) for weight in weights]
