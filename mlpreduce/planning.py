@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -130,6 +130,10 @@ def make_plan(
         raise ReductionError(f"{call}: {error}") from error
     if not edits:
         raise ReductionError(f"{call}: nothing would change on {len(scope)} MLPs")
+    try:
+        json.dumps(config, allow_nan=False)
+    except ValueError as error:
+        raise ReductionError(f"{call}: a plan has finite numbers only, so that it can be stored") from error
     draft = Plan(transform, config, edits, left_out=left_out)
     _check_whole(model, mlps, edits, call)
     if any(mlp.reshapes for mlp in mlps if mlp.name in {edit.mlp for edit in draft.of(Slice)}):
@@ -308,8 +312,6 @@ def plain(value: Any, call: str) -> Any:
         return plain(value.tolist(), call)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ReductionError(f"{call}: {value!r} is no number that a plan can be stored with")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ReductionError(

@@ -96,8 +96,8 @@ def _check_same(model: nn.Module, made: Plan, example_inputs: Inputs | None) -> 
         if (row.hidden_before, row.owner_before, row.params_before) != (mlp.hidden_features, mlp.owner, params):
             raise ReductionError(
                 f"{call}: {row.mlp} has {mlp.hidden_features} hidden units, {params:,} parameters of its own and "
-                f"the owner {mlp.owner}; the plan was made for {row.hidden_before}, {row.params_before:,} and {row.owner_before}: it "
-                f"is of another model, or already carried out"
+                f"the owner {mlp.owner}; the plan was made for {row.hidden_before}, {row.params_before:,} and "
+                f"{row.owner_before}: it is of another model, or already carried out"
             )
 
 

@@ -168,8 +168,8 @@ def test_what_untie_makes_within_inference_mode_can_train() -> None:
     model(torch.randn(1, 3, 16, 16)).sum().backward()
 
 
-def test_a_plan_has_no_numbers_that_cannot_be_stored() -> None:
-    with pytest.raises(ReductionError, match="no number that a plan can be stored with"):
+def test_a_seed_is_checked_where_nothing_is_drawn() -> None:
+    with pytest.raises(ReductionError, match="seed is nan"):
         mlpreduce.apply(tiny_vit(), "ssf", seed=float("nan"))
     assert len(mlpreduce.plan(tiny_vit(), "grouped", per_use=None).of(Share)) > 0
 

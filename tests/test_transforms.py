@@ -103,6 +103,8 @@ def test_contract_sees_a_broken_transform() -> None:
     try:
         with pytest.raises(AssertionError, match="broken"):
             check_transform("broken_for_test")
+        with pytest.raises(ReductionError, match="a plan has finite numbers only"):
+            mlpreduce.plan(tiny_vit(), "broken_for_test", ratio=float("nan"))
     finally:
         del _TRANSFORMS["broken_for_test"]
 
