@@ -22,6 +22,7 @@ from mlpreduce.data import load
 from mlpreduce.errors import ReductionError
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import Run, Runtime, TrainingStopped, build_model, create_ema, evaluate, fit, learning_rates
+from mlpreduce.train.calibrated import seeded
 from mlpreduce.train.parts import create_optimizer, images_of
 from mlpreduce.train.settings import ModelSettings, TrainSettings
 from mlpreduce.train.state import checkpoints, seed_everything
@@ -209,6 +210,10 @@ def test_new_values_of_a_reduction_follow_the_seed_of_the_run(tmp_path: Path) ->
         ({"transform": "grouped", "per_use": {"name": "lora", "rank": 2}}, "blocks.0.mlp.fc1.down"),
         ({"transform": "svft", "init": "normal"}, "blocks.0.mlp.fc1.entries"),
     )
+    assert seeded({"transform": "grouped", "init": "new"}, 3) == {
+        "transform": "grouped",
+        "init": "new",
+    }  # it takes none
     for step, name in steps:
         runs = [digits_run(tmp_path).model_copy(update={"steps": (step,), "seed": seed}) for seed in (1, 1, 2)]
         first, again, other = (build_model(run).get_parameter(name) for run in runs)

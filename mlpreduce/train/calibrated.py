@@ -17,6 +17,7 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.reduction import remember
 from mlpreduce.surgery import carry_out
 from mlpreduce.train.settings import Run, Step
+from mlpreduce.transforms import get_transform
 
 __all__ = ["apply_as_before", "apply_step", "calibration_data", "needs_data", "seeded", "without_data"]
 
@@ -76,7 +77,8 @@ def seeded(step: Step, seed: int) -> Step:
         return {**step, "per_use": {"name": "lora", "seed": seed} | (own if isinstance(own, dict) else {})}
     drawn = step.get("init") in ("new", "normal", "released") or step.get("cca", "none") != "none"
     drawn = drawn or step["transform"] == "lora" or step.get("pattern") == "random" or step.get("criterion") == "random"
-    return {**step, "seed": seed} if drawn and "seed" not in step else step
+    takes = "seed" in get_transform(step["transform"]).parameters
+    return {**step, "seed": seed} if drawn and takes and "seed" not in step else step
 
 
 def apply_step(model: nn.Module, step: Step, data: Any = None) -> None:
