@@ -45,13 +45,13 @@ def _gives_without_weights(module: nn.Module, mlp: MLP) -> bool:
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
     }
     shape = mlp.input_shape or (1, mlp.in_features)
-    ones = torch.ones(
-        1, *(1 if shape[-1] == mlp.in_features else size for size in shape[1:-1]), shape[-1], device="cpu"
-    )
+    dtype = next((zero.dtype for zero in zeros.values() if zero.is_floating_point()), None)
+    sizes = (1 if shape[-1] == mlp.in_features else size for size in shape[1:-1])
+    ones = torch.ones(1, *sizes, shape[-1], dtype=dtype, device="cpu")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             given = functional_call(structural_copy(module).eval(), zeros, (ones,))
-    except (RuntimeError, TypeError, ValueError, IndexError):  # it takes other arguments, so this cannot be asked
+    except Exception:  # whatever a foreign forward raises: it takes other arguments, so this cannot be asked
         return False
     return isinstance(given, torch.Tensor) and bool(given.any())
 

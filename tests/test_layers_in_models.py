@@ -54,12 +54,13 @@ def test_an_mlp_that_adds_its_own_input_is_not_dropped() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.fc2(self.act(self.fc1(x)))
 
-    model = nn.Sequential(Residual(), Residual())
-    inputs = torch.randn(2, 5, 8)
-    before = model(inputs)
-    with pytest.raises(ReductionError, match="adds its input to what it computes"):
-        mlpreduce.apply(model, "drop", mlps=[mlpreduce.find_mlps(model, inputs)[1].name], example_inputs=inputs)
-    assert torch.equal(model(inputs), before)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        model = nn.Sequential(Residual(), Residual()).to(dtype)
+        inputs = torch.randn(2, 5, 8, dtype=dtype)
+        before, name = model(inputs), mlpreduce.find_mlps(model, inputs)[1].name
+        with pytest.raises(ReductionError, match="adds its input to what it computes"):
+            mlpreduce.apply(model, "drop", mlps=[name], example_inputs=inputs)
+        assert torch.equal(model(inputs), before)
 
 
 def test_a_convolution_before_uses_wants_the_images_it_was_made_for() -> None:
