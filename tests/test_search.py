@@ -23,7 +23,7 @@ from mlpreduce.search.front import dominates, front, hypervolume
 from mlpreduce.search.goals import COSTS, Budget, check_objectives, read_budgets
 from mlpreduce.search.jobs import nearest
 from mlpreduce.search.owner import Owner
-from mlpreduce.search.points import Point, Pricer
+from mlpreduce.search.points import Point, Pricer, _weightless
 from mlpreduce.search.racing import next_runs
 from mlpreduce.search.settings import StudySettings, changes
 from mlpreduce.search.spaces import Suggestion, list_spaces, load_space
@@ -603,3 +603,10 @@ def test_a_study_goes_on_with_other_seeds_but_the_first() -> None:
     before = StudySettings(name="any", seeds=(1, 2))
     assert not changes(before, before.model_copy(update={"seeds": (1, 3, 2)}))
     assert list(changes(before, before.model_copy(update={"seeds": (2, 1)}))) == ["seeds: the first was 1, is 2"]
+
+
+def test_what_another_transform_calls_a_criterion_is_left_to_it() -> None:
+    assert _weightless({"transform": "mine", "criterion": "largest"}) == {"transform": "mine", "criterion": "largest"}
+    assert _weightless({"transform": "shallow", "criterion": "l2"}) == {"transform": "shallow", "criterion": "first"}
+    nvit = {"transform": "shallow", "criterion": "nvit"}  # of data, which without_data replaces
+    assert _weightless(nvit) == nvit

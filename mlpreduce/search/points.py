@@ -16,7 +16,6 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce.budget import Baseline, Cost, counted, measure
-from mlpreduce.criteria import choose
 from mlpreduce.edits import Assign, Plan, Replace, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Survey, mlps_or_raise, structural_copy, survey
@@ -25,7 +24,7 @@ from mlpreduce.planning import make_plan, plain
 from mlpreduce.recipe import Recipe, changed, runs
 from mlpreduce.search.spaces import ModelView, Suggestion
 from mlpreduce.surgery import carry_out
-from mlpreduce.train.calibrated import needs_data, without_data
+from mlpreduce.train.calibrated import criterion_of, needs_data, without_data
 from mlpreduce.train.parts import build_model, images_of
 from mlpreduce.train.settings import Run, Step
 from mlpreduce.transforms import is_construction
@@ -200,7 +199,8 @@ class Pricer:
 def _weightless(step: Step) -> Step:
     """A step of the same cost that looks at no weights: which units stay, and by what they are multiplied, changes no count."""
     other = dict(step)
-    if "criterion" in step and choose(step["criterion"]).criterion.needs == "weights":
+    criterion = criterion_of(step)
+    if criterion is not None and criterion.needs == "weights":
         other["criterion"] = "first"
     return other | {key: plain for key, given, plain in _VALUES if step.get(key) == given}
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 import mlpreduce
-from mlpreduce.criteria import choose
+from mlpreduce.criteria import Criterion, choose
 from mlpreduce.data import calibration
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError
@@ -19,7 +19,7 @@ from mlpreduce.surgery import carry_out
 from mlpreduce.train.settings import Run, Step
 from mlpreduce.transforms import get_transform
 
-__all__ = ["apply_as_before", "apply_step", "calibration_data", "needs_data", "seeded", "without_data"]
+__all__ = ["apply_as_before", "apply_step", "calibration_data", "criterion_of", "needs_data", "seeded", "without_data"]
 
 
 def needs_data(step: Step) -> bool:
@@ -31,10 +31,16 @@ def needs_data(step: Step) -> bool:
     """
     if step.get("repair", "none") != "none" or step.get("pattern") == "similarity" or step.get("init") == "data":
         return True
+    criterion = criterion_of(step)
+    return criterion is not None and criterion.of_data
+
+
+def criterion_of(step: Step) -> Criterion | None:
+    """The criterion that a step names; None if it names none, or means something else by it."""
     try:
-        return "criterion" in step and choose(step["criterion"]).criterion.of_data
-    except ReductionError:  # the transform will tell, or means something else by it
-        return False
+        return choose(step["criterion"]).criterion if "criterion" in step else None
+    except ReductionError:  # the transform will tell
+        return None
 
 
 def without_data(step: Step) -> Step:
