@@ -38,6 +38,8 @@ def test_macs_of_pruned_tokens(vit: nn.Module) -> None:
     for wrong in ([17] * 3, [17, 17, 17, 0], [17, 17, 17, 2.5]):
         with pytest.raises(ReductionError, match=r"whole number above 0 for each of 4 blocks, blocks\.0 to blocks\.3"):
             mlpreduce.profile(vit, tokens_per_block=wrong)
+    with pytest.raises(ReductionError, match="give a list with a number for each block"):
+        mlpreduce.profile(vit, tokens_per_block=5)
     with pytest.raises(ReductionError, match="leave out tokens_per_block"):
         mlpreduce.profile(vit, measure_speed=True, tokens_per_block=tokens)
     swin = timm.create_model("swin_tiny_patch4_window7_224")

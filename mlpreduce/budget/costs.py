@@ -223,6 +223,8 @@ def _tokens_of_blocks(mlps: Sequence[MLP], tokens: Sequence[int] | None) -> dict
     """Tokens that go into each block, by its path."""
     if tokens is None:
         return {}
+    if not isinstance(tokens, Sequence):
+        raise ReductionError(f"tokens_per_block={tokens!r}: give a list with a number for each block")
     blocks = list(dict.fromkeys(mlp.block for mlp in mlps))
     whole = all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in tokens)
     if len(tokens) != len(blocks) or not whole:
