@@ -81,7 +81,9 @@ def as_toml(document: Mapping[str, Any]) -> str:
     try:
         text: str = toml.dumps(_without_none(document))
     except TypeError as error:
-        raise ReductionError(f"this is no TOML: {error} TOML has strings, numbers, booleans, dates, lists and tables") from error
+        raise ReductionError(
+            f"this is no TOML: {error} TOML has strings, numbers, booleans, dates, lists and tables"
+        ) from error
     return text
 
 
