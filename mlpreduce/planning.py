@@ -35,6 +35,7 @@ from mlpreduce.outcomes import planned
 from mlpreduce.parts import Parts
 from mlpreduce.repair import repaired
 from mlpreduce.surgery import rehearse
+from mlpreduce.ties import check_parts
 from mlpreduce.transforms import Transform, check_config
 
 __all__ = ["Globs", "make_plan", "plain", "plan"]
@@ -135,6 +136,7 @@ def make_plan(
     except ValueError as error:
         raise ReductionError(f"{call}: a plan has finite numbers only, so that it can be stored") from error
     draft = Plan(transform, config, edits, left_out=left_out)
+    check_parts(model, draft, call)
     _check_whole(model, mlps, edits, call)
     if any(mlp.reshapes for mlp in mlps if mlp.name in {edit.mlp for edit in draft.of(Slice)}):
         _check_runs(model, draft, example_inputs, call)
