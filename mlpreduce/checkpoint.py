@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from mlpreduce.construction import NOT_RECORDED
+from mlpreduce.builds import built, how_built
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import module_at, refuse_wrapped, structural_copy
-from mlpreduce.reduction import broken_ties, history, remember
+from mlpreduce.reduction import broken_ties, remember
 from mlpreduce.surgery import carry_out
 from mlpreduce.ties import full_state, plans_of, reduced_parts, tangled_parts
 
@@ -52,14 +52,16 @@ def save(model: nn.Module, directory: str | Path, build: dict[str, Any] | Litera
     """
     call = f"save({type(model).__name__}, {str(directory)!r})"
     refuse_wrapped(model, call)
-    plans = {path: [json.loads(made.to_json()) for made in plans_of(part)] for path, part in _parts(model, call).items()}
+    plans = {
+        path: [json.loads(made.to_json()) for made in plans_of(part)] for path, part in _parts(model, call).items()
+    }
     whole = plans.pop("", [])
     version = VERSIONS[bool(plans)]
     description: dict[str, Any] = {
         "format": "mlpreduce",
         "version": version,
         "class": type(model).__name__,
-        "build": _how_built(model, build, call),
+        "build": how_built(model, build, call),
         "plans": whole,
         **({"parts": plans} if plans else {}),
     }
@@ -94,7 +96,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     call = f"load({str(directory)!r})"
     description, plans = read_saved(directory, call)
     if model is None:
-        model = _build(description["build"], call)
+        model = built(description["build"], call)
     elif reduced := reduced_parts(model):
         which = f"{next(iter(reduced))} of the given model" if "" not in reduced else "the given model"
         raise ReductionError(f"{call}: {which} is reduced already; give one as it was built")
@@ -230,7 +232,9 @@ def _read_description(directory: Path, call: str) -> dict[str, Any]:
         raise ReductionError(f"{call}: {DESCRIPTION} is damaged: no {', '.join(missing) or 'list of plans'}")
     parts = description.get("parts", {})
     if not isinstance(parts, dict) or not all(path and isinstance(plans, list) for path, plans in parts.items()):
-        raise ReductionError(f"{call}: {DESCRIPTION} is damaged: its parts are {type(parts).__name__}, no lists of plans")
+        raise ReductionError(
+            f"{call}: {DESCRIPTION} is damaged: its parts are {type(parts).__name__}, no lists of plans"
+        )
     return description
 
 
@@ -271,126 +275,3 @@ def _fill(model: nn.Module, file: Any) -> None:
             target.data = target.data.to(value.dtype)
         with torch.no_grad():
             target.copy_(value)
-
-
-def _how_built(model: nn.Module, build: dict[str, Any] | Literal[False] | None, call: str) -> dict[str, Any] | None:
-    """A checked build of the model, or None if none is to be recorded."""
-    if build is False:
-        return None
-    if build is not None:
-        candidates = [_checked(build, call)]
-    elif "architecture" in (vars(model).get("pretrained_cfg") or {}) or "mlpreduce_build" in vars(model):
-        candidates = _guesses(model)
-    else:
-        return None
-    reasons = []
-    for candidate in candidates:
-        try:
-            json.dumps(candidate)
-        except TypeError as error:
-            raise ReductionError(
-                f"{call}: how it was built is not JSON ({error}); save with build=False and load with model="
-            ) from error
-        reason = _difference(model, candidate, call)
-        if reason is None:
-            return candidate
-        reasons.append(reason)
-    raise ReductionError(
-        f"{call}: a build of {candidates[-1]['name']} with {candidates[-1]['kwargs']} is another model: {reasons[-1]}; "
-        f'give build={{"name": ..., "kwargs": {{...}}}}, or build=False and load with model='
-    )
-
-
-def _guesses(model: nn.Module) -> list[dict[str, Any]]:
-    """Builds of a timm model: the recorded one, or its architecture, then with more and more that is read off it."""
-    start: Any = getattr(model, "mlpreduce_build", None)
-    start = start or {"name": model.pretrained_cfg["architecture"], "kwargs": {}}  # type: ignore[index]
-    settings: dict[str, Any] = dict(start["kwargs"])
-    guesses: list[dict[str, Any]] = [start]
-    if isinstance(classes := getattr(model, "num_classes", None), int):
-        settings["num_classes"] = classes
-    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if convolution is not None and convolution.in_channels != 3:
-        settings["in_chans"] = convolution.in_channels
-    guesses.append({"name": start["name"], "kwargs": dict(settings)})
-    if isinstance(pool := getattr(model, "global_pool", None), str):
-        settings["global_pool"] = pool
-    guesses.append({"name": start["name"], "kwargs": dict(settings)})
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if isinstance(size, tuple):
-        settings["img_size"] = list(size)
-    guesses.append({"name": start["name"], "kwargs": settings})
-    return guesses
-
-
-def _difference(model: nn.Module, build: dict[str, Any], call: str) -> str | None:
-    """What tells a build, after the plans, from the model; None if nothing does."""
-    try:
-        built = _build(build, call, device="meta")
-        for made in history(model):
-            carry_out(built, made, weights=False)
-    except (ReductionError, TypeError, RuntimeError, ValueError, AssertionError) as error:
-        return str(error)
-    theirs = {name: tuple(t.shape) for name, t in built.state_dict().items()}
-    ours = {name: tuple(t.shape) for name, t in full_state(model).items()}
-    if theirs != ours:
-        name = next(iter(sorted(theirs.items() ^ ours.items())))[0]
-        return f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
-    others = dict(model.named_modules(remove_duplicate=False))
-    for path, module in built.named_modules(remove_duplicate=False):
-        other = others.get(path)
-        if other is None or type(other) is not type(module):
-            return f"{path} is a {type(module).__name__} there and a {type(other).__name__} here"
-        here, there = _settings(other), _settings(module)
-        for name in sorted(here.keys() & there.keys()):
-            if here[name] != there[name]:
-                return f"{path}.{name} is {there[name]!r} there and {here[name]!r} here".lstrip(".")
-    return None
-
-
-_MODES = {"training", "grad_checkpointing"}  # how a model is run, not what it computes
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module: what its forward may depend on beside its tensors."""
-    values = {name: value for name, value in vars(module).items() if not name.startswith(("_", "mlpreduce"))}
-    return {name: value for name, value in values.items() if name not in _MODES and _is_plain(value)}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(entry) for entry in value)
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _checked(build: Any, call: str) -> dict[str, Any]:
-    if (
-        not isinstance(build, dict)
-        or not isinstance(build.get("name"), str)
-        or not isinstance(build.get("kwargs"), dict)
-    ):
-        raise ReductionError(f'{call}: build is {build!r}; it must be {{"name": architecture, "kwargs": {{...}}}}')
-    return build
-
-
-def _build(build: Any, call: str, device: str = "cpu") -> nn.Module:
-    if build is None:
-        raise ReductionError(f"{call}: how the model was built is not recorded; build it and give it as model=")
-    build = _checked(build, call)
-    import timm
-
-    from mlpreduce.models import is_model
-
-    if not is_model(build["name"]):
-        raise ReductionError(f"{call}: timm {timm.__version__} has no architecture {build['name']!r}")
-    forbidden = [key for key in build["kwargs"] if key in ("pretrained", *NOT_RECORDED)]
-    if forbidden:
-        raise ReductionError(
-            f"{call}: the build has {', '.join(forbidden)}, which would read other files; it is refused"
-        )
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        try:
-            model: nn.Module = timm.create_model(build["name"], pretrained=False, **build["kwargs"])
-        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-            raise ReductionError(f"{call}: timm cannot build {build}: {error}") from error
-    return model

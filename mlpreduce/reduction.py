@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
+from mlpreduce.builds import DOUBT
 from mlpreduce.calibration import Loss
 from mlpreduce.edits import Assign, Plan, Replace, Share
 from mlpreduce.errors import ReductionError, call_text
@@ -52,6 +54,9 @@ def apply(
     Raises:
         ReductionError: as `plan`, or the plan does not fit the model.
 
+    Warns:
+        UserWarning: units were chosen by data, and `save` will not be able to tell how timm built the model.
+
     Example:
         >>> import timm
         >>> vit = timm.create_model("vit_tiny_patch16_224", depth=4)
@@ -72,6 +77,9 @@ def apply(
     check_parts(model, made, f"apply(model, {call_text(made.transform, made.config)})")
     carry_out(model, made, rehearsal=tree)
     remember(model, made)
+    for note in made.notes:
+        if note.startswith(DOUBT):
+            warnings.warn(note, stacklevel=2)
     return model
 
 
