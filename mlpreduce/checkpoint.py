@@ -1,7 +1,8 @@
 """Save and load reduced models: safetensors and JSON, no pickle.
 
 A directory holds `model.safetensors`, in which a tied tensor lies once and the metadata names its aliases, and
-`mlpreduce.json`: how the model is built and which plans gave it its structure.
+`mlpreduce.json`: how the model is built and which plans gave it its structure. Version 2 also has the plans of the parts
+that were reduced on their own, by path: of a detector with a reduced backbone, those of the backbone.
 """
 
 from __future__ import annotations
@@ -17,22 +18,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from mlpreduce.construction import NOT_RECORDED
+from mlpreduce.builds import built, how_built
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import refuse_wrapped, structural_copy
-from mlpreduce.reduction import broken_ties, history, remember
+from mlpreduce.graph import module_at, refuse_wrapped, structural_copy
+from mlpreduce.reduction import broken_ties, remember
 from mlpreduce.surgery import carry_out
-from mlpreduce.ties import full_state
+from mlpreduce.ties import full_state, plans_of, reduced_parts, tangled_parts
 
 __all__ = ["DESCRIPTION", "WEIGHTS", "load", "read_saved", "read_tensors", "save"]
 
-VERSION = 1
+VERSIONS = (1, 2)  # the second where parts have plans of their own
 WEIGHTS, DESCRIPTION = "model.safetensors", "mlpreduce.json"
 
 
 def save(model: nn.Module, directory: str | Path, build: dict[str, Any] | Literal[False] | None = None) -> None:
     """Write a model, reduced or not, to a directory.
+
+    A model that holds a reduced one, such as a detector with a reduced backbone, is saved as a whole; `load` then needs the
+    whole as it was built, with the unreduced part.
 
     Args:
         model: the model.
@@ -43,27 +47,29 @@ def save(model: nn.Module, directory: str | Path, build: dict[str, Any] | Litera
             elsewhere nothing is recorded.
 
     Raises:
-        ReductionError: the model has no weights, or is a timm model that a build does not reproduce.
+        ReductionError: the model is wrapped or has no weights, a tie is gone, a timm model is one that a build does not
+            reproduce, or the model and a part of it were both reduced, in an order that is not known.
     """
     call = f"save({type(model).__name__}, {str(directory)!r})"
     refuse_wrapped(model, call)
-    for share in broken_ties(model):
-        raise ReductionError(
-            f"{call}: {share.target} is no longer tied to {share.source}, as its history tells; it was replaced or copied "
-            f"after apply: tie it again by assigning the module, or mlpreduce.untie(model) before changing it"
-        )
+    plans = {
+        path: [json.loads(made.to_json()) for made in plans_of(part)] for path, part in _parts(model, call).items()
+    }
+    whole = plans.pop("", [])
+    version = VERSIONS[bool(plans)]
     description: dict[str, Any] = {
         "format": "mlpreduce",
-        "version": VERSION,
+        "version": version,
         "class": type(model).__name__,
-        "build": _how_built(model, build, call),
-        "plans": [json.loads(made.to_json()) for made in history(model)],
+        "build": how_built(model, build, call),
+        "plans": whole,
+        **({"parts": plans} if plans else {}),
     }
     tensors, aliases = _unique_tensors(model, call)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     weights = directory / f"{WEIGHTS}.new"
-    metadata = {"format": "pt", "mlpreduce": str(VERSION), "aliases": json.dumps(aliases)}
+    metadata = {"format": "pt", "mlpreduce": str(version), "aliases": json.dumps(aliases)}
     save_file(tensors, weights, metadata=metadata)
     description["sha256"] = _digest(weights)
     text = directory / f"{DESCRIPTION}.new"
@@ -90,21 +96,26 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     call = f"load({str(directory)!r})"
     description, plans = read_saved(directory, call)
     if model is None:
-        model = _build(description["build"], call)
-    elif history(model):
-        raise ReductionError(f"{call}: the given model is reduced already; give one as it was built")
+        model = built(description["build"], call)
+    elif reduced := reduced_parts(model):
+        which = f"{next(iter(reduced))} of the given model" if "" not in reduced else "the given model"
+        raise ReductionError(f"{call}: {which} is reduced already; give one as it was built")
     refuse_wrapped(model, call)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ReductionError(f"{call}: the given model is on the meta device; move it with .to_empty(device=...) first")
     rehearsal = structural_copy(model, device="meta")
     try:
-        for made in plans:
-            carry_out(rehearsal, made, weights=False)
+        for path, part in plans.items():
+            inside = _part(rehearsal, path, model, call)
+            for made in part:
+                carry_out(inside, made, weights=False)
         with safe_open(directory / WEIGHTS, framework="pt") as file:
             _check_fit(rehearsal, file, call)
-            for made in plans:
-                carry_out(model, made, weights=False)
-                remember(model, made)
+            for path, part in plans.items():
+                inside = _part(model, path, model, call)
+                for made in part:
+                    carry_out(inside, made, weights=False)
+                    remember(inside, made)
             _fill(model, file)
     except SafetensorError as error:
         raise ReductionError(f"{call}: {WEIGHTS} is damaged: {error}") from error
@@ -117,12 +128,50 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     return model
 
 
-def read_saved(directory: Path, call: str) -> tuple[dict[str, Any], list[Plan]]:
-    """The description of a saved model and its plans, after a check of its weights."""
+def _parts(model: nn.Module, call: str) -> dict[str, nn.Module]:
+    """The reduced modules of a model by path, each once, the model itself as ""; nothing about them is doubtful."""
+    for outer, inner in tangled_parts(model):
+        raise ReductionError(
+            f"{call}: {outer or 'the model'} was reduced as a whole, and its {inner} also on its own, in an order that is not "
+            f"known; build it again and apply all steps to one of them, or save a plain model: save(mlpreduce.merge(model)) "
+            f"once each history is alone"
+        )
+    parts: dict[int, tuple[str, nn.Module]] = {}
+    for path, part in reduced_parts(model).items():
+        parts.setdefault(id(part), (path, part))
+        for share in broken_ties(part):
+            raise ReductionError(
+                f"{call}: {_below(path, share.target)} is no longer tied to {_below(path, share.source)}, as its history "
+                f"tells; it was replaced or copied after apply: tie it again by assigning the module, or "
+                f"mlpreduce.untie(model) before changing it"
+            )
+    return dict(parts.values())
+
+
+def _below(path: str, place: str) -> str:
+    return f"{path}.{place}" if path else place
+
+
+def _part(tree: nn.Module, path: str, model: nn.Module, call: str) -> nn.Module:
+    part = module_at(tree, path)
+    if part is None:
+        raise ReductionError(
+            f"{call}: {type(model).__name__} has no module {path!r}, which was reduced on its own when the model was saved; "
+            f"give a model that is built as that was"
+        )
+    return part
+
+
+def read_saved(directory: Path, call: str) -> tuple[dict[str, Any], dict[str, list[Plan]]]:
+    """The description of a saved model, and plans by the path of what they reduce, after a check of its weights.
+
+    The path of the model itself is "".
+    """
     description = _read_description(directory, call)
     if _digest(directory / WEIGHTS) != description["sha256"]:
         raise ReductionError(f"{call}: {WEIGHTS} is damaged or from another save: its SHA-256 is not the recorded one")
-    return description, [Plan.from_json(json.dumps(entry)) for entry in description["plans"]]
+    entries = {"": description["plans"], **description.get("parts", {})}
+    return description, {path: [Plan.from_json(json.dumps(e)) for e in plans] for path, plans in entries.items()}
 
 
 def read_tensors(path: Path, call: str) -> dict[str, torch.Tensor]:
@@ -174,11 +223,18 @@ def _read_description(directory: Path, call: str) -> dict[str, Any]:
         raise ReductionError(f"{call}: {DESCRIPTION} is damaged: {error}") from error
     if not isinstance(description, dict) or description.get("format") != "mlpreduce":
         raise ReductionError(f"{call}: {DESCRIPTION} is foreign: its format is not 'mlpreduce'")
-    if description.get("version") != VERSION:
-        raise ReductionError(f"{call}: version {description.get('version')!r}; this mlpreduce reads version {VERSION}")
+    if description.get("version") not in VERSIONS:
+        raise ReductionError(
+            f"{call}: version {description.get('version')!r}; this mlpreduce reads version {' and '.join(map(str, VERSIONS))}"
+        )
     missing = [key for key in ("class", "build", "plans", "sha256") if key not in description]
     if missing or not isinstance(description["plans"], list):
         raise ReductionError(f"{call}: {DESCRIPTION} is damaged: no {', '.join(missing) or 'list of plans'}")
+    parts = description.get("parts", {})
+    if not isinstance(parts, dict) or not all(path and isinstance(plans, list) for path, plans in parts.items()):
+        raise ReductionError(
+            f"{call}: {DESCRIPTION} is damaged: its parts are {type(parts).__name__}, no lists of plans"
+        )
     return description
 
 
@@ -219,126 +275,3 @@ def _fill(model: nn.Module, file: Any) -> None:
             target.data = target.data.to(value.dtype)
         with torch.no_grad():
             target.copy_(value)
-
-
-def _how_built(model: nn.Module, build: dict[str, Any] | Literal[False] | None, call: str) -> dict[str, Any] | None:
-    """A checked build of the model, or None if none is to be recorded."""
-    if build is False:
-        return None
-    if build is not None:
-        candidates = [_checked(build, call)]
-    elif "architecture" in (getattr(model, "pretrained_cfg", None) or {}) or hasattr(model, "mlpreduce_build"):
-        candidates = _guesses(model)
-    else:
-        return None
-    reasons = []
-    for candidate in candidates:
-        try:
-            json.dumps(candidate)
-        except TypeError as error:
-            raise ReductionError(
-                f"{call}: how it was built is not JSON ({error}); save with build=False and load with model="
-            ) from error
-        reason = _difference(model, candidate, call)
-        if reason is None:
-            return candidate
-        reasons.append(reason)
-    raise ReductionError(
-        f"{call}: a build of {candidates[-1]['name']} with {candidates[-1]['kwargs']} is another model: {reasons[-1]}; "
-        f'give build={{"name": ..., "kwargs": {{...}}}}, or build=False and load with model='
-    )
-
-
-def _guesses(model: nn.Module) -> list[dict[str, Any]]:
-    """Builds of a timm model: the recorded one, or its architecture, then with more and more that is read off it."""
-    start: Any = getattr(model, "mlpreduce_build", None)
-    start = start or {"name": model.pretrained_cfg["architecture"], "kwargs": {}}  # type: ignore[index]
-    settings: dict[str, Any] = dict(start["kwargs"])
-    guesses: list[dict[str, Any]] = [start]
-    if isinstance(classes := getattr(model, "num_classes", None), int):
-        settings["num_classes"] = classes
-    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if convolution is not None and convolution.in_channels != 3:
-        settings["in_chans"] = convolution.in_channels
-    guesses.append({"name": start["name"], "kwargs": dict(settings)})
-    if isinstance(pool := getattr(model, "global_pool", None), str):
-        settings["global_pool"] = pool
-    guesses.append({"name": start["name"], "kwargs": dict(settings)})
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if isinstance(size, tuple):
-        settings["img_size"] = list(size)
-    guesses.append({"name": start["name"], "kwargs": settings})
-    return guesses
-
-
-def _difference(model: nn.Module, build: dict[str, Any], call: str) -> str | None:
-    """What tells a build, after the plans, from the model; None if nothing does."""
-    try:
-        built = _build(build, call, device="meta")
-        for made in history(model):
-            carry_out(built, made, weights=False)
-    except (ReductionError, TypeError, RuntimeError, ValueError, AssertionError) as error:
-        return str(error)
-    theirs = {name: tuple(t.shape) for name, t in built.state_dict().items()}
-    ours = {name: tuple(t.shape) for name, t in full_state(model).items()}
-    if theirs != ours:
-        name = next(iter(sorted(theirs.items() ^ ours.items())))[0]
-        return f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
-    others = dict(model.named_modules(remove_duplicate=False))
-    for path, module in built.named_modules(remove_duplicate=False):
-        other = others.get(path)
-        if other is None or type(other) is not type(module):
-            return f"{path} is a {type(module).__name__} there and a {type(other).__name__} here"
-        here, there = _settings(other), _settings(module)
-        for name in sorted(here.keys() & there.keys()):
-            if here[name] != there[name]:
-                return f"{path}.{name} is {there[name]!r} there and {here[name]!r} here".lstrip(".")
-    return None
-
-
-_MODES = {"training", "grad_checkpointing"}  # how a model is run, not what it computes
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module: what its forward may depend on beside its tensors."""
-    values = {name: value for name, value in vars(module).items() if not name.startswith(("_", "mlpreduce"))}
-    return {name: value for name, value in values.items() if name not in _MODES and _is_plain(value)}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(entry) for entry in value)
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _checked(build: Any, call: str) -> dict[str, Any]:
-    if (
-        not isinstance(build, dict)
-        or not isinstance(build.get("name"), str)
-        or not isinstance(build.get("kwargs"), dict)
-    ):
-        raise ReductionError(f'{call}: build is {build!r}; it must be {{"name": architecture, "kwargs": {{...}}}}')
-    return build
-
-
-def _build(build: Any, call: str, device: str = "cpu") -> nn.Module:
-    if build is None:
-        raise ReductionError(f"{call}: how the model was built is not recorded; build it and give it as model=")
-    build = _checked(build, call)
-    import timm
-
-    from mlpreduce.models import is_model
-
-    if not is_model(build["name"]):
-        raise ReductionError(f"{call}: timm {timm.__version__} has no architecture {build['name']!r}")
-    forbidden = [key for key in build["kwargs"] if key in ("pretrained", *NOT_RECORDED)]
-    if forbidden:
-        raise ReductionError(
-            f"{call}: the build has {', '.join(forbidden)}, which would read other files; it is refused"
-        )
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        try:
-            model: nn.Module = timm.create_model(build["name"], pretrained=False, **build["kwargs"])
-        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-            raise ReductionError(f"{call}: timm cannot build {build}: {error}") from error
-    return model

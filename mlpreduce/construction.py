@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mlpreduce.builds import NOT_RECORDED
 from mlpreduce.calibration import Loss
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError, call_text, did_you_mean
@@ -15,14 +16,7 @@ from mlpreduce.planning import plain
 from mlpreduce.reduction import apply, remember
 from mlpreduce.transforms import Transform, get_transform
 
-__all__ = ["NOT_RECORDED", "create_model"]
-
-NOT_RECORDED = (
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "checkpoint_path",
-    "cache_dir",
-)  # of a build; they load weights
+__all__ = ["create_model"]
 
 
 def create_model(

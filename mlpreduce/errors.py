@@ -5,11 +5,21 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["ReductionError", "call_text", "check_number", "check_one_of", "check_whole", "did_you_mean", "optional"]
+__all__ = [
+    "ReductionError",
+    "call_text",
+    "check_name",
+    "check_number",
+    "check_one_of",
+    "check_whole",
+    "did_you_mean",
+    "optional",
+]
 
 
 class ReductionError(ValueError):
@@ -45,6 +55,24 @@ def check_one_of(name: str, value: Any, options: Iterable[str]) -> None:
     options = list(options)
     if value not in options:
         raise ReductionError(f"{name} is {value!r}{did_you_mean(str(value), options)}")
+
+
+def check_name(call: str, name: Any) -> None:
+    """Check a name before anything is registered under it: it is also a word on command lines and in TOML.
+
+    Raises:
+        ReductionError: it is not a string of letters, digits and `_` that starts with a letter or `_`.
+
+    Example:
+        >>> check_name("register", "my_transform")
+        >>> check_name("register", "my transform")
+        Traceback (most recent call last):
+        mlpreduce.errors.ReductionError: register('my transform'): a name is letters, digits and _, such as 'my_transform'
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        words = re.sub(r"\W+", "_", name).strip("_") if isinstance(name, str) else ""
+        better = next((word for word in (words, f"_{words}") if words and word.isidentifier()), "my_name")
+        raise ReductionError(f"{call}({name!r}): a name is letters, digits and _, such as {better!r}")
 
 
 def check_whole(name: str, value: Any, *, least: int = 1) -> None:

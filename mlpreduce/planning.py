@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mlpreduce.budget import Cost, measure, outcome
+from mlpreduce.builds import build_doubt
 from mlpreduce.calibration import Loss
 from mlpreduce.edits import Assign, Plan, Replace, Row, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
@@ -35,6 +36,7 @@ from mlpreduce.outcomes import planned
 from mlpreduce.parts import Parts
 from mlpreduce.repair import repaired
 from mlpreduce.surgery import rehearse
+from mlpreduce.ties import check_parts
 from mlpreduce.transforms import Transform, check_config
 
 __all__ = ["Globs", "make_plan", "plain", "plan"]
@@ -135,6 +137,7 @@ def make_plan(
     except ValueError as error:
         raise ReductionError(f"{call}: a plan has finite numbers only, so that it can be stored") from error
     draft = Plan(transform, config, edits, left_out=left_out)
+    check_parts(model, draft, call)
     _check_whole(model, mlps, edits, call)
     if any(mlp.reshapes for mlp in mlps if mlp.name in {edit.mlp for edit in draft.of(Slice)}):
         _check_runs(model, draft, example_inputs, call)
@@ -149,6 +152,8 @@ def make_plan(
             raise ReductionError(str(error) if str(error).startswith(call) else f"{call}: {error}") from error
     if unused:
         parts.notes.append(f"{' and '.join(unused)} made no difference: nothing here looks at it")
+    if parts.data is not None and (doubt := build_doubt(model)):  # rather now than after training
+        parts.notes.append(doubt)
     notes = (*parts.notes, *draft.notes, *_notes(edits, chosen="criterion" in config), *_look_alikes(found.others))
     after = _replaced(model, mlps, draft, example_inputs, call) if draft.of(Replace) else None
     return replace(draft, rows=_rows(scope, mlps, draft, after), notes=notes, replaced=after), found

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
+from mlpreduce.builds import DOUBT
 from mlpreduce.calibration import Loss
 from mlpreduce.edits import Assign, Plan, Replace, Share
 from mlpreduce.errors import ReductionError, call_text
-from mlpreduce.graph import Inputs, find_mlps, module_at, refuse_wrapped
+from mlpreduce.graph import Inputs, find_mlps, refuse_wrapped
 from mlpreduce.layers import LAYERS, merged
 from mlpreduce.planning import Globs, make_plan
 from mlpreduce.rewriting import without_layers, without_ties
 from mlpreduce.surgery import carry_out, untie_leaves
-from mlpreduce.ties import guard, plans_of, shares_of, unguard
+from mlpreduce.ties import check_parts, guard, holds, plans_of, reduced_parts, shares_of, unguard
 
 __all__ = ["apply", "broken_ties", "history", "merge", "remember", "untie"]
 
@@ -52,6 +54,9 @@ def apply(
     Raises:
         ReductionError: as `plan`, or the plan does not fit the model.
 
+    Warns:
+        UserWarning: units were chosen by data, and `save` will not be able to tell how timm built the model.
+
     Example:
         >>> import timm
         >>> vit = timm.create_model("vit_tiny_patch16_224", depth=4)
@@ -69,8 +74,12 @@ def apply(
         scope: dict[str, Any] = {"include": include, "exclude": exclude, "data": data, "loss": loss}
         made, found = make_plan(model, transform, config, **scope, example_inputs=example_inputs)
         tree = found.tree
+    check_parts(model, made, f"apply(model, {call_text(made.transform, made.config)})")
     carry_out(model, made, rehearsal=tree)
     remember(model, made)
+    for note in made.notes:
+        if note.startswith(DOUBT):
+            warnings.warn(note, stacklevel=2)
     return model
 
 
@@ -111,7 +120,7 @@ def remember(model: nn.Module, made: Plan) -> None:
         else edit
         for edit in made.edits
     )
-    plans = [*history(model), replace(made, edits=edits, costs=None, replaced=None)]
+    plans = [*plans_of(model), replace(made, edits=edits, costs=None, replaced=None)]
     model.mlpreduce_history = plans  # type: ignore[assignment]
     if isinstance(model, fx.GraphModule):
         model.meta["mlpreduce_history"] = plans  # what a GraphModule's deepcopy keeps
@@ -121,11 +130,12 @@ def remember(model: nn.Module, made: Plan) -> None:
 
 def history(model: nn.Module) -> list[Plan]:
     """The plans that were applied to a model, first to last. Kept in the attribute `mlpreduce_history`."""
-    return plans_of(model)
+    return plans_of(model) or list(getattr(model, "mlpreduce_history", []))  # of a wrapper that passes attributes on
 
 
 def untie(model: Model) -> Model:
-    """Give every block its own copy of the MLP it shares, in place. Exact: no output changes.
+    """Give every block its own copy of the MLP it shares, in place, also in parts that were reduced on their own.
+    Exact: no output changes.
 
     What is left in the history are the plans without their ties, so that the model is saved as what it now is.
 
@@ -133,12 +143,14 @@ def untie(model: Model) -> Model:
         ReductionError: nothing is tied, or a tie that the history tells of is gone.
     """
     refuse_wrapped(model, "untie")
-    shares = shares_of(history(model))
-    if not shares:
+    parts = {id(part): (part, shares_of(plans_of(part))) for part in reduced_parts(model).values()}
+    having = [(part, shares) for part, shares in parts.values() if shares]
+    if not having:
         raise ReductionError("untie: this model has no tie made by mlpreduce")
-    untie_leaves(model, shares)
-    _rewrite(model, without_ties(history(model)))
-    unguard(model)
+    untie_leaves(having)
+    for part, _ in having:
+        _rewrite(part, without_ties(plans_of(part)))
+        unguard(part)
     return model
 
 
@@ -153,7 +165,8 @@ def merge(model: Model) -> Model:
         ReductionError: the model is wrapped, or a tie that the history tells of is gone.
     """
     refuse_wrapped(model, "merge")
-    if shares_of(history(model)):
+    parts = reduced_parts(model).values()
+    if any(shares_of(plans_of(part)) for part in parts):
         untie(model)
     plains: dict[int, nn.Module] = {}  # of a module in several places one
     for layer in [module for module in model.modules() if isinstance(module, tuple(LAYERS.values()))]:
@@ -167,7 +180,8 @@ def merge(model: Model) -> Model:
             if id(child) in plains:
                 module._modules[name] = plains[id(child)].train(child.training)  # type: ignore[union-attr]
     if plains:
-        _rewrite(model, without_layers(without_ties(history(model))))
+        for part in parts:
+            _rewrite(part, without_layers(without_ties(plans_of(part))))
     return model
 
 
@@ -182,8 +196,4 @@ def _rewrite(model: nn.Module, plans: list[Plan]) -> None:
 def broken_ties(model: nn.Module, tree: nn.Module | None = None) -> list[Share]:
     """Ties of the model's history that no longer hold in it, or in `tree`, such as its EMA."""
     tree = model if tree is None else tree
-    return [
-        share
-        for share in shares_of(history(model))
-        if module_at(tree, share.source) is not module_at(tree, share.target)
-    ]
+    return [share for share in shares_of(plans_of(model)) if not holds(share, tree)]

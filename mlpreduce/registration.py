@@ -13,7 +13,7 @@ from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, get_pre
 from torch import nn
 
 from mlpreduce.construction import create_model
-from mlpreduce.errors import ReductionError, call_text, did_you_mean
+from mlpreduce.errors import ReductionError, call_text, check_name, did_you_mean
 from mlpreduce.reduction import apply
 from mlpreduce.transforms import check_config, is_construction
 
@@ -39,7 +39,7 @@ def register_model(name: str, architecture: str, steps: Steps) -> Callable[..., 
         The function that builds it, as timm calls it.
 
     Raises:
-        ReductionError: the name is taken or none, the architecture or a transform is unknown, or the steps are no pairs.
+        ReductionError: the name is no identifier or is taken, the architecture or a transform is unknown, or the steps are no pairs.
 
     Example:
         >>> build = register_model("vit_tiny_patch16_224_by_3", "vit_tiny_patch16_224", [("grouped", {"group": 3})])
@@ -47,12 +47,12 @@ def register_model(name: str, architecture: str, steps: Steps) -> Callable[..., 
         >>> model.blocks[2].mlp.fc1 is model.blocks[0].mlp.fc1
         True
     """
+    check_name("register_model", name)
     call = f"register_model({name!r}, {architecture!r})"
-    if not name.isidentifier() or timm.is_model(name) or name in globals():
-        fact = "it is letters, digits and _" if not name.isidentifier() else "there is a model or function of this name"
-        raise ReductionError(f"{call}: {fact}; choose another name")
-    if not timm.is_model(architecture):
-        near = did_you_mean(architecture, timm.list_models())[:200]
+    if timm.is_model(name) or name in globals():
+        raise ReductionError(f"{call}: there is a model or function of this name; choose another name")
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        near = did_you_mean(str(architecture), timm.list_models())[:200]
         raise ReductionError(f"{call}: timm has no architecture {architecture!r}{near}")
     _check_steps(steps, call)
     own = copy.deepcopy(list(steps))

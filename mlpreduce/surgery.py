@@ -10,7 +10,7 @@ import copy
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from types import FrameType
@@ -104,20 +104,28 @@ def carry_out(model: nn.Module, plan: Plan, *, weights: bool = True, rehearsal: 
         undo.pop_all()
 
 
-def untie_leaves(model: nn.Module, shares: list[Share]) -> None:
-    """Give the target of each share a module of its own, with equal values. Exact: no output changes."""
+def untie_leaves(parts: Iterable[tuple[nn.Module, list[Share]]]) -> None:
+    """Give the target of each share a module of its own, with equal values. Exact: no output changes.
+
+    Args:
+        parts: modules, and the ties by the paths below each.
+
+    Raises:
+        ReductionError: a tie is gone; nothing is changed.
+    """
     copies = []
-    for share in shares:
-        source = module_at(model, share.source)
-        if source is None or module_at(model, share.target) is not source:
-            raise ReductionError(
-                f"untie: {share.target} is no longer tied to {share.source}; mlpreduce.verify tells more"
-            )
-        with torch.inference_mode(False):  # what is made within can never train
-            copies.append((share.target, copy.deepcopy(source)))
-    for path, module in copies:
+    for part, shares in parts:
+        for share in shares:
+            source = module_at(part, share.source)
+            if source is None or module_at(part, share.target) is not source:
+                raise ReductionError(
+                    f"untie: {share.target} is no longer tied to {share.source}; mlpreduce.verify tells more"
+                )
+            with torch.inference_mode(False):  # what is made within can never train
+                copies.append((part, share.target, copy.deepcopy(source)))
+    for part, path, module in copies:
         parent, _, name = path.rpartition(".")
-        module_at(model, parent)._modules[name] = module  # type: ignore[union-attr]
+        module_at(part, parent)._modules[name] = module  # type: ignore[union-attr]
 
 
 def _share_all(model: nn.Module, shares: list[Share], undo: ExitStack) -> None:

@@ -14,30 +14,100 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mlpreduce.edits import Plan, Replace, Share
+from mlpreduce.edits import Assign, Plan, Replace, Scale, Share, Slice
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import module_at
+from mlpreduce.graph import module_at, module_through
 from mlpreduce.layers import wraps
 
 __all__ = [
+    "check_parts",
     "full_state",
     "gone_by",
     "guard",
     "is_guarded",
     "moved_by",
+    "holds",
     "plans_of",
+    "reduced_parts",
     "shares_of",
+    "tangled_parts",
     "tied",
     "unguard",
 ]
 
 
 def plans_of(model: nn.Module) -> list[Plan]:
-    """The plans that a model remembers, first to last."""
+    """The plans that a model remembers, first to last.
+
+    A wrapper that passes attributes on remembers none: the paths in a history are those below the model itself.
+    """
     kept = (
         model.meta.get("mlpreduce_history", []) if isinstance(model, fx.GraphModule) else []
     )  # a copy has these alone
-    return list(getattr(model, "mlpreduce_history", kept))
+    return list(vars(model).get("mlpreduce_history", kept))
+
+
+def reduced_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model that remember plans, by path; the model itself has the path ""."""
+    return {path: part for path, part in model.named_modules(remove_duplicate=False) if plans_of(part)}
+
+
+def check_parts(model: nn.Module, made: Plan, call: str) -> None:
+    """Check that a plan leaves alone what was reduced on its own, whose history would no longer be true.
+
+    Raises:
+        ReductionError: it changes a module below one that has a history of its own.
+    """
+    for path in reduced_parts(model):
+        if path and _touches(made, path):
+            raise ReductionError(
+                f"{call}: {path} was reduced on its own and has its own history, which this would make wrong; apply to "
+                f'model.get_submodule({path!r}) instead, or give exclude="{path}.*"'
+            )
+
+
+def tangled_parts(model: nn.Module) -> list[tuple[str, str]]:
+    """Pairs of modules, by path, where a plan of the first has changed a module of the second, which has plans of its own.
+
+    Their order is not known, so neither history can be carried out again.
+    """
+    parts = reduced_parts(model)
+    return [
+        (outer, inner)
+        for outer, part in parts.items()
+        for inner in parts
+        if inner != outer
+        and inner.startswith(f"{outer}." if outer else "")
+        and any(_touches(made, inner[len(outer) :].removeprefix(".")) for made in plans_of(part))
+    ]
+
+
+def _touches(made: Plan, path: str) -> bool:
+    """Whether a plan changes the module at a path, or one below it."""
+    changed = [place for share in made.of(Share) for place in (share.source, share.target)]
+    changed += [axis.tensor for edit in made.of(Slice) for axis in edit.axes]
+    changed += [edit.tensor for edit in made.of(Assign, Scale)] + [edit.module for edit in made.of(Replace)]
+    return any(f"{place}.".startswith(f"{path}.") for place in changed)
+
+
+def holds(share: Share, tree: nn.Module) -> bool:
+    """Whether a tie of a history is one in a module tree, also where wrappers lie around its modules.
+
+    What went with its block, as `prune_intermediate_layers` takes some away, is not missed.
+    """
+    source, target = module_through(tree, share.source), module_through(tree, share.target)
+    if source is None and target is None:
+        return _went_with_its_block(tree, share.source) or _went_with_its_block(tree, share.target)
+    return source is target
+
+
+def _went_with_its_block(tree: nn.Module, path: str) -> bool:
+    """Whether the first module that a path misses would be one of a list."""
+    steps = path.split(".")
+    for depth, step in enumerate(steps):
+        if module_through(tree, ".".join(steps[: depth + 1])) is None:
+            return step.isdigit()
+    return False
 
 
 def shares_of(plans: Iterable[Plan]) -> list[Share]:
@@ -79,10 +149,12 @@ def tied(model: nn.Module) -> dict[str, list[str]]:
 def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict with the tensors themselves, a tied one under each of its names."""
     state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
-    for first, others in tied(model).items():
-        for key in _below(state, first):
-            for other in others:
-                state[other + key.removeprefix(first)] = state[key]
+    for path, part in reduced_parts(model).items():
+        prefix = f"{path}." if path else ""
+        for first, others in tied(part).items():
+            for key in _below(state, prefix + first):
+                for other in others:
+                    state[prefix + other + key.removeprefix(prefix + first)] = state[key]
     return state
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from mlpreduce.errors import ReductionError, call_text, check_one_of, did_you_mean
+from mlpreduce.errors import ReductionError, call_text, check_name, check_one_of, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,7 @@ class Criterion:
         needs: what it looks at.
         objective: `(model, images) -> scalar`, the mean over the images, where its loss needs no labels; else None.
         probes: random sign vectors along which it looks at the second derivative of the loss; 0 for none.
+        draws: whether it draws random numbers by `HiddenUnits.seed`, so that the runs of a recipe each draw their own.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Criterion:
     needs: Needs
     objective: Objective | None = None
     probes: int = 0
+    draws: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -168,7 +170,12 @@ _CRITERIA: dict[str, Criterion] = {}
 
 
 def register_criterion(
-    name: str, *, needs: Needs = "weights", objective: Objective | None = None, probes: int = 0
+    name: str,
+    *,
+    needs: Needs = "weights",
+    objective: Objective | None = None,
+    probes: int = 0,
+    draws: bool = False,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Add a criterion under `name`.
 
@@ -179,16 +186,18 @@ def register_criterion(
             `epochs`).
         objective: `(model, images) -> scalar`: a loss that needs no labels.
         probes: random sign vectors along which the second derivative is estimated.
+        draws: whether it draws random numbers by `HiddenUnits.seed`; in a recipe each run then gives its own seed.
 
     Raises:
-        ReductionError: the name is taken, or an option has no default.
+        ReductionError: the name is no identifier or is taken, or an option has no default.
     """
+    check_name("register_criterion", name)
 
     def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if name in _CRITERIA:
             raise ReductionError(f"register_criterion({name!r}): there is a criterion of this name already")
         check_one_of(f"register_criterion({name!r}): needs", needs, get_args(Needs))
-        criterion = Criterion(name, function, needs, objective, probes)
+        criterion = Criterion(name, function, needs, objective, probes, draws)
         missing = [] if needs != "gates" else [key for key in GATE_OPTIONS if key not in criterion.options]
         if missing:
             raise ReductionError(

@@ -7,7 +7,7 @@ import torch
 from mlpreduce.criteria import HiddenUnits, register_criterion
 
 
-@register_criterion("random", needs="nothing")
+@register_criterion("random", needs="nothing", draws=True)
 def random(units: HiddenUnits) -> torch.Tensor:
     """A permutation from a generator of its own: the global random state is not touched."""
     return torch.randperm(len(units), generator=torch.Generator().manual_seed(units.seed), device="cpu")

@@ -21,18 +21,22 @@ from mlpreduce.graph.places import Place, locate
 from mlpreduce.graph.record import read, record
 from mlpreduce.graph.rules import projection, says_mlp
 from mlpreduce.graph.trace import (
+    PLAIN,
     forget,
     is_leaf,
     is_meta_twin,
     is_one_node,
     module_at,
+    module_through,
     refuse_wrapped,
     structural_copy,
     trace,
+    unwrapped,
 )
 
 __all__ = [
     "MLP",
+    "PLAIN",
     "Inputs",
     "Leaf",
     "Survey",
@@ -48,6 +52,7 @@ __all__ = [
     "map_tensors",
     "mlps_or_raise",
     "module_at",
+    "module_through",
     "projection",
     "record",
     "refuse_wrapped",
@@ -58,6 +63,7 @@ __all__ = [
     "tensor_of",
     "tensors_in",
     "to_graph",
+    "unwrapped",
 ]
 
 

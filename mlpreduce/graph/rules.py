@@ -155,7 +155,7 @@ def projection(module: nn.Module | None) -> Projection | None:
         return Projection(outputs, blocks, -1, *widths, groups=groups, dense=False)
     if module is None or set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
         return None
-    if not is_stock(module):
+    if not is_stock(module) or module._parameters["weight"] is None:
         return None
     if isinstance(module, nn.Linear):
         return _dense(module, 0, -1)
@@ -170,7 +170,8 @@ def projection(module: nn.Module | None) -> Projection | None:
 
 def _dense(module: nn.Module, outputs: int, features: int) -> Projection:
     """A projection by a weight whose axis of outputs is the first or the second."""
-    shape, bias = module.get_parameter("weight").shape, (("bias", 0),) if module._parameters["bias"] is not None else ()
+    weight: Any = module._parameters["weight"]  # a plain tensor, where functional_call has left one
+    shape, bias = weight.shape, (("bias", 0),) if module._parameters["bias"] is not None else ()
     return Projection(
         (("weight", outputs), *bias), (("weight", 1 - outputs, 1),), features, shape[1 - outputs], shape[outputs]
     )

@@ -23,15 +23,18 @@ from mlpreduce.layers import Wrapper
 
 __all__ = [
     "NORMS",
+    "PLAIN",
     "forget",
     "is_leaf",
     "is_meta_twin",
     "is_one_node",
     "module_at",
+    "module_through",
     "path_below",
     "refuse_wrapped",
     "structural_copy",
     "trace",
+    "unwrapped",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,12 +42,45 @@ Model = TypeVar("Model", bound=nn.Module)
 # they may hold an activation, as timm's BatchNormAct2d does
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _PLAIN = (int, float, str, type(None), torch.dtype, torch.device)
+PLAIN = (
+    "is a plain tensor in the place of a Parameter, as torch.func.functional_call leaves it in shared modules: no optimizer "
+    "updates it, and its values are of that call; load the weights into a newly built model, and call functional_call with "
+    "tie_weights=False and the names of named_parameters()"
+)
 _WRAPPERS = {
     "DistributedDataParallel": "model.module",
     "DataParallel": "model.module",
     "FullyShardedDataParallel": "the model before wrapping",
     "OptimizedModule": "the model before torch.compile",
 }
+
+
+# where known wrappers keep what they wrap
+_INSIDE = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of wrappers of PyTorch; of another module, the module itself."""
+    names = [_INSIDE[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _INSIDE]
+    inside = module._modules.get(names[0]) if names else None
+    return module if inside is None else unwrapped(inside)
+
+
+def module_through(model: nn.Module, path: str) -> nn.Module | None:
+    """As `module_at`, but wrappers of PyTorch around the model and its modules do not count."""
+    module = unwrapped(model)
+    for name in path.split(".") if path else ():
+        child = module._modules.get(name)
+        if child is None:
+            return None
+        module = unwrapped(child)
+    return module
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module | None:
@@ -109,6 +145,8 @@ def refuse_wrapped(model: Any, call: str) -> None:
     for path, module in modules:
         for name, parameter in module._parameters.items():
             where = f"{call}: {path}.{name}" if path else f"{call}: {name}"
+            if parameter is not None and not isinstance(parameter, nn.Parameter):
+                raise ReductionError(f"{where} {PLAIN}")
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ReductionError(f"{where} has no shape yet; run the model once, then reduce it")
             if any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__):

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from mlpreduce.addresses import credentials, hidden, quoted, without_credentials
 from mlpreduce.errors import ReductionError
 from mlpreduce.records.files import SCHEMA, read, store
 from mlpreduce.records.summaries import COUNTS, summary
@@ -27,7 +28,12 @@ _METRICS = ("train_loss", "val_loss", "top1", "top5", "raw_val_loss", "raw_top1"
 
 
 def tracking_uri(directory: Path) -> str:
-    """Where MLflow keeps the runs: MLFLOW_TRACKING_URI, or a SQLite file in the output directory."""
+    """Where MLflow keeps the runs: MLFLOW_TRACKING_URI, or a SQLite file in the output directory. Passwords are hidden."""
+    return hidden(_tracking_address(directory))
+
+
+def _tracking_address(directory: Path) -> str:
+    """The same with its passwords, for the client alone: it is neither shown nor recorded."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory.resolve()}/mlflow.db"
 
 
@@ -60,8 +66,7 @@ class Recorder:
         self._started: set[tuple[str, int]] = set()
         home = home or directory
         self._uri = tracking_uri(home)
-        self._client = _client(self._uri)
-        self._experiment = _experiment(self._client, experiment or recipe["name"], home, self._uri)
+        self._client, self._experiment = _connected(home, experiment or recipe["name"])
 
     def nest(self, name: str, settings: dict[str, Any], known: str | None = None) -> str:
         """Let all runs that begin from now on be nested in one of their own.
@@ -205,7 +210,7 @@ class Recorder:
 
     def _mlflow_run(self, run: Run, facts: dict[str, Any], record: dict[str, Any]) -> str:
         """The MLflow run of a run: the one it had, or a new one."""
-        known = record.get("mlflow_run_id") if record.get("mlflow_tracking_uri") == self._uri else None
+        known = record.get("mlflow_run_id") if hidden(record.get("mlflow_tracking_uri", "")) == self._uri else None
         if known and self._client.search_runs([self._experiment], f"attributes.run_id = '{known}'"):
             self._client.update_run(known, status="RUNNING")
             return str(known)
@@ -253,13 +258,41 @@ def _probed(probes: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _client(uri: str) -> MlflowClient:
+def _connected(home: Path, name: str) -> tuple[MlflowClient, str]:
+    """The client, and the id of the experiment.
+
+    Raises:
+        ReductionError: MLflow's server or database cannot be reached.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    address, uri = _tracking_address(home), tracking_uri(home)
+    try:
+        client = _client(address)
+        return client, _experiment(client, name, home, uri)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        lines = hidden(str(error), address).strip().splitlines() or [type(error).__name__]
+        whose = "MLFLOW_TRACKING_URI names it" if os.environ.get("MLFLOW_TRACKING_URI") else "it lies in the output"
+        raise ReductionError(f"MLflow at {uri} ({whose}) cannot keep the runs: {lines[0]}") from (
+            error if hidden(str(error), address) == str(error) else None
+        )
+
+
+def _client(address: str) -> MlflowClient:
+    """The client of a tracking server or database. MLflow prints its address and names it in errors, so the client does not
+    have the password in it: of a server, MLflow reads user and password from the environment at each request."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    if (known := credentials(address)) is not None:
+        os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = known
+        address = without_credentials(address)
+    elif hidden(address) != address:  # a token alone has no other place
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):  # the migrations of a new database, one line each
         logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
+    return MlflowClient(tracking_uri=quoted(address))
 
 
 def _experiment(client: MlflowClient, name: str, directory: Path, uri: str) -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from mlpreduce.addresses import hidden
 from mlpreduce.errors import ReductionError
 
 __all__ = ["main"]
@@ -60,8 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        from mlpreduce.search.storage import hidden
-
         again = [*map(hidden, arguments), *([] if "--resume" in arguments else ["--resume"])]
         print(
             f"\ninterrupted; all workers have ended. To go on: python -m mlpreduce.search {shlex.join(again)}",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlpreduce.addresses import hidden
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.launch import Lost, Pool, pool
 from mlpreduce.recipe import Recipe, changed, load
@@ -23,7 +24,7 @@ from mlpreduce.search.points import Pricer
 from mlpreduce.search.ranking import Ranking, check_space
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Space, Suggestion, load_space
-from mlpreduce.search.storage import folder_of, hidden
+from mlpreduce.search.storage import folder_of
 from mlpreduce.search.trial import carry_out
 
 if TYPE_CHECKING:

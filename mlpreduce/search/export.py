@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlpreduce.errors import ReductionError, optional
 from mlpreduce.recipe import Recipe, changed
 
 __all__ = ["as_recipe", "as_toml", "write_best"]
@@ -62,11 +62,14 @@ def as_recipe(point: Mapping[str, Any], document: Mapping[str, Any], recipe: Rec
 
 
 def as_toml(document: Mapping[str, Any]) -> str:
-    """A document as TOML: plain values, then a table for each dictionary. What is None is left out: TOML has no such value.
+    """Write a document as TOML. TOML has no null: keys whose value is None are left out.
+
+    Raises:
+        ReductionError: a list holds None, or a value is of a kind that TOML lacks.
 
     Example:
-        >>> print(as_toml({"seeds": [1, 2], "train": {"lr": 0.001, "kwargs": {"depth": 4}}}), end="")
-        seeds = [1, 2]
+        >>> print(as_toml({"name": "mine", "train": {"lr": 0.001, "warmup": None, "kwargs": {"depth": 4}}}), end="")
+        name = "mine"
         <BLANKLINE>
         [train]
         lr = 0.001
@@ -74,27 +77,21 @@ def as_toml(document: Mapping[str, Any]) -> str:
         [train.kwargs]
         depth = 4
     """
-    return "\n".join(_table(document, "")) + "\n"
+    toml = optional("tomli_w", "writing recipes")
+    try:
+        text: str = toml.dumps(_without_none(document))
+    except TypeError as error:
+        raise ReductionError(
+            f"this is no TOML: {error} TOML has strings, numbers, booleans, dates, lists and tables"
+        ) from error
+    return text
 
 
-def _table(document: Mapping[str, Any], place: str) -> Iterable[str]:
-    plain = {key: value for key, value in document.items() if value is not None and not isinstance(value, dict)}
-    yield from (f"{_key(key)} = {_value(value)}" for key, value in plain.items())
-    for key, value in document.items():
-        if isinstance(value, dict):
-            name = f"{place}.{_key(key)}" if place else _key(key)
-            yield from ("", f"[{name}]")
-            yield from _table(value, name)
-
-
-def _key(key: str) -> str:
-    plain = key.isascii() and key.replace("-", "").replace("_", "").isalnum()
-    return key if plain else json.dumps(key)
-
-
-def _value(value: Any) -> str:
+def _without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_key(key)} = {_value(v)}" for key, v in value.items() if v is not None) + " }"
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_value, value))}]"
-    return json.dumps(value)  # strings, numbers and booleans are written alike
+        if any(entry is None for entry in value):
+            raise ReductionError(f"{value!r} holds None, which TOML lacks; leave it out or write a number or a word")
+        return [_without_none(entry) for entry in value]
+    return value

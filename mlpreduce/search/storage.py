@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import optuna
 import sqlalchemy
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
+from mlpreduce.addresses import hidden, quoted
 from mlpreduce.errors import ReductionError
 
 __all__ = ["claim_problem", "folder_of", "hidden", "opened", "read_only"]
@@ -30,7 +30,7 @@ def folder_of(url: str) -> Path | None:
     if place.get_backend_name() != "sqlite":
         return None
     if not place.database or place.database == ":memory:":
-        raise ReductionError(f"--storage {url}: a study in memory is lost with its process; name a file")
+        raise ReductionError(f"--storage {hidden(url)}: a study in memory is lost with its process; name a file")
     return Path(place.database).resolve().parent
 
 
@@ -57,7 +57,7 @@ def read_only(url: str) -> optuna.storages.RDBStorage:
     """
     place = _parse(url)
     if place.get_backend_name() == "sqlite" and not Path(str(place.database)).is_file():
-        raise ReductionError(f"--storage {url}: there is no such file")
+        raise ReductionError(f"--storage {hidden(url)}: there is no such file")
     return _storage(url, place)
 
 
@@ -73,19 +73,14 @@ def claim_problem(storage: optuna.storages.RDBStorage, study: str, resume: bool)
     return None
 
 
-def hidden(url: str) -> str:
-    """A URL without its password."""
-    return re.sub(r"(://[^:/]*):[^@]*@", r"\1:***@", url)
-
-
 def _parse(url: str) -> sqlalchemy.URL:
     try:
-        return sqlalchemy.engine.make_url(url)
-    except ArgumentError as error:
+        return sqlalchemy.engine.make_url(quoted(url))
+    except (ArgumentError, ValueError) as error:
         raise ReductionError(
             f"--storage {hidden(url)!r}: no URL of a database; for instance sqlite:////home/me/optuna.db or "
             f"postgresql+psycopg://user@host/database"
-        ) from error
+        ) from None  # the error of the reader has the URL as it is
 
 
 def _storage(url: str, place: sqlalchemy.URL) -> optuna.storages.RDBStorage:
@@ -93,16 +88,21 @@ def _storage(url: str, place: sqlalchemy.URL) -> optuna.storages.RDBStorage:
     if place.get_backend_name() == "sqlite":
         options = {"connect_args": {"timeout": _PATIENCE}}
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs=options)
+        return optuna.storages.RDBStorage(quoted(url), engine_kwargs=options)
     except (SQLAlchemyError, ImportError, RuntimeError) as error:
-        raise _unreachable(place, error) from error
+        raise _unreachable(url, error) from _shown(error, url)
 
 
-def _unreachable(place: sqlalchemy.URL, error: Exception) -> ReductionError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+def _shown(error: Exception, url: str) -> Exception | None:
+    """The error, to be shown below ours, unless it holds a password."""
+    return error if hidden(str(error), url) == str(error) else None
+
+
+def _unreachable(url: str, error: Exception) -> ReductionError:
+    lines = hidden(str(error), url).strip().splitlines() or [type(error).__name__]
     driver = isinstance(error, (ImportError, NoSuchModuleError))
     remedy = "; install the driver that the URL names, for instance pip install 'psycopg[binary]'" if driver else ""
-    return ReductionError(f"--storage {place.render_as_string(hide_password=True)}: {lines[0]}{remedy}")
+    return ReductionError(f"--storage {hidden(url)}: {lines[0]}{remedy}")
 
 
 @contextmanager
@@ -121,17 +121,19 @@ def _held(place: sqlalchemy.URL, url: str, study: str) -> Iterator[None]:
         raise ReductionError(f"--storage {hidden(url)}: {kind} is not supported; use sqlite, postgresql or mysql")
     attempt, wait = asks[kind]
     try:
-        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)  # a closed connection lets its locks go
+        engine = sqlalchemy.create_engine(
+            quoted(url), poolclass=sqlalchemy.NullPool
+        )  # a closed connection lets its locks go
         connection = engine.connect()
     except (SQLAlchemyError, ImportError) as error:
-        raise _unreachable(place, error) from error
+        raise _unreachable(url, error) from _shown(error, url)
     try:
         held = {"number": number, "name": name}
         if not connection.execute(
             sqlalchemy.text(attempt), {k: v for k, v in held.items() if f":{k}" in attempt}
         ).scalar():
             raise ReductionError(
-                f"--storage {place.render_as_string(hide_password=True)}: another process has the study {study!r}; wait for "
+                f"--storage {hidden(url)}: another process has the study {study!r}; wait for "
                 f"it or end it, or give another --study"
             )
         # tables are made once: whoever comes second waits for them

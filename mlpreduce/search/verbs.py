@@ -12,6 +12,7 @@ from statistics import fmean
 
 import optuna
 
+from mlpreduce.addresses import hidden
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.recipe import Recipe, differences
 from mlpreduce.search.answer import describe, history, reference_values
@@ -71,7 +72,7 @@ def open_study(name: str, storage: str | None = None) -> optuna.Study:
     names = optuna.get_all_study_names(place)
     if storage is None and len(names) != 1:
         raise ReductionError(
-            f"search {name}: {len(names)} studies lie there; give --storage {url} and a name: {', '.join(names)}"
+            f"search {name}: {len(names)} studies lie there; give --storage {hidden(url)} and a name: {', '.join(names)}"
         )
     wanted = name if storage is not None else names[0]
     if wanted not in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def needs_data(step: Step) -> bool:
     return criterion is not None and criterion.of_data
 
 
-def criterion_of(step: Step) -> Criterion | None:
+def criterion_of(step: Mapping[str, Any]) -> Criterion | None:
     """The criterion that a step names; None if it names none, or means something else by it."""
     try:
         return choose(step["criterion"]).criterion if "criterion" in step else None
@@ -72,7 +72,7 @@ def calibration_data(run: Run) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def seeded(step: Step, seed: int) -> Step:
-    """A step whose random numbers follow the seed of the run, where it draws some and names no seed itself.
+    """Let the random numbers of a step follow the seed of the run, where it draws some and names no seed itself.
 
     Example:
         >>> seeded({"transform": "low_rank", "init": "new"}, 42)
@@ -82,9 +82,21 @@ def seeded(step: Step, seed: int) -> Step:
     if own == "lora" or (isinstance(own, dict) and own.get("name") == "lora"):
         return {**step, "per_use": {"name": "lora", "seed": seed} | (own if isinstance(own, dict) else {})}
     drawn = step.get("init") in ("new", "normal", "released") or step.get("cca", "none") != "none"
-    drawn = drawn or step["transform"] == "lora" or step.get("pattern") == "random" or step.get("criterion") == "random"
+    drawn = drawn or step["transform"] == "lora" or step.get("pattern") == "random"
+    drawn = drawn or any(criterion.draws for criterion in _criteria_in(step))
     takes = "seed" in get_transform(step["transform"]).parameters
     return {**step, "seed": seed} if drawn and takes and "seed" not in step else step
+
+
+def _criteria_in(config: Any) -> Iterator[Criterion]:
+    """The criteria that a step names, by name or as a dictionary, also inside of other options."""
+    if isinstance(config, Mapping):
+        criterion = criterion_of(config)
+        if criterion is not None:
+            yield criterion
+    nested = config.values() if isinstance(config, Mapping) else config if isinstance(config, (list, tuple)) else ()
+    for value in nested:
+        yield from _criteria_in(value)
 
 
 def apply_step(model: nn.Module, step: Step, data: Any = None) -> None:

@@ -85,8 +85,8 @@ def load_weights(model: nn.Module, settings: ModelSettings, path: Path) -> None:
     place = locate(path)
     call = f"model.weights={settings.weights!r}"
     if place.is_dir():
-        _, plans = read_saved(place, call)
-        if plans:
+        _, parts = read_saved(place, call)
+        if plans := [plan for part in parts.values() for plan in part]:
             made = " then ".join(call_text(plan.transform, plan.config) for plan in plans)
             raise ReductionError(
                 f"{call}: it holds a model that is reduced already, by {made}, and a run reduces after loading; give the "

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
-from mlpreduce.errors import ReductionError, call_text, did_you_mean
+from mlpreduce.errors import ReductionError, call_text, check_name, did_you_mean
 
 __all__ = ["Transform", "check_config", "get_transform", "is_construction", "list_transforms", "register"]
 
@@ -76,8 +76,9 @@ def register(
     Packages can also name a transform in the entry-point group `mlpreduce.transforms`.
 
     Raises:
-        ReductionError: the name is taken, or a parameter is reserved, positional or without default.
+        ReductionError: the name is no identifier or is taken, or a parameter is reserved, positional or without default.
     """
+    check_name("register", name)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         if name in _TRANSFORMS:
