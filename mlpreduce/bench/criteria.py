@@ -1,13 +1,15 @@
 """How accurate a trained ViT is once its MLPs are sliced, by each criterion: `python -m mlpreduce bench criteria`.
 
 The model is that of the recipe digits, trained once for each seed; then its hidden units are chosen by each criterion, fc2 is
-refitted or not, and the validation images are classified, without any training after. It writes the page that it prints.
+refitted or not, and the validation images are classified, without any training after. `--write` stores the page and, beside it,
+the accuracies of every model as JSON; `--read` makes the page from them again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import shlex
 import statistics
 import sys
@@ -15,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,9 +27,10 @@ from mlpreduce.bench.rounds import at_least_one, check_file
 from mlpreduce.criteria import choose, list_criteria
 from mlpreduce.data import load
 from mlpreduce.errors import ReductionError
+from mlpreduce.records import SCHEMA, store
 from mlpreduce.train import fit
 
-__all__ = ["main", "page"]
+__all__ = ["corrected", "main", "page", "page_of"]
 
 # every criterion as it is, and those options that give other units; random several times, as a draw is one of many
 CHOICES: tuple[Any, ...] = (
@@ -56,22 +60,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=512, help="calibration images (default: 512)")
     parser.add_argument("--scope", choices=["uniform", "global"], default="uniform", help="as of shallow")
     parser.add_argument("--output", type=Path, default=Path("runs/bench_criteria"), help="where the models are trained")
-    parser.add_argument("--write", type=Path, help="a file for the page, such as docs/results/criteria.md")
+    parser.add_argument(
+        "--write", type=Path, help="a file for the page, such as docs/results/criteria.md; JSON beside it"
+    )
+    parser.add_argument("--read", type=Path, help="make the page from the JSON of an earlier run; nothing is measured")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe digits")
     options = parser.parse_args(argv)
     try:
         at_least_one(options, ["samples"], "criteria")
         check_file(options.write, "--write")
+        if options.write is not None and options.write.suffix == ".json":
+            raise ReductionError(f"--write {options.write}: that is the name of the JSON beside the page; use .md")
         for ratio in options.ratios:
             if not 0 < ratio <= 1:
                 raise ReductionError(f"--ratios {ratio}: a ratio is above 0 and at most 1")
-        text = _measured(options, _command(parser, options))
+        document = _measured(options, _command(parser, options)) if options.read is None else _read(options.read)
+        text = page_of(document)
     except ReductionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(text)
     if options.write is not None:
         options.write.write_text(text, encoding="utf-8")
+        store(options.write.parent, f"{options.write.stem}.json", document)
     return 0
 
 
@@ -79,18 +90,19 @@ def _command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> st
     """The command that makes the same page, with what is not as by default; where models lie changes nothing."""
     words = ["python", "-m", "mlpreduce", "bench", "criteria", *options.overrides]
     for key, value in vars(options).items():
-        if key not in ("output", "overrides") and value != parser.get_default(key):
+        if key not in ("output", "overrides", "read") and value != parser.get_default(key):
             words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 
-def _measured(options: argparse.Namespace, command: str) -> str:
+def _measured(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Train and slice; the top-1 of each model by criterion, ratio and repair, as the JSON beside the page holds it."""
     overrides = ["variants={ baseline = [] }", f"seeds={options.seeds}", "launch.workers=0", *options.overrides]
     known = recipe.load("digits", overrides)
     trained = recipe.runs(known, options.output)
     loaders = load(known.data, known.train, micro_batch=known.train.batch_size, rank=0, world=1, device="cpu")
     data = _first(loaders.train, options.samples)
-    table: Table = {}
+    table: dict[str, dict[str, dict[str, list[float]]]] = {}
     whole = []
     for number, run in enumerate(trained):
         print(f"training and measuring {number + 1} of {len(trained)}: seed {run.seed}", file=sys.stderr)
@@ -103,11 +115,29 @@ def _measured(options: argparse.Namespace, command: str) -> str:
                 for repair in _REPAIRS:
                     found = _sliced(model, choice, ratio, repair, options.scope, data, loaders.val)
                     if found is not None:
-                        row.setdefault((ratio, repair), []).append(found)
-    samples = sum(len(images) for images, _ in data)
-    facts = {"seeds": options.seeds, "samples": samples, "images": loaders.val_samples, "scope": options.scope}
-    facts |= {"command": command, "recipe": " ".join(["recipe digits", *options.overrides])}
-    return page({name: row for name, row in table.items() if row}, whole, facts)
+                        row.setdefault(str(ratio), {}).setdefault(repair, []).append(found)
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "recipe": " ".join(["recipe digits", *options.overrides]),
+        "seeds": options.seeds,
+        "samples": sum(len(images) for images, _ in data),
+        "images": loaders.val_samples,
+        "scope": options.scope,
+        "whole": whole,
+        "top1": {name: row for name, row in table.items() if row},
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        page_of(document)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ReductionError(
+            f"--read {path}: not the JSON that --write stores: {type(error).__name__}: {error}"
+        ) from error
+    return document  # type: ignore[no-any-return]
 
 
 def _sliced(
@@ -145,6 +175,15 @@ def top1(model: nn.Module, batches: Any) -> float:
         right += int((model(images).argmax(-1) == labels).sum())
         seen += len(labels)
     return 100 * right / seen
+
+
+def page_of(document: dict[str, Any]) -> str:
+    """Make the page from the JSON that `--write` stores beside it."""
+    table: Table = {
+        name: {(float(ratio), repair): found for ratio, pair in row.items() for repair, found in pair.items()}
+        for name, row in document["top1"].items()
+    }
+    return page(table, document["whole"], document)
 
 
 def page(table: Table, whole: Sequence[float], facts: dict[str, Any]) -> str:
@@ -187,15 +226,75 @@ def _claims(table: Table, columns: Sequence[tuple[float, str]]) -> list[str]:
             f"- at {ratio:.0%} repair adds {statistics.mean(gains):+.2f} points on average over criteria and models "
             f"({sum(gain > 0 for gain in gains)} of {len(gains)} better, {sum(gain < 0 for gain in gains)} worse)"
         )
-        if "random" in table:
-            of_data = [name for name in table if choose(name.partition("(")[0]).criterion.of_data]
-            best = max(of_data, key=lambda name: statistics.mean(table[name][ratio, "none"]))
-            ahead = [a - b for a, b in zip(table[best][ratio, "none"], table["random"][ratio, "none"], strict=True)]
-            lines.append(
-                f"- at {ratio:.0%} the best criterion of data, `{best}`, is {_spread(ahead)} points from `random` without "
-                f"repair, ahead for {sum(gap > 0 for gap in ahead)} of {len(ahead)} models; it was chosen after the fact"
-            )
+        if "random" in table and len(table) > 1:
+            lines += [_best(table, ratio, repair) for repair in _REPAIRS]
+    if "random" in table and len(table) > 1:
+        lines += ["", *_METHOD]
     return lines
+
+
+_METHOD = (
+    "p tests all criteria against `random` at once, so it holds although the table chose the best. It is the share of all",
+    "sign flips of the models' differences in which the largest paired |t| of any criterion reaches that of the named one",
+    "(two-sided).",
+)
+
+
+def _best(table: Table, ratio: float, repair: str) -> str:
+    """What the best criterion of a column is worth beside `random`."""
+    names = [name for name in table if name != "random"]
+    chance = np.asarray(table["random"][ratio, repair])
+    ahead = np.asarray([table[name][ratio, repair] for name in names]) - chance
+    best = int(ahead.mean(axis=1).argmax())
+    p_values = corrected(ahead)
+    p = "no p from one model" if p_values is None else f"p = {p_values[best]:.2f} for the best of {len(names)}"
+    return (
+        f"- at {ratio:.0%} {'repaired' if repair != 'none' else 'without repair'} the best criterion, `{names[best]}`, is "
+        f"{_spread(list(ahead[best]))} points from `random`, ahead for {int((ahead[best] > 0).sum())} of {ahead.shape[1]} "
+        f"models; {p}"
+    )
+
+
+def corrected(differences: np.ndarray) -> np.ndarray | None:
+    """Test several mean differences at once, so that the p-value of each holds whichever of them is looked at.
+
+    Under the hypothesis that no row differs, the differences of one model are as likely with the other sign. All sign flips
+    are taken, the same for all rows, which keeps what the rows have in common; the largest |t| of a flip is what a chosen
+    best reaches by chance (Westfall and Young's maxT). Holm's procedure would treat rows that move together as
+    independent, and with few models no p-value could then be small.
+
+    Args:
+        differences: (rows, models), paired differences.
+
+    Returns:
+        (rows,), two-sided p-values; None for fewer than two models.
+
+    Example:
+        >>> import numpy as np
+        >>> corrected(np.array([[1.0, 2.0, 3.0, 2.0], [0.1, -0.1, 0.2, -0.2]])).tolist()
+        [0.25, 1.0]
+    """
+    if differences.shape[1] < 2:
+        return None
+    from scipy.stats import permutation_test
+
+    def t(values: np.ndarray, axis: int) -> np.ndarray:
+        mean, error = values.mean(axis=axis), values.std(axis=axis, ddof=1) / values.shape[axis] ** 0.5
+        found: np.ndarray = np.abs(mean) / np.maximum(error, 1e-9)  # equal differences have no spread
+        return found
+
+    test = permutation_test(
+        (differences,),
+        t,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=np.inf,
+        axis=-1,
+        alternative="greater",
+    )
+    largest = np.asarray(test.null_distribution).max(axis=-1)
+    reached: np.ndarray = (largest[:, None] >= np.asarray(test.statistic) * (1 - 1e-9)).mean(axis=0)
+    return reached
 
 
 def _spread(values: Sequence[float]) -> str:
