@@ -33,6 +33,7 @@ from mlpreduce.graph import (
 )
 from mlpreduce.outcomes import planned
 from mlpreduce.parts import Parts
+from mlpreduce.registry import origin
 from mlpreduce.repair import repaired
 from mlpreduce.surgery import rehearse
 from mlpreduce.transforms import Transform, check_config
@@ -128,6 +129,11 @@ def make_plan(
             )
     except ReductionError as error:
         raise ReductionError(f"{call}: {error}") from error
+    except Exception as error:  # whatever a transform of others raises
+        source = origin("transform", transform)
+        if source is None or source.kind == "package":
+            raise
+        raise ReductionError(f"{call}: the transform, of {source}, raised {type(error).__name__}: {error}") from error
     if not edits:
         raise ReductionError(f"{call}: nothing would change on {len(scope)} MLPs")
     try:

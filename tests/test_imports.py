@@ -16,7 +16,7 @@ PACKAGE = Path(mlpreduce.__file__).parent
 # a module may import those in lines above its own, and those of its own line
 ORDER = [
     ["errors"],
-    ["edits", "layers", "shipped", "values"],
+    ["edits", "layers", "registry", "shipped", "values"],
     ["graph"],
     ["criteria", "slicing", "ties"],
     ["calibration", "budget"],
@@ -29,7 +29,7 @@ ORDER = [
     ["models"],
     ["construction"],
     ["checkpoint", "profiling", "registration", "verification"],
-    ["timm_models"],
+    ["plugins", "timm_models"],
     ["__init__"],
     ["testing", "data", "coverage"],
     ["train"],

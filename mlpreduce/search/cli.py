@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.plugins import add_option
 
 __all__ = ["main"]
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.space,
             options.recipe,
             overrides=options.overrides,
+            plugins=options.plugins,
             storage=options.storage,
             output=options.output,
             resume=options.resume,
@@ -160,4 +162,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--address", metavar="HOST:PORT", help="train on that Ray cluster; otherwise RAY_ADDRESS, or here"
     )
+    add_option(parser)
     return parser
