@@ -46,6 +46,7 @@ _PACKAGES = (
     "graph",
     "layers",
     "models",
+    "plugins",
     "search",
     "testing",
     "train",

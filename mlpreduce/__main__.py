@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.plugins import add_option, load_plugins
 from mlpreduce.values import parse_pairs
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _coverage(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
+        load_plugins(options.plugins)
         print(options.run(options))
     except ReductionError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -90,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (plan, profile):
         command.add_argument("--pretrained", action="store_true", help="with timm's weights (else none are made)")
     for command in (listing, plan, profile):
+        add_option(command)
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -34,6 +34,7 @@ from mlpreduce.graph import (
 )
 from mlpreduce.outcomes import planned
 from mlpreduce.parts import Parts
+from mlpreduce.registry import origin
 from mlpreduce.repair import repaired
 from mlpreduce.surgery import rehearse
 from mlpreduce.ties import check_parts
@@ -130,6 +131,11 @@ def make_plan(
             )
     except ReductionError as error:
         raise ReductionError(f"{call}: {error}") from error
+    except Exception as error:  # whatever a transform of others raises
+        source = origin("transform", transform)
+        if source is None or source.kind == "package":
+            raise
+        raise ReductionError(f"{call}: the transform, of {source}, raised {type(error).__name__}: {error}") from error
     if not edits:
         raise ReductionError(f"{call}: nothing would change on {len(scope)} MLPs")
     try:

@@ -15,6 +15,7 @@ from torch import nn
 from mlpreduce.construction import create_model
 from mlpreduce.errors import ReductionError, call_text, check_name, did_you_mean
 from mlpreduce.reduction import apply
+from mlpreduce.registry import remember
 from mlpreduce.transforms import check_config, is_construction
 
 __all__ = ["register_model"]
@@ -70,7 +71,15 @@ def register_model(name: str, architecture: str, steps: Steps) -> Callable[..., 
     globals()[name] = build  # timm adds the name to __all__
     default_cfgs.update(_weights(name, architecture, none=is_construction(own[0][0])))
     timm.models.register_model(build)
+    remember("model", name, build)
     return build
+
+
+def forget_model(name: str) -> None:
+    """Take a name that `register_model` has added out of this module, where timm looks for its weights."""
+    del globals()[name]
+    default_cfgs.pop(name, None)
+    __all__.remove(name)
 
 
 def _check_steps(steps: Any, call: str) -> None:

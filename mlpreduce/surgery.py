@@ -160,7 +160,7 @@ def _make_all(model: nn.Module, edits: list[Replace], call: str) -> list[_Made]:
                 f"shared; give each block one of its own (of a torch.fx graph give the model), or include one of them"
             )
         try:
-            made.append((edit, module, make_layer(edit.layer, module, edit.config)))
+            made.append((edit, module, make_layer(edit.layer, module, edit.config, edit.source)))
         except ReductionError as error:
             raise ReductionError(f"{call}: {edit.module}: {error}") from error
     return made

@@ -16,7 +16,7 @@ PACKAGE = Path(mlpreduce.__file__).parent
 # a module may import those in lines above its own, and those of its own line
 ORDER = [
     ["errors"],
-    ["addresses", "edits", "layers", "shipped", "values"],
+    ["addresses", "edits", "layers", "registry", "shipped", "values"],
     ["graph"],
     ["criteria", "slicing", "ties"],
     ["calibration", "budget"],
@@ -30,7 +30,7 @@ ORDER = [
     ["reduction"],
     ["construction"],
     ["checkpoint", "profiling", "registration", "verification"],
-    ["timm_models"],
+    ["plugins", "timm_models"],
     ["__init__"],
     ["testing", "data", "coverage"],
     ["train"],

@@ -25,6 +25,7 @@ import mlpreduce
 from mlpreduce.bench.rounds import Ratios, at_least_one, ratio_text, ratios, read_models, reasons, turns, value_text
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import Inputs, call_with, example_inputs
+from mlpreduce.plugins import add_option, load_plugins
 
 __all__ = ["Comparison", "Timing", "compare", "main"]
 
@@ -222,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         at_least_one(options, ["runs", "threads"], "apply")
         torch.set_num_threads(options.threads)
+        load_plugins(options.plugins)
         words = [*options.models, *LISTS.get(options.list, "").split()]
         models = read_models(words or ["vit_base_patch16_224"], "apply")
         results = []
@@ -263,4 +265,5 @@ def _parser() -> argparse.ArgumentParser:
     threads = "threads of both (default: torch's); 1 on a machine that others use, where several wait for each other"
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help=threads)
     parser.add_argument("--json", action="store_true", help="print JSON, one line for each model")
+    add_option(parser)
     return parser

@@ -27,6 +27,7 @@ from mlpreduce.bench.rounds import at_least_one, check_file
 from mlpreduce.criteria import choose, list_criteria
 from mlpreduce.data import load
 from mlpreduce.errors import ReductionError
+from mlpreduce.plugins import add_option
 from mlpreduce.records import SCHEMA, store
 from mlpreduce.train import fit
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--read", type=Path, help="make the page from the JSON of an earlier run; nothing is measured")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe digits")
+    add_option(parser)
     options = parser.parse_args(argv)
     try:
         at_least_one(options, ["samples"], "criteria")
@@ -90,7 +92,9 @@ def _command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> st
     """The command that makes the same page, with what is not as by default; where models lie changes nothing."""
     words = ["python", "-m", "mlpreduce", "bench", "criteria", *options.overrides]
     for key, value in vars(options).items():
-        if key not in ("output", "overrides", "read") and value != parser.get_default(key):
+        if key == "plugins":
+            words += [word for file in value for word in ("--plugin", file)]
+        elif key not in ("output", "overrides", "read") and value != parser.get_default(key):
             words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
@@ -98,7 +102,8 @@ def _command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> st
 def _measured(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Train and slice; the top-1 of each model by criterion, ratio and repair, as the JSON beside the page holds it."""
     overrides = ["variants={ baseline = [] }", f"seeds={options.seeds}", "launch.workers=0", *options.overrides]
-    known = recipe.load("digits", overrides)
+    known = recipe.load("digits", overrides, options.plugins)
+    own = [name for name in list_criteria() if name not in CHOICES]
     trained = recipe.runs(known, options.output)
     loaders = load(known.data, known.train, micro_batch=known.train.batch_size, rank=0, world=1, device="cpu")
     data = _first(loaders.train, options.samples)
@@ -109,7 +114,7 @@ def _measured(options: argparse.Namespace, command: str) -> dict[str, Any]:
         fit(run)
         model = mlpreduce.load(Path(run.directory) / "model").eval()
         whole.append(top1(model, loaders.val))
-        for choice in CHOICES:
+        for choice in (*CHOICES, *own):
             row = table.setdefault(str(choose(choice)).removesuffix("()"), {})
             for ratio in options.ratios:
                 for repair in _REPAIRS:

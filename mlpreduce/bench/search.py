@@ -25,6 +25,7 @@ from typing import Any
 
 from mlpreduce.bench.rounds import Ratios, at_least_one, ends, ratio_text, ratios, spread, value_text
 from mlpreduce.errors import ReductionError
+from mlpreduce.plugins import add_option
 from mlpreduce.recipe import Recipe
 from mlpreduce.recipe.schema import load as load_recipe
 from mlpreduce.search.bare import Clock, clocks, train_bare
@@ -224,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         at_least_one(options, ["trials", "workers", "epochs"], "search")
         words = [f"train.epochs={options.epochs}", "launch.device=cpu", *options.overrides]
-        recipe = load_recipe(options.recipe, words)
+        recipe = load_recipe(options.recipe, words, options.plugins)
         with tempfile.TemporaryDirectory(prefix="mlpreduce-bench-") as folder:
             result = compare(options.space, recipe, Path(folder), trials=options.trials, workers=options.workers)
         print(result.to_json() if options.json else f"{result}\n{_conditions(result, recipe, words)}", flush=True)
@@ -257,4 +258,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=_EPOCHS, help=epochs)
     parser.add_argument("--workers", type=int, default=1, help="trials at a time of ours (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON, one line")
+    add_option(parser)
     return parser

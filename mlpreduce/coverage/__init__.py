@@ -21,6 +21,7 @@ from mlpreduce.coverage.entries import Entry, architectures, examine, family_of
 from mlpreduce.coverage.proofs import Proof, prove
 from mlpreduce.coverage.table import family_row, markdown, smallest
 from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.plugins import Plugin, add_option, load_plugins, run_plugins
 
 __all__ = ["Entry", "Proof", "examine", "family_row", "main", "prove", "smallest"]
 
@@ -35,16 +36,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help="write the table to this file")
     parser.add_argument("--json", action="store_true", help="print every architecture as JSON instead of the table")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    add_option(parser)
     options = parser.parse_args(argv)
+    own = load_plugins(options.plugins)
     families = sorted({family_of(name) for name in architectures()})
     for pattern in options.family or ():
         if not fnmatch.filter(families, pattern):
             raise ReductionError(f"coverage: timm has no module {pattern!r}{did_you_mean(pattern, families)}")
     chosen = {f for f in families if any(fnmatch.fnmatchcase(f, pattern) for pattern in options.family or ("*",))}
     names = [name for name in architectures() if family_of(name) in chosen]
-    entries = sorted(_all(examine, names, options.workers, "on the meta device"), key=lambda e: e.architecture)
+    entries = sorted(_all(examine, names, options.workers, "on the meta device", own), key=lambda e: e.architecture)
     small = [entry.architecture for entry in smallest(entries).values() if entry.params <= PROVED_PARAMS]
-    proved = _all(prove, small, options.workers, "on the CPU")
+    proved = _all(prove, small, options.workers, "on the CPU", own)
     proofs = {proof.architecture: proof for proof in sorted(proved, key=lambda proof: proof.architecture)}
     text = markdown(entries, proofs, f" with timm {timm.__version__}")
     if options.output:
@@ -57,11 +60,13 @@ def main(argv: Sequence[str]) -> int:
     return int(any(e.failure for e in entries) or any(proof.failure for proof in proofs.values()))
 
 
-def _all(function: Callable[[str], Result], names: Iterable[str], workers: int, where: str) -> Iterator[Result]:
+def _all(
+    function: Callable[[str], Result], names: Iterable[str], workers: int, where: str, own: Sequence[Plugin]
+) -> Iterator[Result]:
     """Results in the order they come, with progress on stderr."""
     names = list(names)
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quietly) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(own,)) as pool:
         futures = [pool.submit(function, name) for name in names]
         try:
             for done, future in enumerate(as_completed(futures), 1):
@@ -73,7 +78,8 @@ def _all(function: Callable[[str], Result], names: Iterable[str], workers: int, 
             raise
 
 
-def _quietly() -> None:
-    """One thread a process, and no warnings of the models'."""
+def _begin(own: Sequence[Plugin]) -> None:
+    """Use one thread a process, show no warnings of the models', and run the plug-ins."""
+    run_plugins(own)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

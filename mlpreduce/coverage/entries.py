@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,6 +15,7 @@ from mlpreduce.budget import Cost, measure
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import structural_copy, survey
 from mlpreduce.planning import make_plan
+from mlpreduce.registry import origin
 from mlpreduce.surgery import carry_out
 
 __all__ = ["Entry", "architectures", "build", "examine", "family_of"]
@@ -51,13 +53,25 @@ class Entry:
 
 
 def architectures() -> list[str]:
-    """Names of all architectures of timm, without those that other packages, as this one, have registered."""
-    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("timm.")]
+    """Names of all architectures of timm, and of those of plug-ins, without those that other packages have registered."""
+    return [name for name in timm.list_models() if _is_own(name) or _module(name).startswith("timm.")]
 
 
 def family_of(architecture: str) -> str:
-    """The timm module that defines an architecture."""
-    return timm.model_entrypoint(architecture).__module__.rpartition(".")[2]
+    """The timm module that defines an architecture; of one of a plug-in, the file's name."""
+    source = origin("model", architecture)
+    if source is not None and _is_own(architecture):
+        return Path(source.name).stem
+    return _module(architecture).rpartition(".")[2]
+
+
+def _is_own(architecture: str) -> bool:
+    source = origin("model", architecture)
+    return source is not None and source.kind == "plug-in"
+
+
+def _module(architecture: str) -> str:
+    return timm.model_entrypoint(architecture).__module__
 
 
 def build(architecture: str, device: str = "meta", **kwargs: Any) -> nn.Module:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mlpreduce.errors import ReductionError, call_text, check_name, check_one_of, did_you_mean
+from mlpreduce.registry import add_entry_points, remember
 
 if TYPE_CHECKING:
     import torch
@@ -179,6 +180,8 @@ def register_criterion(
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Add a criterion under `name`.
 
+    Packages can also name a criterion in the entry-point group `mlpreduce.criteria`; a plain function there needs the weights.
+
     Args:
         name: what users write in `criterion=`.
         needs: `nothing` (it then works on the meta device), `weights`, `images`, `loss` (images, their labels unless
@@ -207,9 +210,14 @@ def register_criterion(
             if default is inspect.Parameter.empty or key == "name":
                 raise ReductionError(f"register_criterion({name!r}): option {key!r} needs a default and another name")
         _CRITERIA[name] = criterion
+        remember("criterion", name, function)
         return function
 
     return decorate
+
+
+def _load_entry_points() -> None:
+    add_entry_points("criterion", lambda: [found.function for found in _CRITERIA.values()], register_criterion)
 
 
 def get_criterion(name: str) -> Criterion:
@@ -218,6 +226,7 @@ def get_criterion(name: str) -> Criterion:
     Raises:
         ReductionError: there is none.
     """
+    _load_entry_points()
     if name not in _CRITERIA:
         raise ReductionError(f"unknown criterion {name!r}{did_you_mean(str(name), _CRITERIA)}")
     return _CRITERIA[name]
@@ -260,6 +269,7 @@ def list_criteria() -> list[str]:
         >>> "l2" in list_criteria()
         True
     """
+    _load_entry_points()
     return sorted(_CRITERIA)
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     import torch
 
+    from mlpreduce.registry import Origin
+
 __all__ = ["Assign", "Axis", "Edit", "Replace", "Scale", "Setting", "Share", "Slice", "Units", "as_units"]
 
 Units: TypeAlias = "range | tuple[int, ...]"
@@ -103,12 +105,14 @@ class Replace:
         config: what it is made with, JSON values.
         values: its parameters and buffers by name; those that are not given start as the layer makes them. In a history,
             and read from JSON alone, it has none.
+        source: where the layer was registered when the edit was written, if not by this package.
     """
 
     module: str
     layer: str
     config: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, torch.Tensor] | None = field(default=None, compare=False, repr=False)
+    source: Origin | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

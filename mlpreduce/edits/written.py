@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlpreduce.edits.kinds import Assign, Axis, Edit, Replace, Scale, Setting, Share, Slice
 from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.registry import Origin, origin
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,10 @@ def edit_to_json(edit: Edit) -> dict[str, Any]:
         return {"edit": "share", "source": edit.source, "target": edit.target}
     if isinstance(edit, Replace):
         values = {} if edit.values is None else {"values": sorted(edit.values)}
-        return {"edit": "replace", "module": edit.module, "layer": edit.layer, "config": dict(edit.config)} | values
+        source = origin("layer", edit.layer) or edit.source  # a built-in layer has none
+        known = {} if source is None else {"source": _source_to_json(source)}
+        written = {"edit": "replace", "module": edit.module, "layer": edit.layer, "config": dict(edit.config)}
+        return written | values | known
     if isinstance(edit, Scale):
         return {"edit": "scale", "tensor": edit.tensor, "factor": edit.factor}
     return {"edit": "assign", "tensor": edit.tensor}
@@ -75,8 +79,21 @@ def edit_from_json(entry: dict[str, Any], tensors: dict[str, torch.Tensor] | Non
         names, values = entry.get("values"), None
         if tensors is not None and names is not None:
             values = {name: given(f"{entry['module']}.{name}") for name in names}
-        return Replace(entry["module"], entry["layer"], entry["config"], values)
+        return Replace(entry["module"], entry["layer"], entry["config"], values, _source_from_json(entry.get("source")))
     if kind == "assign":
         return Assign(entry["tensor"], None if tensors is None else given(entry["tensor"]))
     known = ["slice", "share", "replace", "scale", "assign"]
     raise ReductionError(f"Plan.from_json: unknown edit {kind!r}{did_you_mean(kind, known)}")
+
+
+def _source_to_json(source: Origin) -> dict[str, str]:
+    """Where a layer comes from. A file is written without its folder: it may lie elsewhere when the plan is compared."""
+    return {"kind": source.kind, "name": source.name.rpartition("/")[2], "digest": source.digest}
+
+
+def _source_from_json(entry: Any) -> Origin | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+        raise ValueError(f"a layer from {entry!r}")
+    return Origin(**entry)

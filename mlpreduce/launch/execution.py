@@ -55,7 +55,9 @@ def execute(runs: Sequence[Run], launch: LaunchSettings, consume: Consume) -> No
             _in_process(runs, launch, receive)
         else:
             from mlpreduce.launch.group import on_ray
+            from mlpreduce.train.names import check_reach
 
+            check_reach(runs)
             on_ray(runs, launch, text, receive)
 
 

@@ -98,12 +98,15 @@ def _trainer(runs: Sequence[Run], launch: LaunchSettings, text: str, queue: Any,
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from mlpreduce.train.names import names_of
+
     workers: Any = (launch.min_workers, launch.workers) if launch.min_workers else launch.workers
     backend = "nccl" if use_gpu else "gloo"
     return TorchTrainer(
         _worker,
         train_loop_config={
             "runs": [run.model_dump(mode="json") for run in runs],
+            "names": list(dict.fromkeys(name for run in runs for name in names_of(run))),
             "threads": launch.threads,
             "backend": backend,
             "lock": text,
@@ -132,7 +135,9 @@ def _worker(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from mlpreduce.launch.execution import train_all
+    from mlpreduce.plugins import run_plugins
     from mlpreduce.train import Runtime
+    from mlpreduce.train.names import check_known
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -149,6 +154,9 @@ def _worker(config: dict[str, Any]) -> None:
 
     runtime = Runtime(rank=rank, world=team, device=get_device(), report=report, threads=config["threads"])
     try:
+        for run in runs:
+            run_plugins(run.plugins)
+        check_known(config["names"])
         train_all(runs, runtime, lambda run: _hold(run, runtime, config["lock"]))
     except ReductionError as error:  # no restart would help
         queue.put({"event": "refused", "message": str(error)})

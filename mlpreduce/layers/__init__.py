@@ -6,8 +6,8 @@ what they add is their own where the base is tied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from mlpreduce.layers.scale_shift import ScaleShift, is_scalable
 from mlpreduce.layers.svft import SvftLinear
 from mlpreduce.layers.token_convolution import GridConvolution, TokenConvolution
 from mlpreduce.layers.wrapper import StandIn, Wrapper, macs_of, merged
+from mlpreduce.registry import Origin, remember
 
 __all__ = [
     "ADAPTERS",
@@ -47,6 +48,7 @@ __all__ = [
     "make_layer",
     "merged",
     "merges",
+    "register_layer",
     "wraps",
 ]
 
@@ -62,6 +64,36 @@ LAYERS: dict[str, Any] = {
     "token_convolution": TokenConvolution,
 }
 ADAPTERS = (GridConvolution, LoraLinear, ScaleShift, SvftLinear)  # few parameters beside weights that may be frozen
+
+
+LayerClass = TypeVar("LayerClass", bound=type[nn.Module])
+
+
+def register_layer(name: str) -> Callable[[LayerClass], LayerClass]:
+    """Add a layer class under `name`, for `Replace` edits of your own transforms.
+
+    The class extends `StandIn` or `Wrapper`. Its class method `in_place_of(module, **config)` makes the layer that takes the place
+    of a module. A saved model names its layers: to load it, the same name must be registered.
+
+    Raises:
+        ReductionError: the name is taken or not a string, or the class is not such a layer.
+    """
+
+    def decorate(layer: LayerClass) -> LayerClass:
+        if not isinstance(name, str) or name in LAYERS:
+            fact = "there is a layer of this name already" if isinstance(name, str) else "the name must be a string"
+            raise ReductionError(f"register_layer({name!r}): {fact}")
+        known = isinstance(layer, type) and issubclass(layer, StandIn | Wrapper) and hasattr(layer, "in_place_of")
+        if not known:
+            raise ReductionError(
+                f"register_layer({name!r}): {layer!r} must be a class that extends StandIn or Wrapper and has a class method "
+                f"in_place_of(module, **config)"
+            )
+        LAYERS[name] = layer
+        remember("layer", name, layer)
+        return layer
+
+    return decorate
 
 
 def merges(name: str) -> bool:
@@ -99,17 +131,23 @@ def gates(model: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{path}.gate": module.gate for path, module in model.named_modules() if isinstance(module, BlockGate)}
 
 
-def make_layer(name: str, module: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+def make_layer(name: str, module: nn.Module, config: Mapping[str, Any], source: Origin | None = None) -> nn.Module:
     """A layer to put in the place of a module: of its widths, type, device and mode. It draws no random numbers of others.
 
     Args:
         name: one of `LAYERS`.
         module: what is replaced, or wrapped.
         config: keyword arguments of its `in_place_of`.
+        source: where the layer came from when it was saved, for the message where it is missing.
 
     Raises:
         ReductionError: there is no such layer, it cannot replace that module, or an argument is wrong.
     """
+    if name not in LAYERS and source is not None:
+        remedy = f"import {source.name}" if not source.digest else f"mlpreduce.plugins.load_plugins([{source.name!r}])"
+        raise ReductionError(
+            f"the layer {name!r} is of the {source.kind} {source}, which has not been run in this process; first: {remedy}"
+        )
     if name not in LAYERS:
         raise ReductionError(f"unknown layer {name!r}{did_you_mean(str(name), LAYERS)}")
     devices = {tensor.device for tensor in module.parameters() if tensor.is_cuda}

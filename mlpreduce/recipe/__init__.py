@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from mlpreduce.recipe.cli import main
+from mlpreduce.recipe.plugged import with_plugins
 from mlpreduce.recipe.schema import Recipe, changed, differences, list_recipes, load, runs
 
-__all__ = ["Recipe", "changed", "differences", "list_recipes", "load", "main", "runs"]
+__all__ = ["Recipe", "changed", "differences", "list_recipes", "load", "main", "runs", "with_plugins"]

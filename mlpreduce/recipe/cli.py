@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.plugins import add_option
 from mlpreduce.recipe.running import train
 from mlpreduce.recipe.schema import header, list_recipes, load
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.name:
             _parser().print_usage(sys.stderr)
             return 2
-        recipe = load(arguments.name, arguments.overrides)
+        recipe = load(arguments.name, arguments.overrides, arguments.plugins)
         if "://" in (arguments.output or ""):
             raise ReductionError(
                 f"--output {arguments.output}: object stores are not supported, only directories; give one on storage that all "
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         where = ["--address", arguments.address] if arguments.address else []
-        again = [arguments.name or "", *arguments.overrides, "--resume", "--output", str(output), *where]
+        own = [word for file in arguments.plugins for word in ("--plugin", file)]
+        again = [arguments.name or "", *arguments.overrides, *own, "--resume", "--output", str(output), *where]
         print(
             f"\ninterrupted; all workers have ended. To go on: python -m mlpreduce.recipe {shlex.join(again)}",
             file=sys.stderr,
@@ -87,4 +89,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--address", metavar="HOST:PORT", help="train on that Ray cluster; otherwise RAY_ADDRESS, or here"
     )
+    add_option(parser)
     return parser

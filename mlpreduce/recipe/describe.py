@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from torch import nn
+
 import mlpreduce
 from mlpreduce.errors import ReductionError
+from mlpreduce.profiling import Profile
 from mlpreduce.recipe.schema import Recipe, points, runs
 from mlpreduce.train.calibrated import needs_data, without_data
+from mlpreduce.train.names import check_reach, is_own
 from mlpreduce.train.parts import build_model, images_of, learning_rates
 from mlpreduce.train.settings import Run
 
-__all__ = ["describe"]
+__all__ = ["check_names", "describe"]
 
 
 def describe(recipe: Recipe) -> str:
@@ -39,6 +45,7 @@ def _describe(recipe: Recipe) -> tuple[str, int, int]:
     images = updates * train.batch_size * train.epochs
     costs = {}
     lines = [f"{recipe.name}\n"] if "/" in recipe.name else []
+    lines += [*(f"plug-in {plugin}" for plugin in recipe.plugins), *([""] if recipe.plugins else [])]
     for variant in recipe.variants:
         text, costs[variant] = _variant(next(run for run in every if run.variant == variant))
         lines += [text, ""]
@@ -67,14 +74,8 @@ def _describe(recipe: Recipe) -> tuple[str, int, int]:
 
 
 def _variant(run: Run) -> tuple[str, int]:
-    """Plans and counts of one variant, from a model without memory, or of random weights where some must be compared."""
-    try:
-        model = build_model(run, device="meta")
-    except ReductionError:  # align_mean, l2: which units they choose changes no count
-        random = run.model.model_copy(update={"weights": ""})
-        plain = tuple(without_data(step) for step in run.steps)
-        model = build_model(run.model_copy(update={"model": random, "steps": plain}))
-    profile = mlpreduce.profile(model, images_of(run, model))
+    """Plans and counts of one variant."""
+    model, profile = rehearse(run)
     plans = [str(plan) for plan in mlpreduce.history(model) if plan.rows]
     steps = ", ".join(str(step["transform"]) for step in run.steps) or "as it is"
     lines = [f"variant {run.variant}: {run.model.name}, {steps}", *plans]
@@ -90,6 +91,46 @@ def _variant(run: Run) -> tuple[str, int]:
         f"LayerNorm (macs_linear); {profile.macs_with_attention:,} with attention products (macs_with_attention)",
     ]
     return "\n".join(lines), profile.macs
+
+
+def check_names(recipes: Iterable[Recipe]) -> None:
+    """Check before anything trains that workers will know all names, and that variants with code of plug-ins can be built.
+
+    Raises:
+        ReductionError: a name is known in this process only, or a variant cannot be built.
+    """
+    for recipe in recipes:
+        every = runs(recipe, ".")
+        if recipe.launch.workers:
+            check_reach(every)
+        for run in every[:: len(recipe.seeds)]:
+            if is_own(run):
+                rehearse(run)
+
+
+def rehearse(run: Run) -> tuple[nn.Module, Profile]:
+    """The reduced model of a run and its counts, without data: without memory too, unless some weights must be compared.
+
+    Raises:
+        ReductionError: it cannot be made.
+    """
+    try:
+        try:
+            model = build_model(run, device="meta")
+        except ReductionError:  # align_mean, l2: which units they choose changes no count
+            random = run.model.model_copy(update={"weights": ""})
+            plain = tuple(without_data(step) for step in run.steps)
+            model = build_model(run.model_copy(update={"model": random, "steps": plain}))
+        return model, mlpreduce.profile(model, images_of(run, model))
+    except ReductionError:
+        raise
+    except Exception as error:  # whatever a plug-in raises
+        if not run.plugins:
+            raise
+        files = ", ".join(map(str, run.plugins))
+        raise ReductionError(
+            f"train({run.label}): it cannot be built with the plug-in {files}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _teacher_macs(run: Run) -> int:

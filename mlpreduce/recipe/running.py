@@ -38,6 +38,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, console: Consol
 
     from mlpreduce import report
     from mlpreduce.data import check
+    from mlpreduce.recipe.describe import check_names
     from mlpreduce.records import store
     from mlpreduce.train.weights import locate
 
@@ -51,6 +52,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, console: Consol
             check(point.data)
             if (weights := point.model.weights_path) is not None:
                 locate(weights)
+    for plugin in recipe.plugins:
+        console.print(f"plug-in {plugin}", highlight=False, markup=False, soft_wrap=True)
+    check_names(list(every.values()))
     store(output, "recipe.json", document)
     outcomes = [_train(point, place, output, console) for place, point in every.items()]
     documents = [document for document, _ in outcomes if document is not None]

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mlpreduce.data.settings import DataSettings, setting_problems
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.launch import LaunchSettings
+from mlpreduce.plugins import Plugin, read_plugin, run_plugins
+from mlpreduce.recipe.plugged import plugin_differences, read_key, together
 from mlpreduce.shipped import shipped
 from mlpreduce.train.settings import FREE, LATER, ModelSettings, Run, Step, TrainSettings
 from mlpreduce.values import flatten, parse_value
@@ -49,6 +51,7 @@ class Recipe(BaseModel):
     launch: LaunchSettings = LaunchSettings()
     seeds: tuple[int, ...] = (42, 123)
     variants: dict[str, tuple[Step, ...]] = {"baseline": ()}  # name -> steps {transform=..., **config}, in order
+    plugins: tuple[Plugin, ...] = ()  # files of your own code; in a file, their paths, relative to it
     sweep: dict[str, dict[str, Any]] = {}  # name of a point -> tables that are laid over those above; see `points`
 
 
@@ -83,12 +86,13 @@ def header(path: Path) -> list[str]:
     return lines
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, change it by `key=value`, and check all of it.
+def load(name: str, overrides: Sequence[str] = (), plugins: Sequence[str | Path] = ()) -> Recipe:
+    """Read a recipe, change it by `key=value`, run its plug-ins, and check all of it.
 
     Args:
         name: a name of `list_recipes`, or a path to a .toml.
         overrides: dotted keys and values, such as `train.epochs=2`; values are read as TOML, else as strings.
+        plugins: files of your own code besides those that the recipe names, relative to the current directory.
 
     Raises:
         ReductionError: all that is wrong, one line each.
@@ -102,7 +106,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ReductionError(f"recipe {path}: no valid TOML: {error}") from error
-    swept = list(document.get("sweep", {}))
+    swept, base = list(document.get("sweep", {})), path.parent
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key.strip():
@@ -115,7 +119,9 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
                 f"table: sweep.{point}={{...}}"
             )
         _set(document, key.strip(), parse_value(value))
-    return _checked({**document, "name": path.stem})
+        base = Path() if key.strip() == "plugins" else base
+    own = together(read_key(document.get("plugins", ()), base), map(read_plugin, plugins))
+    return _checked({**document, "plugins": own, "name": path.stem})
 
 
 def changed(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
@@ -123,7 +129,7 @@ def changed(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
 
     Args:
         recipe: is not changed itself.
-        settings: values by dotted key, such as `train.lr`.
+        settings: values by dotted key, such as `train.lr`. Paths of `plugins` are relative to the current directory.
 
     Raises:
         ReductionError: all that is wrong, one line each.
@@ -136,12 +142,13 @@ def changed(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
         return recipe
     document = recipe.model_dump(mode="json", exclude_unset=True)
     for key, value in settings.items():
-        _set(document, key, value)
+        _set(document, key, read_key(value, Path()) if key == "plugins" else value)
     return _checked({**document, "name": recipe.name})
 
 
 def _checked(document: dict[str, Any]) -> Recipe:
     recipe = _validated(document)
+    run_plugins(recipe.plugins)  # before names are checked
     problems = [f"{point.name}.{problem}" for point in points(recipe).values() for problem in _problems(point)]
     if problems:
         raise ReductionError("\n".join(dict.fromkeys(problems)))
@@ -191,6 +198,7 @@ def runs(recipe: Recipe, output: str | Path) -> list[Run]:
             data=recipe.data,
             train=recipe.train,
             workers=recipe.launch.world,
+            plugins=recipe.plugins,
             directory=str(root / variant / f"seed{seed}"),
         )
         for variant, steps in recipe.variants.items()
@@ -200,13 +208,14 @@ def runs(recipe: Recipe, output: str | Path) -> list[Run]:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Dotted keys by which two resolved recipes would compute something else; one of `LATER` may be missing before."""
-    old, new = flatten(before), flatten(now)
+    old, new = ({k: v for k, v in flatten(document).items() if k != "plugins"} for document in (before, now))
     defaults = flatten(Recipe(name="").model_dump(mode="json"))
     old = {**{key: defaults[key] for key in LATER if key in new}, **old}
     swept = [f"sweep.{point}." for point in {**before.get("sweep", {}), **now.get("sweep", {})}]
     free = {f"{place}{key}" for place in ("", *swept) for key in _FREE}
     keys = sorted({*old, *new} - free)
-    return [f"{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+    changes = [f"{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+    return [*changes, *plugin_differences(before, now)]
 
 
 def _set(document: dict[str, Any], key: str, value: Any) -> None:
@@ -255,7 +264,7 @@ def _keys(tables: Iterable[str]) -> list[str]:
 
 def _problems(recipe: Recipe) -> Iterable[str]:
     """What no single key shows."""
-    from mlpreduce.train.calibrated import needs_data
+    from mlpreduce.train.calibrated import check_criterion, needs_data
     from mlpreduce.train.weights import is_pickle, no_construction, no_pickle
     from mlpreduce.transforms import check_config, is_construction
 
@@ -276,6 +285,7 @@ def _problems(recipe: Recipe) -> Iterable[str]:
                 continue
             try:
                 check_config(step["transform"], config)
+                check_criterion(step)
                 late = number > 0 and is_construction(step["transform"])
             except ReductionError as error:
                 yield f"{place}: {error}"

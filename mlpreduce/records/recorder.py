@@ -219,7 +219,8 @@ class Recorder:
         tags |= self._tags.get((run.variant, run.seed), {})
         run_id: str = self._client.create_run(self._experiment, tags=tags).info.run_id
         settings = run.model_dump(mode="json", include={"model", "data", "train", "workers", "seed", "variant"})
-        self._log_params(run_id, {**flatten(settings), "steps": json.dumps(run.steps)})
+        own = {"plugins": ", ".join(map(str, run.plugins))} if run.plugins else {}
+        self._log_params(run_id, {**flatten(settings), **own, "steps": json.dumps(run.steps)})
         self._log_metrics(run_id, {f"model/{name}": float(facts["profile"][name]) for name in COUNTS})
         for number, plan in enumerate(facts["plans"]):
             self._client.log_text(run_id, plan, f"plan{number}.json")

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlpreduce.addresses import hidden
 from mlpreduce.errors import ReductionError
+from mlpreduce.plugins import add_option
 
 __all__ = ["main"]
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.space,
             options.recipe,
             overrides=options.overrides,
+            plugins=options.plugins,
             storage=options.storage,
             output=options.output,
             resume=options.resume,
@@ -159,4 +161,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--address", metavar="HOST:PORT", help="train on that Ray cluster; otherwise RAY_ADDRESS, or here"
     )
+    add_option(parser)
     return parser

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from mlpreduce.addresses import hidden
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.launch import Lost, Pool, pool
-from mlpreduce.recipe import Recipe, changed, load
+from mlpreduce.recipe import Recipe, changed, load, with_plugins
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.export import write_best
 from mlpreduce.search.goals import Budget, check_objectives, read_budgets
-from mlpreduce.search.jobs import references_of
+from mlpreduce.search.jobs import references_of, runs_of
 from mlpreduce.search.owner import Owner
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.ranking import Ranking, check_space
@@ -26,6 +26,7 @@ from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Space, Suggestion, load_space
 from mlpreduce.search.storage import folder_of
 from mlpreduce.search.trial import carry_out
+from mlpreduce.train.names import Name, check_reach, names_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +42,7 @@ def run(
     recipe: str | Recipe = "digits",
     *,
     overrides: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
     storage: str | None = None,
     output: str | Path | None = None,
     resume: bool = False,
@@ -57,6 +59,7 @@ def run(
         space: a name of `list_spaces`, a path to a .py, or a function `suggest(trial)` or `suggest(trial, model)`.
         recipe: how a point is trained: a name, a path to a .toml, or a recipe.
         overrides: dotted keys and values that change the recipe, such as `train.epochs=2`.
+        plugins: files of your own code besides those of the recipe, relative to the current directory.
         storage: URL of Optuna's storage; by default a SQLite file in `output`.
         output: directory of the study; by default `runs/SPACE-RECIPE`.
         resume: go on with the study in `output`; where there is none, start.
@@ -75,11 +78,11 @@ def run(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would tell of each walk through the space
     console = console or Console(width=None if sys.stdout.isatty() else 120)
+    recipe = load(recipe, overrides, plugins) if isinstance(recipe, str) else with_plugins(recipe, plugins)
     found = load_space(space)
-    recipe = load(recipe, overrides) if isinstance(recipe, str) else recipe
     place = Path(output or f"runs/{found.name}-{recipe.name}").resolve()
     wanted = _settings(found, recipe, settings)
-    budgets = _check(found, recipe, wanted)
+    budgets, names = _check(found, recipe, wanted)
     url = storage or f"sqlite:///{place}/optuna.db"
     begun = (place / _BEGUN).is_file() or (storage is None and (place / "optuna.db").is_file())
     if begun and not resume:
@@ -91,9 +94,12 @@ def run(
         highlight=False,
         soft_wrap=True,
     )
+    for plugin in recipe.plugins:
+        console.print(f"plug-in {plugin}", highlight=False, markup=False, soft_wrap=True)
     folders = [str(place), *(str(folder) for folder in [folder_of(url)] if folder not in (None, place))]
     given = space if callable(space) else str(Path(space).resolve()) if str(space).endswith(".py") else str(space)
-    arguments = (wanted.model_dump(mode="json"), recipe.model_dump(mode="json"), given, url, str(place), resume)
+    documents = wanted.model_dump(mode="json"), recipe.model_dump(mode="json")
+    arguments = (*documents, given, url, str(place), resume, names if wanted.workers else ())
     launch = recipe.launch.model_copy(update={"workers": wanted.trial_workers, "min_workers": 0})
     started = time.monotonic()
     with pool(
@@ -155,8 +161,8 @@ def _settings(space: Space, recipe: Recipe, given: dict[str, Any]) -> StudySetti
     return settings
 
 
-def _check(space: Space, recipe: Recipe, settings: StudySettings) -> tuple[Budget, ...]:
-    """Try the space and the references before anything is trained; the budgets.
+def _check(space: Space, recipe: Recipe, settings: StudySettings) -> tuple[tuple[Budget, ...], list[Name]]:
+    """Try the space and the references before anything is trained; the budgets, and the names that workers must know.
 
     Raises:
         ReductionError: a name that does not exist, a reference that cannot be made, a budget that no point keeps.
@@ -170,7 +176,10 @@ def _check(space: Space, recipe: Recipe, settings: StudySettings) -> tuple[Budge
     points = walker.check()
     for point in points:
         changed(recipe, point.settings)
-    references_of(settings, recipe, pricer)
+    points += references_of(settings, recipe, pricer).values()
+    trained = runs_of(recipe, points)
+    if settings.workers:
+        check_reach(trained)
     budgets = read_budgets(settings.budgets, pricer.price(Suggestion((), {})).cost)
     for budget in budgets:
         _, least = walker.cheapest(budget.cost)
@@ -190,7 +199,7 @@ def _check(space: Space, recipe: Recipe, settings: StudySettings) -> tuple[Budge
     if settings.supernet:
         some = settings.model_copy(update={"supernet_points": min(settings.supernet_points, _SOME)})
         check_space(Ranking(some, recipe, space, pricer, budgets, Path()))
-    return budgets
+    return budgets, list(dict.fromkeys(name for run in trained for name in names_of(run)))
 
 
 def _drive(workers: Pool, settings: StudySettings, console: Console) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from mlpreduce.errors import ReductionError, optional
+from mlpreduce.plugins import Plugin
 from mlpreduce.recipe import Recipe, changed
 
-__all__ = ["as_recipe", "as_toml", "write_best"]
+__all__ = ["as_recipe", "as_toml", "copy_plugins", "originals", "write_best"]
 
 
 def write_best(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> list[Path]:
@@ -23,21 +25,66 @@ def write_best(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> lis
         folder: where to.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    files = copy_plugins(recipe, folder)
     paths = []
     for point in document["points"]:
         path = folder / f"{point['name'].replace(' ', '-')}.toml"
         if point["kind"] == "trial" and not point["front"]:
             path.unlink(missing_ok=True)
         elif point["front"]:
-            path.write_text(as_recipe(point, document, recipe, str(path)), encoding="utf-8")
+            path.write_text(as_recipe(point, document, recipe, str(path), files), encoding="utf-8")
             paths.append(path)
     return paths
 
 
-def as_recipe(point: Mapping[str, Any], document: Mapping[str, Any], recipe: Recipe, path: str) -> str:
-    """A recipe that trains a point, and the baseline beside it, with all seeds of the study."""
+def copy_plugins(recipe: Recipe, folder: Path) -> list[str]:
+    """Write the plug-ins of a recipe into a folder, and return their names there. A file of another text is not replaced."""
+    names = []
+    for plugin in recipe.plugins:
+        stem = f"{Path(plugin.path).stem}-{plugin.digest[:8]}"
+        numbered = (f"{stem}{number}.py" for number in ("", *(f"-{n}" for n in count(2))))
+        name = next(name for name in numbered if not (folder / name).exists() or _has(folder / name, plugin))
+        (folder / name).write_bytes(plugin.source.encode())
+        names.append(name)
+    return names
+
+
+def originals(recipe: Recipe) -> list[str]:
+    """The absolute paths of the plug-ins of a recipe.
+
+    Raises:
+        ReductionError: one is no longer there, or its text has changed.
+    """
+    for plugin in recipe.plugins:
+        if not _has(Path(plugin.path), plugin):
+            raise ReductionError(
+                f"search export: the plug-in {plugin} is no longer there with the text that was trained; add --output "
+                f"FILE, and that text is written beside the recipe"
+            )
+    return [plugin.path for plugin in recipe.plugins]
+
+
+def _has(path: Path, plugin: Plugin) -> bool:
+    return path.is_file() and path.read_bytes() == plugin.source.encode()
+
+
+def as_recipe(
+    point: Mapping[str, Any], document: Mapping[str, Any], recipe: Recipe, path: str, plugins: Sequence[str] = ()
+) -> str:
+    """A recipe that trains a point, and the baseline beside it, with all seeds of the study. No plug-in is run.
+
+    Args:
+        point: of the document.
+        document: of the study.
+        recipe: that of the study.
+        path: where the text will lie, for its header.
+        plugins: where the plug-ins of the recipe are, relative to that place.
+    """
     seeds = document["settings"]["seeds"]
-    found = changed(recipe, point["settings"]).model_dump(mode="json", exclude_defaults=True)
+    bare = recipe.model_copy(
+        update={"plugins": (), "variants": {"baseline": ()}}
+    )  # so that no name of theirs is looked up
+    found = changed(bare, point["settings"]).model_dump(mode="json", exclude_defaults=True)
     variants = {"baseline": [], point["name"].replace(" ", "-"): point["steps"]}
     tops = ", ".join(f"{run['top1']:.2f} (seed {run['seed']})" for run in point["runs"])
     what = (
@@ -58,7 +105,10 @@ def as_recipe(point: Mapping[str, Any], document: Mapping[str, Any], recipe: Rec
             f"Note:     in the study it started from trained weights (inherit={document['settings']['inherit']}); here not."
         )
     body = {key: value for key, value in found.items() if key not in ("name", "sweep", "variants", "seeds")}
-    return "".join(f"# {line}\n" for line in heads) + "\n" + as_toml({"seeds": seeds, **body, "variants": variants})
+    own = {"plugins": list(plugins)} if plugins else {}
+    return (
+        "".join(f"# {line}\n" for line in heads) + "\n" + as_toml({"seeds": seeds, **own, **body, "variants": variants})
+    )
 
 
 def as_toml(document: Mapping[str, Any]) -> str:

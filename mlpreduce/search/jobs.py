@@ -11,8 +11,9 @@ from mlpreduce.recipe import Recipe, changed, runs
 from mlpreduce.search.points import Point, Pricer, distance
 from mlpreduce.search.settings import REFERENCES, StudySettings
 from mlpreduce.search.spaces import Suggestion
+from mlpreduce.train.settings import Run
 
-__all__ = ["job_of", "nearest", "references_of"]
+__all__ = ["job_of", "nearest", "references_of", "runs_of"]
 
 
 def references_of(settings: StudySettings, recipe: Recipe, pricer: Pricer) -> dict[str, Point]:
@@ -35,6 +36,12 @@ def references_of(settings: StudySettings, recipe: Recipe, pricer: Pricer) -> di
                 f"--references {name}: {error}; leave it out, or give others by --references"
             ) from error
     return found
+
+
+def runs_of(recipe: Recipe, points: Iterable[Point]) -> list[Run]:
+    """Runs of some points with the recipe's first seed, for checks."""
+    variants = {point.key: point.steps for point in points}
+    return runs(recipe.model_copy(update={"variants": variants, "seeds": recipe.seeds[:1]}), ".")
 
 
 def job_of(

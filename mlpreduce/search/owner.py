@@ -6,13 +6,14 @@ All it knows can be read again from the storage and from the records of the runs
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.launch import Job
+from mlpreduce.plugins import run_plugins
 from mlpreduce.recipe import Recipe
 from mlpreduce.records import Recorder
 from mlpreduce.search.goals import read_budgets
@@ -27,6 +28,7 @@ from mlpreduce.search.spaces import Suggestion, load_space
 from mlpreduce.search.storage import claim_problem, opened
 from mlpreduce.search.study import Study
 from mlpreduce.search.told import counts, finished, key_of, point_of
+from mlpreduce.train.names import Name, check_known
 from mlpreduce.train.settings import Run
 
 __all__ = ["Owner"]
@@ -45,6 +47,7 @@ class Owner:
         url: of Optuna's storage.
         output: directory of the study.
         resume: whether the storage may have the study already.
+        needed: names that workers must know.
     """
 
     def __init__(
@@ -55,9 +58,12 @@ class Owner:
         url: str,
         output: str,
         resume: bool,
+        needed: Sequence[Name] = (),
     ) -> None:
         self._settings, self._recipe = StudySettings.model_validate(settings), Recipe.model_validate(recipe)
         self._output, self._held = Path(output), ExitStack()
+        run_plugins(self._recipe.plugins)
+        check_known(needed)  # before the space is run: what it registers itself, workers do not know
         self._pricer = Pricer(self._recipe)
         storage = self._held.enter_context(opened(url, self._settings.name))
         if (problem := claim_problem(storage, self._settings.name, resume)) is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.launch import Call, Job, LaunchSettings
+from mlpreduce.plugins import run_plugins
 from mlpreduce.train.settings import Run, Step
 
 __all__ = ["carry_out"]
@@ -41,6 +42,7 @@ def carry_out(call: Call, job: Job) -> dict[str, Any]:
             raise _Ended
 
     try:
+        run_plugins(run.plugins)
         if job["screen"]:
             from mlpreduce.launch import device_of
             from mlpreduce.train import Runtime

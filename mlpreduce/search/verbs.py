@@ -16,7 +16,7 @@ from mlpreduce.addresses import hidden
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.recipe import Recipe, differences
 from mlpreduce.search.answer import describe, history, reference_values
-from mlpreduce.search.export import as_recipe
+from mlpreduce.search.export import as_recipe, copy_plugins, originals
 from mlpreduce.search.front import hypervolume, losses
 from mlpreduce.search.storage import read_only
 
@@ -151,7 +151,8 @@ def _export(options: argparse.Namespace) -> None:
         )
     recipe = Recipe.model_validate(study.user_attrs["recipe"])
     path = options.output or "FILE.toml"
-    text = as_recipe(names[options.trial], document, recipe, path)
+    files = originals(recipe) if options.output is None else copy_plugins(recipe, Path(path).parent)
+    text = as_recipe(names[options.trial], document, recipe, path, files)
     if options.output is None:
         print(text, end="")
         return

@@ -15,11 +15,21 @@ from mlpreduce.data import calibration
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError
 from mlpreduce.reduction import remember
+from mlpreduce.registry import origin
 from mlpreduce.surgery import carry_out
 from mlpreduce.train.settings import Run, Step
 from mlpreduce.transforms import get_transform
 
-__all__ = ["apply_as_before", "apply_step", "calibration_data", "criterion_of", "needs_data", "seeded", "without_data"]
+__all__ = [
+    "apply_as_before",
+    "apply_step",
+    "calibration_data",
+    "check_criterion",
+    "criterion_of",
+    "needs_data",
+    "seeded",
+    "without_data",
+]
 
 
 def needs_data(step: Step) -> bool:
@@ -41,6 +51,17 @@ def criterion_of(step: Mapping[str, Any]) -> Criterion | None:
         return choose(step["criterion"]).criterion if "criterion" in step else None
     except ReductionError:  # the transform will tell
         return None
+
+
+def check_criterion(step: Step) -> None:
+    """Check that the criterion of a step of this package exists. What a foreign transform calls a criterion is its own.
+
+    Raises:
+        ReductionError: there is no such criterion, or it has no such option.
+    """
+    source = origin("transform", step["transform"])
+    if "criterion" in step and source is not None and source.kind == "package":
+        choose(step["criterion"])
 
 
 def without_data(step: Step) -> Step:

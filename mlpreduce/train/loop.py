@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mlpreduce
 from mlpreduce.errors import ReductionError
+from mlpreduce.plugins import run_plugins
 from mlpreduce.train import digests, probes
 from mlpreduce.train.curvature import CHUNK
 from mlpreduce.train.runtime import Runtime, precision
@@ -58,6 +59,7 @@ def fit(run: Run, runtime: Runtime | None = None) -> list[dict[str, Any]]:
         TrainingStopped: the loss is no longer finite.
     """
     runtime = runtime or Runtime()
+    run_plugins(run.plugins)
     run.accumulation(runtime.world)
     if runtime.threads:
         torch.set_num_threads(runtime.threads)

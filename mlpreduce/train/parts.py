@@ -19,6 +19,7 @@ from torch import nn
 import mlpreduce
 from mlpreduce.errors import ReductionError, call_text, check_whole, did_you_mean
 from mlpreduce.models import is_model
+from mlpreduce.plugins import run_plugins
 from mlpreduce.ties import full_state
 from mlpreduce.train.calibrated import (
     apply_as_before,
@@ -61,6 +62,7 @@ def build_model(run: Run, device: torch.device | str | None = None, plans: Seque
     Raises:
         ReductionError: the model or the reduction cannot be made, or the weights do not fit.
     """
+    run_plugins(run.plugins)
     steps = [dict(step) for step in run.steps]
     first: dict[str, Any] = steps.pop(0) if steps and is_construction(steps[0]["transform"]) else {}
     name = first.pop("transform", None)

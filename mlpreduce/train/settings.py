@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mlpreduce.data.settings import AugmentSettings, DataSettings, NonNegative
 from mlpreduce.errors import ReductionError
+from mlpreduce.plugins import Plugin
 
 __all__ = ["FREE", "LATER", "ModelSettings", "Run", "Step", "SupernetSettings", "TrainSettings"]
 
@@ -139,6 +140,7 @@ class Run(BaseModel):
     workers: Count = 1  # processes that train together
     inherit: str = ""  # folder of another run, reduced or not, whose weights are copied as far as they fit; "" = none
     supernet: SupernetSettings | None = None  # train sub-models of the whole model together; `steps` are then empty
+    plugins: tuple[Plugin, ...] = ()  # your own code, which every process runs before it trains
     directory: str  # absolute; checkpoints and the best model lie here
 
     @property
@@ -212,9 +214,13 @@ class Run(BaseModel):
     def config_hash(self) -> str:
         """Identifies what is computed. Where the data and the output lie is no part of it, nor how the batch is shared.
 
-        Neither are the paths of initial weights: what they are is told by their digest in the checkpoint.
+        Neither are the paths of initial weights: what they are is told by their digest in the checkpoint. A plug-in counts by
+        its text, wherever it was read.
         """
-        document = self.model_dump(mode="json", exclude={"recipe", "variant", "directory", "workers", "inherit"})
+        apart = {"recipe", "variant", "directory", "workers", "inherit", "plugins"}
+        document = self.model_dump(mode="json", exclude=apart)
+        if self.plugins:  # earlier versions know no such key
+            document["plugins"] = sorted(plugin.digest for plugin in self.plugins)
         if self.model.weights_path is not None:
             document["model"]["weights"] = "path"
         if self.supernet is None:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from mlpreduce.errors import ReductionError, call_text, check_name, did_you_mean
+from mlpreduce.registry import add_entry_points, remember
 
 __all__ = ["Transform", "check_config", "get_transform", "is_construction", "list_transforms", "register"]
 
@@ -60,7 +60,6 @@ class Transform:
 
 
 _TRANSFORMS: dict[str, Transform] = {}
-_loaded_entry_points = False
 
 
 def register(
@@ -93,6 +92,7 @@ def register(
             if parameter.default is inspect.Parameter.empty:
                 raise ReductionError(f"register({name!r}): parameter {key!r} needs a default")
         _TRANSFORMS[name] = transform
+        remember("transform", name, function)
         return function
 
     return decorate
@@ -111,22 +111,7 @@ def _check_signature(name: str, function: object, construction: bool) -> None:
 
 
 def _load_entry_points() -> None:
-    """Register the transforms of other packages. What one of them raises is raised at each call, not at the first only."""
-    global _loaded_entry_points
-    if _loaded_entry_points:
-        return
-    for entry in entry_points(group="mlpreduce.transforms"):
-        try:
-            function = entry.load()  # importing it may have registered it
-            if not inspect.ismodule(function) and all(function is not t.function for t in _TRANSFORMS.values()):
-                register(entry.name)(function)
-        except Exception as error:  # whatever a foreign module raises
-            package = entry.dist.name if entry.dist is not None else entry.value
-            reason = str(error) if isinstance(error, ReductionError) else f"{type(error).__name__}: {error}"
-            raise ReductionError(
-                f"the transform {entry.name!r} of the package {package} cannot be loaded: {reason}; repair or uninstall it"
-            ) from error
-    _loaded_entry_points = True
+    add_entry_points("transform", lambda: [transform.function for transform in _TRANSFORMS.values()], register)
 
 
 def get_transform(name: str) -> Transform:
