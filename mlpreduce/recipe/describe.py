@@ -53,13 +53,15 @@ def _describe(recipe: Recipe, found: Survey | None) -> tuple[str, int, int]:
     passes = 2 if train.sam_rho else 1
     teacher = 0 if train.distillation == "none" else _teacher_macs(first)
     images = updates * train.batch_size * train.epochs
+    classes = recipe.data.classes if found is None else found.classes  # 0 = the data will tell
     costs = {}
     warnings: list[str] = []
     lines = [f"{recipe.name}\n"] if "/" in recipe.name else []
     for variant in recipe.variants:
         run = next(run for run in every if run.variant == variant)
         text, costs[variant], model = _variant(run)
-        check_classes(model, run, found.classes if found is not None else recipe.data.classes or model.num_classes)
+        if classes:
+            check_classes(model, run, classes)
         told = advice(
             run, images=count, updates_per_epoch=updates, side=None if found is None else found.side, model=model
         )
