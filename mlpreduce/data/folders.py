@@ -8,20 +8,27 @@ from pathlib import Path
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["check_folders", "compare_classes"]
+__all__ = ["check_folders", "compare_classes", "split_folders"]
 
 _NAMED = 5  # classes that a message names
 
 
-def check_folders(root: str) -> None:
-    """Whether `root` holds train/ and val/ with the same class folders, each with an image.
+def check_folders(root: str, val_share: float = 0.0) -> None:
+    """Check that `root` holds train/ and val/ with the same class folders, or class folders to hold images out of.
 
     Each class folder is read up to its first image only.
+
+    Args:
+        root: the directory.
+        val_share: share of each class that is held out for validation; above 0, `root` holds the class folders themselves.
 
     Raises:
         ReductionError: something is missing, cannot be read, or differs between train/ and val/.
     """
-    folders = {name: _split(root, name) for name in ("train", "val")}
+    folders = split_folders(root)
+    if val_share:
+        _check_undivided(root, val_share, folders)
+        return
     missing = [f"{name}/" for name, folder in folders.items() if folder is None]
     if missing:
         fact = (
@@ -33,7 +40,8 @@ def check_folders(root: str) -> None:
         )
         raise ReductionError(
             f"data.root={root!r} {fact}; it must hold train/ and val/ (or validation/), each with one folder of images "
-            "per class, as ImageNet's. Without data: the recipes `digits` (real images, no download) and "
+            "per class, as ImageNet's; or one folder of images per class, with data.val_share=0.2, the share of each class to "
+            "hold out for validation. Without data: the recipes `digits` (real images, no download) and "
             "`paper_vitb16_tiny` (synthetic images)"
         )
     train, val = (_classes(folder) for folder in folders.values() if folder is not None)
@@ -59,11 +67,38 @@ def compare_classes(train: Collection[str], val: Collection[str], call: str) -> 
         )
 
 
-def _split(root: str, name: str) -> Path | None:
+def split_folders(root: str) -> dict[str, Path | None]:
+    """Find the folders of the training set, "train", and of the validation set, "val"; None where there is none.
+
+    Raises:
+        ReductionError: `root` cannot be read.
+    """
     entries = _entries(Path(root)) if root and os.path.lexists(root) else []
     found = {entry.name for entry in entries if entry.is_dir()}
-    names = ["train"] if name == "train" else ["val", "validation"]
-    return next((Path(root, folder) for folder in names if folder in found), None)
+    names = {"train": ["train"], "val": ["val", "validation"]}
+    return {
+        split: next((Path(root, folder) for folder in wanted if folder in found), None)
+        for split, wanted in names.items()
+    }
+
+
+def _check_undivided(root: str, val_share: float, folders: dict[str, Path | None]) -> None:
+    """Refuse a directory whose images cannot be held out: no class folders, or divided into train/ and val/ already."""
+    call = f"data.val_share={val_share:g}"
+    if not root or not os.path.lexists(root):
+        fact = "does not exist" if root else "is not set"
+        raise ReductionError(f"{call}: data.root={root!r} {fact}; it must hold one folder of images per class")
+    if folders["train"] is not None:
+        remedy = "use data.val_share=0" if folders["val"] is not None else f"use data.root={str(folders['train'])!r}"
+        inside = " and ".join(f"{path.name}/" for path in folders.values() if path is not None)
+        raise ReductionError(
+            f"{call}: data.root={root!r} holds {inside}, which would become classes, and images are held out of the class "
+            f"folders in data.root itself; {remedy}"
+        )
+    if len(names := _classes(Path(root))) < 2:
+        raise ReductionError(
+            f"{call}: data.root={root!r} holds 1 class folder ({names[0]}); a model needs 2 to tell apart"
+        )
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mlpreduce.data.reading import CheckedImages
 from mlpreduce.data.settings import AugmentSettings, DataSettings, setting_problems
 from mlpreduce.data.sources import check, open_source
 from mlpreduce.errors import ReductionError
@@ -16,7 +17,7 @@ from mlpreduce.errors import ReductionError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Loaders", "calibration", "load", "posterize"]
+__all__ = ["Loaders", "calibration", "digits_tensors", "load", "posterize"]
 
 _CALIBRATION_BATCH = 64  # images that are read at a time; they are used fewer at a time
 
@@ -36,6 +37,7 @@ class Loaders:
         skipped: how often, since the loaders were made, an image took the place of an unreadable one; over this worker's
             loading processes. Only with `data.on_bad_image="skip"`, and never in validation.
         skipped_files: the unreadable files that were met, as far as they have names; of streams none.
+        side: median of the shorter side of some training pictures in pixels, before they are resized; None = not known.
     """
 
     train: Any
@@ -47,6 +49,7 @@ class Loaders:
     set_epoch: Callable[[int, int], None]
     skipped: Callable[[], int] = lambda: 0
     skipped_files: Callable[[], list[str]] = list
+    side: int | None = None
 
 
 def load(
@@ -116,7 +119,7 @@ def calibration(
         import torch
         from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
-        images, labels = _digits_tensors()[0]
+        images, labels = digits_tensors()[0]
         chosen = _spread(len(labels), count)[rank::world]
         share = TensorDataset(images[chosen], labels[chosen])
         order = BatchSampler(range(len(share)), _CALIBRATION_BATCH, drop_last=False)
@@ -163,7 +166,7 @@ def _digits(
     from timm.data import Mixup
     from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-    known, unknown = _digits_tensors()
+    known, unknown = digits_tensors()
     train_set = TensorDataset(*known)
     val_set = TensorDataset(*(part[rank::world] for part in unknown))
     order: DistributedSampler[Any] = DistributedSampler(train_set, num_replicas=world, rank=rank)
@@ -175,7 +178,7 @@ def _digits(
     return Loaders(train, val, 10, len(known[1]), len(unknown[1]), mixup, _order(order))
 
 
-def _digits_tensors() -> list[tuple[torch.Tensor, torch.Tensor]]:
+def digits_tensors() -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Images (number, 1, 8, 8) and labels (number,) of the training set, then of the validation set."""
     import torch
     from sklearn.datasets import load_digits
@@ -246,6 +249,7 @@ def _images(
         set_epoch=source.set_epoch or _order(train.sampler),
         skipped=lambda: tally.replaced,
         skipped_files=lambda: [source.train.file(index) for index in tally.indices()],
+        side=source.train.pictures()[0] if isinstance(source.train, CheckedImages) else None,
     )
 
 

@@ -79,10 +79,7 @@ class CheckedImages:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        from PIL import Image
-
-        # What Pillow raises for damaged files; OSError is also what a missing file gives.
-        damaged = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+        damaged = _damaged()
         for attempt in range(_IN_A_ROW):
             number = (index + attempt) % len(self)
             try:
@@ -108,6 +105,36 @@ class CheckedImages:
             found = getattr(self.images, "samples", {index: [None]})[index][0]
         return str(found) if found else f"number {index}"
 
+    def pictures(self, count: int = 32) -> tuple[int | None, bool]:
+        """Look at pictures spread evenly over the set, as they are stored; those that cannot be read are left out.
+
+        Args:
+            count: how many, at most.
+
+        Returns:
+            The median of the shorter side, in pixels, None where none can be read; and whether all are without colours.
+        """
+        from statistics import median_low
+
+        from PIL import Image
+
+        sides, gray = [], []
+        for number in range(min(count, len(self))):
+            index = number * len(self) // min(count, len(self))
+            try:
+                if hasattr(self.images, "reader"):
+                    file, _ = self.images.reader[index]
+                    with file, Image.open(file) as image:  # the header alone
+                        size, bands = image.size, image.getbands()
+                else:
+                    image = self.images[index][0]
+                    size, bands = image.size, image.getbands()
+            except _damaged():
+                continue
+            sides.append(min(size))
+            gray.append(bands[0] in ("1", "L", "I", "F"))
+        return (median_low(sides), all(gray)) if sides else (None, False)
+
     def _read(self, index: int) -> tuple[Any, int]:
         from PIL import Image
 
@@ -117,6 +144,13 @@ class CheckedImages:
         file, label = self.images.reader[index]
         with file, Image.open(file) as image:
             return image.convert("RGB"), label
+
+
+def _damaged() -> tuple[type[Exception], ...]:
+    """What Pillow raises for damaged files; OSError is also what a missing file gives."""
+    from PIL import Image
+
+    return (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def _text(error: BaseException) -> str:

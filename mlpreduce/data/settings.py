@@ -20,6 +20,7 @@ class DataSettings(BaseModel):
 
     name: str = "folder"  # "folder", "digits", "fractals", "synthetic", "torch/...", "hfds/...", "wds/": docs/data.md
     root: str = ""  # folder: holds train/ and val/; torch, wds: where the files lie; hfds: cache; else ""
+    val_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # folder: share of each class held out; 0 = val/ is there
     train_split: str = "train"  # torch, hfds, wds: name of the training split; wds also "part-{00..09}.tar|1000"
     val_split: str = "validation"  # the same for validation
     image_size: Annotated[int, Field(ge=1)] = 224  # pixels a side, after cropping
@@ -74,6 +75,11 @@ def setting_problems(data: DataSettings, augment: AugmentSettings, *, micro_batc
         yield (
             f"train.mixup={augment.mixup}, train.cutmix={augment.cutmix}: a batch of {micro_batch} images per worker cannot "
             "be mixed in pairs; choose train.batch_size so that each worker's batch is even"
+        )
+    if data.val_share and data.name != "folder":
+        yield (
+            f"data.val_share={data.val_share:g}: only data.name='folder' holds images out, and data.name={data.name!r} has a "
+            f"validation set; leave it out"
         )
     if data.name == "digits":
         mixing = {"label_smoothing", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob"}

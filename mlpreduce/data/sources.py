@@ -9,14 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from mlpreduce.data.folders import check_folders, compare_classes
+from mlpreduce.data.held_out import held_out
 from mlpreduce.data.reading import CheckedImages, Tally
 from mlpreduce.data.settings import DataSettings
 from mlpreduce.errors import ReductionError, did_you_mean
 
-__all__ = ["Source", "check", "open_source"]
+__all__ = ["Source", "check", "check_name", "open_source"]
 
 _MADE = ("synthetic", "fractals")
 _NAMES = ("folder", "digits", *_MADE)
+_TORCHVISION = (
+    "cifar10",
+    "cifar100",
+    "fashion_mnist",
+    "imagenet",
+    "inaturalist",
+    "kmnist",
+    "mnist",
+    "places365",
+    "qmnist",
+)
 _PREFIXES = {"torch": None, "hfds": "datasets", "wds": "webdataset"}  # and the package each needs
 
 
@@ -49,15 +61,62 @@ def check(data: DataSettings) -> None:
     Raises:
         ReductionError: unknown `data.name`, a package is missing, or `data.root` does not hold what it must.
     """
+    check_name(data)
     if data.name in _MADE and not (data.train_samples and data.val_samples and data.classes > 1):
         raise ReductionError(
             f"data.name={data.name!r}: train_samples={data.train_samples}, val_samples={data.val_samples}, classes="
             f"{data.classes}; give the number of images to make (at least 1 each) and at least 2 classes"
         )
     if data.name == "folder":
-        check_folders(data.root)
+        check_folders(data.root, data.val_share)
     elif data.name not in _NAMES:
-        _check_prefix(data)
+        _check_place(data)
+
+
+def check_name(data: DataSettings) -> None:
+    """Check `data.name` as a run would, wherever the data are.
+
+    Raises:
+        ReductionError: an unknown name, one that is not supported, or a package is missing.
+    """
+    if data.name in _NAMES:
+        return
+    prefix, _, rest = data.name.partition("/")
+    if prefix in ("hfids", "tfds"):
+        raise ReductionError(
+            f"data.name={data.name!r}: timm's {prefix} reader shuffles in a buffer that fills as files arrive, and shards are "
+            "split where the host has them, so a run could not go on to the same images; use hfds/ (the same data on disk, "
+            "any order) or wds/ (shards on disk)"
+        )
+    if prefix not in _PREFIXES or (prefix != "wds" and not rest):
+        given = f"{prefix}/..." if "/" in data.name else data.name
+        known = [*_NAMES, *(f"{name}/..." for name in _PREFIXES)]
+        raise ReductionError(f"data.name={data.name!r}: unknown data set{did_you_mean(given, known)}")
+    package = _PREFIXES[prefix]
+    if package and find_spec(package) is None:
+        raise ReductionError(
+            f"data.name={data.name!r}: the package {package!r} is not installed; pip install {package}"
+        )
+    if prefix == "torch" and not _is_torchvision(rest):
+        raise ReductionError(
+            f"data.name={data.name!r}: timm opens no such data set of torchvision{did_you_mean(rest, _TORCHVISION)}"
+        )
+
+
+def _is_torchvision(name: str) -> bool:
+    """Whether timm knows a data set of torchvision by this name: asked of a folder without data, it misses the data only."""
+    from tempfile import TemporaryDirectory
+
+    from timm.data import create_dataset
+
+    with TemporaryDirectory() as empty:
+        try:
+            create_dataset(f"torch/{name}", root=empty, split="train")
+        except AssertionError:
+            return False
+        except (RuntimeError, OSError, ValueError, ImportError):  # it is known, and finds no files
+            return True
+    return True
 
 
 def open_source(data: DataSettings, *, micro_batch: int, rank: int, world: int) -> Source:
@@ -81,7 +140,10 @@ def open_source(data: DataSettings, *, micro_batch: int, rank: int, world: int) 
         tally = Tally(0)
         train, val, train_samples, val_samples = open_streams(data, micro_batch, rank, world, tally if skip else None)
         return Source(train, val, data.classes, train_samples, val_samples, tally, stream_order(train.reader))
-    train, val = _open(data, "train"), _open(data, "validation")
+    if data.val_share:
+        train, val = held_out(data.root, data.val_share)
+    else:
+        train, val = _open(data, "train"), _open(data, "validation")
     train_names, val_names = _class_names(train), _class_names(val)
     compare_classes(train_names, val_names, f"data.name={data.name!r}")
     classes = len(train_names) or data.classes
@@ -92,23 +154,9 @@ def open_source(data: DataSettings, *, micro_batch: int, rank: int, world: int) 
     return Source(checked, CheckedImages(val, "validation", None), classes, len(train), len(val), tally)
 
 
-def _check_prefix(data: DataSettings) -> None:
-    prefix, _, rest = data.name.partition("/")
-    if prefix in ("hfids", "tfds"):
-        raise ReductionError(
-            f"data.name={data.name!r}: timm's {prefix} reader shuffles in a buffer that fills as files arrive, and shards are "
-            "split where the host has them, so a run could not go on to the same images; use hfds/ (the same data on disk, "
-            "any order) or wds/ (shards on disk)"
-        )
-    if prefix not in _PREFIXES or (prefix != "wds" and not rest):
-        given = f"{prefix}/..." if "/" in data.name else data.name
-        known = [*_NAMES, *(f"{name}/..." for name in _PREFIXES)]
-        raise ReductionError(f"data.name={data.name!r}: unknown data set{did_you_mean(given, known)}")
-    package = _PREFIXES[prefix]
-    if package and find_spec(package) is None:
-        raise ReductionError(
-            f"data.name={data.name!r}: the package {package!r} is not installed; pip install {package}"
-        )
+def _check_place(data: DataSettings) -> None:
+    """Check that `data.root` is given where torchvision's data sets and shards need it."""
+    prefix = data.name.partition("/")[0]
     if prefix == "torch" and not data.root:
         raise ReductionError(
             f"data.name={data.name!r}: data.root='' is not set; give the directory in which torchvision keeps this data set"

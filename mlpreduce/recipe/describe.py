@@ -1,4 +1,7 @@
-"""What a recipe would do: plans, counts, updates, learning rates and cost. Needs no data and trains nothing."""
+"""What a recipe would do: plans, counts, updates, learning rates, cost, and warnings. Trains nothing.
+
+It needs no data. Data that are here are counted and checked as a run would.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ from collections.abc import Iterable
 from torch import nn
 
 import mlpreduce
+from mlpreduce.data import DataSettings, Survey, survey
 from mlpreduce.errors import ReductionError
 from mlpreduce.profiling import Profile
 from mlpreduce.recipe.schema import Recipe, points, runs
+from mlpreduce.train.advice import advice
 from mlpreduce.train.calibrated import needs_data, without_data
 from mlpreduce.train.names import check_reach, is_own
-from mlpreduce.train.parts import build_model, images_of, learning_rates
+from mlpreduce.train.parts import build_model, check_classes, create_optimizer, images_of, learning_rates
 from mlpreduce.train.settings import Run
 
 __all__ = ["check_names", "describe"]
@@ -24,7 +29,11 @@ def describe(recipe: Recipe) -> str:
     Raises:
         ReductionError: the recipe cannot be carried out, or `data.train_samples` is not given.
     """
-    parts = [_describe(point) for point in points(recipe).values()]
+    found: dict[DataSettings, Survey | None] = {}  # points of a sweep mostly share their data
+    for point in points(recipe).values():
+        if point.data not in found:
+            found[point.data] = survey(point.data)
+    parts = [_describe(point, found[point.data]) for point in points(recipe).values()]
     text = "\n\n".join(text for text, _, _ in parts)
     if not recipe.sweep:
         return text
@@ -32,26 +41,40 @@ def describe(recipe: Recipe) -> str:
     return f"{text}\n\nall {len(parts)} points: {count} runs, {macs:.3e} MACs"
 
 
-def _describe(recipe: Recipe) -> tuple[str, int, int]:
-    """The text of one point, its runs, and their training MACs."""
-    if not recipe.data.train_samples:
-        raise ReductionError(f"{recipe.name}.data.train_samples=0: --dry-run counts with it; give the number of images")
+def _describe(recipe: Recipe, found: Survey | None) -> tuple[str, int, int]:
+    """The text of one point, its runs, and their training MACs. `found` is what its data hold, where they are here."""
+    if found is None and not recipe.data.train_samples:
+        raise ReductionError(
+            f"{recipe.name}.data.train_samples=0: data.root={recipe.data.root!r} is not here, and --dry-run counts with this "
+            f"number; give the number of training images"
+        )
+    create_optimizer(nn.Linear(1, 1), recipe.train)  # refuses what a run would refuse
     every = runs(recipe, ".")
     first = every[0]
-    updates = first.updates_per_epoch(recipe.data.train_samples)
+    count = recipe.data.train_samples if found is None else found.train
+    updates = first.updates_per_epoch(count)
     train, launch = recipe.train, recipe.launch
     passes = 2 if train.sam_rho else 1
     teacher = 0 if train.distillation == "none" else _teacher_macs(first)
     images = updates * train.batch_size * train.epochs
+    classes = recipe.data.classes if found is None else found.classes  # 0 = the data will tell
     costs = {}
+    warnings: list[str] = []
     lines = [f"{recipe.name}\n"] if "/" in recipe.name else []
     lines += [*(f"plug-in {plugin}" for plugin in recipe.plugins), *([""] if recipe.plugins else [])]
     for variant in recipe.variants:
-        text, costs[variant] = _variant(next(run for run in every if run.variant == variant))
+        run = next(run for run in every if run.variant == variant)
+        text, costs[variant], model = _variant(run)
+        if classes:
+            check_classes(model, run, classes)
+        told = advice(
+            run, images=count, updates_per_epoch=updates, side=None if found is None else found.side, model=model
+        )
+        warnings += [text for text in told if text not in warnings]
         lines += [text, ""]
     lines += [
         "training of one run",
-        f"  data             {recipe.data.name}: {recipe.data.train_samples:,} training images",
+        f"  data             {_data(recipe, found)}",
         f"  initial weights  {_weights(recipe)}",
         f"  distillation     {_distillation(recipe, teacher)}",
         f"  effective batch  {train.batch_size:,} = {launch.world} worker(s) x {first.micro_batch} images x "
@@ -70,11 +93,26 @@ def _describe(recipe: Recipe) -> tuple[str, int, int]:
         lines.append(f"  {name:<{width}}  {one:.3e} a run, {one * len(recipe.seeds):.3e} in all")
     total = sum(passes * (3 * macs + teacher) * images * len(recipe.seeds) for macs in costs.values())
     lines.append(f"  {len(every)} runs: {total:.3e} MACs, {images * len(every):,} images")
+    lines += ["", *(f"warning: {text}" for text in warnings)] if warnings else []
     return "\n".join(lines), len(every), total
 
 
-def _variant(run: Run) -> tuple[str, int]:
-    """Plans and counts of one variant."""
+def _data(recipe: Recipe, found: Survey | None) -> str:
+    data = recipe.data
+    if found is None:
+        return (
+            f"{data.name}: {data.train_samples:,} training images (data.train_samples; data.root is not here to count)"
+        )
+    made = data.name in ("synthetic", "fractals")
+    other = f" (data.train_samples={data.train_samples} is another number)" if data.train_samples else ""
+    return (
+        f"{data.name}: {found.train:,} training images{other if found.train != data.train_samples else ''}, {found.val:,} "
+        f"validation images, {found.classes} classes{'' if made else ', counted'}"
+    )
+
+
+def _variant(run: Run) -> tuple[str, int, nn.Module]:
+    """Plans, counts and model of one variant."""
     model, profile = rehearse(run)
     plans = [str(plan) for plan in mlpreduce.history(model) if plan.rows]
     steps = ", ".join(str(step["transform"]) for step in run.steps) or "as it is"
@@ -90,7 +128,7 @@ def _variant(run: Run) -> tuple[str, int]:
         f"  MACs of one image: {profile.macs:,} in Linear, Conv and LayerNorm (macs); {profile.macs_linear:,} without "
         f"LayerNorm (macs_linear); {profile.macs_with_attention:,} with attention products (macs_with_attention)",
     ]
-    return "\n".join(lines), profile.macs
+    return "\n".join(lines), profile.macs, model
 
 
 def check_names(recipes: Iterable[Recipe]) -> None:

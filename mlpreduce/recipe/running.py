@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,7 @@ def _train(recipe: Recipe, place: Path, home: Path, console: Console) -> tuple[d
     from mlpreduce.records import Recorder
 
     every = runs(recipe, place)
+    told: set[str] = set()  # warnings that were shown: most are the same for all runs
     recorder = Recorder(place, recipe.model_dump(mode="json"), every, home=home)
     todo = [run for run in every if not recorder.finished(run)]
     where = f"{recipe.launch.workers} workers" if recipe.launch.workers else "this process"
@@ -114,7 +116,9 @@ def _train(recipe: Recipe, place: Path, home: Path, console: Console) -> tuple[d
     try:
         with Display(console, todo, len(every)) as display:
 
-            def consume(event: dict[str, object]) -> None:
+            def consume(event: dict[str, Any]) -> None:
+                if event["event"] == "start":
+                    _warn(event["facts"].get("warnings", ()), told, console)
                 if event["event"] != "progress":
                     recorder.handle(event)
                 display.handle(event)
@@ -131,6 +135,14 @@ def _train(recipe: Recipe, place: Path, home: Path, console: Console) -> tuple[d
         return None, False
     recorder.log_files([place / name for name in report.FILES])
     return document, whole
+
+
+def _warn(warnings: Sequence[str], told: set[str], console: Console) -> None:
+    """Show the warnings that a run begins with, each once."""
+    for text in warnings:
+        if text not in told:
+            told.add(text)
+            console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _show(document: dict[str, Any], output: Path, console: Console) -> None:

@@ -201,7 +201,8 @@ class Recorder:
         self._store(key)
         run_id = record["mlflow_run_id"]
         if status == "finished":
-            self._log_metrics(run_id, {f"final/{name}": float(value) for name, value in summary(record).items()})
+            known = {f"final/{name}": float(value) for name, value in summary(record).items() if value is not None}
+            self._log_metrics(run_id, known)
         self._client.log_dict(run_id, record, "record.json")
         self._client.set_terminated(run_id, _ENDED[status])
 

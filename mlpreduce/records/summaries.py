@@ -22,18 +22,28 @@ def conditions(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
-    """The results of one finished run. Accuracies in percent; the best epoch is chosen on the validation set."""
+    """The results of one finished run. Accuracies in percent; the best epoch is chosen on the validation set.
+
+    `raw_top1` is that of the trained weights beside their moving average, at their own best epoch; None without an average.
+    """
     best = max(record["epochs"], key=lambda entry: entry["top1"])
     final = record["epochs"][-1]
     return {
         "seed": record["seed"],
         "top1": best["top1"],
         "top5": best["top5"],
+        "raw_top1": _raw_top1(record),
         "peak_epoch": best["epoch"],
         "final_top1": final["top1"],
         "peak_to_final": best["top1"] - final["top1"],
         "epochs": len(record["epochs"]),
     }
+
+
+def _raw_top1(record: dict[str, Any]) -> float | None:
+    if not record["recipe"].get("train", {}).get("ema_decay"):
+        return None
+    return max((entry["raw_top1"] for entry in record["epochs"] if "raw_top1" in entry), default=None)
 
 
 def results(directory: str | Path) -> dict[str, Any]:
@@ -55,7 +65,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
 
     Counts and speed are those of one variant; `throughput` and `peak_memory_mib` are medians over its runs, null where
     those were not measured on equal hardware. Standard deviations have ddof=1 and are null for one run. `vs_baseline`
-    compares runs of equal seed with the first variant that has no steps.
+    compares runs of equal seed with the first variant that has no steps. `warnings` are those that training began with.
     """
     variants: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -66,18 +76,21 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     for name, found in variants.items():
         runs = [{**summary(record), "mlflow_run_id": record["mlflow_run_id"]} for record in found]
         top1 = [run["top1"] for run in runs]
+        raw = [run["raw_top1"] for run in runs if run["raw_top1"] is not None]
         table[name] = {
             **{count: found[0]["profile"][count] for count in COUNTS},
             **{measure: _median(found, measure) for measure in _MEASURED},
             "runs": runs,
             "top1_mean": fmean(top1),
             "top1_std": stdev(top1) if len(top1) > 1 else None,
+            "raw_top1_mean": fmean(raw) if len(raw) == len(runs) else None,
             "top5_mean": fmean([run["top5"] for run in runs]),
             "peak_to_final_mean": fmean([run["peak_to_final"] for run in runs]),
             "vs_baseline": None if baseline is None or name == baseline else _compare(runs, reference),
         }
     names = dict.fromkeys(record["recipe"]["name"] for record in records)
-    return {"schema": SCHEMA, "recipe": " + ".join(names), "variants": table}
+    warnings = list(dict.fromkeys(text for record in records for text in record.get("warnings", ())))
+    return {"schema": SCHEMA, "recipe": " + ".join(names), "warnings": warnings, "variants": table}
 
 
 def _compare(runs: list[dict[str, Any]], reference: dict[int, float]) -> dict[str, Any] | None:

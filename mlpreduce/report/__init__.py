@@ -16,7 +16,7 @@ from mlpreduce.records import SCHEMA, store, summarize
 from mlpreduce.report.content import Picture
 from mlpreduce.report.figure import CAPTION, as_png, draw
 from mlpreduce.report.gather import gather, gather_points
-from mlpreduce.report.overview import beyond_noise, overview
+from mlpreduce.report.overview import beyond_noise, cautions, overview
 from mlpreduce.report.pages import as_html, as_markdown, for_console
 from mlpreduce.report.tables import NOTES, Part, compose
 
@@ -95,7 +95,8 @@ def _write_sweep(points: dict[str, list[dict[str, Any]]], place: Path) -> dict[s
         raise ReductionError(f"report: no run has finished at {', '.join(unfinished)}; `--resume` goes on with them")
     recipe = next(points[point] for point in parts)[0]["recipe"]["name"].rpartition("/")[0]
     tables = {point: {"variants": part["variants"]} for point, part in parts.items()}
-    document = {"schema": SCHEMA, "recipe": recipe, "points": tables}
+    warnings = list(dict.fromkeys(text for part in parts.values() for text in part["warnings"]))
+    document = {"schema": SCHEMA, "recipe": recipe, "warnings": warnings, "points": tables}
     remarks = [f"No run has finished at {', '.join(unfinished)}."] if unfinished else []
     return _write(place, document, [(part, points[point]) for point, part in parts.items()], remarks)
 
@@ -103,7 +104,9 @@ def _write_sweep(points: dict[str, list[dict[str, Any]]], place: Path) -> dict[s
 def _write(place: Path, document: dict[str, Any], parts: Sequence[Part], remarks: Sequence[str] = ()) -> dict[str, Any]:
     picture = Picture("Curves", "curves.png", CAPTION, as_png(draw([records for _, records in parts])))
     verdict = beyond_noise(document)
-    content = compose(document["recipe"], parts, picture, [*remarks, *([verdict] if verdict else [])])
+    content = compose(
+        document["recipe"], parts, picture, [*remarks, *cautions(document), *([verdict] if verdict else [])]
+    )
     store(place, "results.json", document)
     (place / picture.file).write_bytes(picture.png)
     (place / "report.md").write_text(as_markdown(content), encoding="utf-8")
@@ -112,5 +115,6 @@ def _write(place: Path, document: dict[str, Any], parts: Sequence[Part], remarks
 
 
 def console_table(document: dict[str, Any]) -> Group:
-    """The results for rich's console: one table of all variants, and which differences are beyond the noise."""
-    return for_console([overview(document)], beyond_noise(document))
+    """The results for rich's console: one table of all variants, what to be careful of, and what is beyond the noise."""
+    remarks = [*cautions(document), *filter(None, [beyond_noise(document)])]
+    return for_console([overview(document)], "\n".join(remarks))

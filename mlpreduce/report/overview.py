@@ -1,4 +1,4 @@
-"""What a recipe comes to: one table of all its variants, and which differences are beyond the noise."""
+"""What a recipe comes to: one table of all its variants, what to be careful of, which differences are beyond the noise."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlpreduce.report.content import Table
-from mlpreduce.report.tables import comparison, mean_std, short
+from mlpreduce.report.tables import RAW, comparison, mean_std, raw_top1, short
 
-__all__ = ["beyond_noise", "overview"]
+__all__ = ["beyond_noise", "cautions", "overview"]
 
 RATE = 0.05  # of false discoveries
 LEAST = 3  # seeds, below which nothing is concluded
+BEHIND = 2.0  # points of top-1 by which a moving average must be behind the trained weights to be remarked on
 HEADERS = (
     "variant",
     "parameters",
@@ -27,16 +28,49 @@ HEADERS = (
 
 
 def overview(document: dict[str, Any]) -> Table:
-    """One table of all variants, of all points of a sweep, from `results.json` alone."""
+    """One table of all variants, of all points of a sweep, from `results.json` alone.
+
+    Where top-1 is that of a moving average, that of the trained weights is beside it.
+    """
+    averaged = any(v.get("raw_top1_mean") is not None for _, v in _variants(document))
+    headers = [*HEADERS]
+    if averaged:
+        headers.insert(headers.index("top-1 %") + 1, RAW)
     rows = []
     for name, v in _variants(document):
         speed = "" if v["throughput"] is None else f"{v['throughput']:,.0f}"
         top1 = mean_std([run["top1"] for run in v["runs"]])
         compared = comparison(v["vs_baseline"]) if v["vs_baseline"] else [""] * 5
         delta, interval, p, n, _ = compared
-        cells = [f"{v['params']:,}", short(v["macs"]), speed, top1, f"{v['peak_to_final_mean']:.2f}"]
+        raw = [raw_top1(v)] if averaged else []
+        cells = [f"{v['params']:,}", short(v["macs"]), speed, top1, *raw, f"{v['peak_to_final_mean']:.2f}"]
         rows.append([name, *cells, delta, interval, p, n])
-    return Table(str(document["recipe"]), HEADERS, rows)
+    return Table(str(document["recipe"]), headers, rows)
+
+
+def cautions(document: dict[str, Any]) -> list[str]:
+    """What to be careful of: the warnings that training began with, and averages behind the weights that they average."""
+    return [f"Warning: {text}" for text in document.get("warnings", ())] + list(_behind(document))
+
+
+def _behind(document: dict[str, Any]) -> Iterator[str]:
+    """Which moving averages hide what was learned, and whether the ranking of the variants hangs on it."""
+    known = [(name, v["top1_mean"], v["raw_top1_mean"]) for name, v in _variants(document) if v.get("raw_top1_mean")]
+    behind = [(name, average, raw) for name, average, raw in known if raw - average > BEHIND]
+    if not behind:
+        return
+    told = "; ".join(
+        f"the averaged weights of {name} have {average:.2f} %, the trained weights {raw:.2f} %"
+        for name, average, raw in behind
+    )
+    averaged, trained = ([row[0] for row in sorted(known, key=lambda row: -row[at])] for at in (1, 2))
+    order = (
+        f" The ranking depends on it: from best to worst {', '.join(averaged)} by the average, {', '.join(trained)} by the "
+        f"trained weights."
+        if averaged != trained
+        else ""
+    )
+    yield f"The moving average hides what was learned. In top-1, {told}.{order}"
 
 
 def beyond_noise(document: dict[str, Any]) -> str:

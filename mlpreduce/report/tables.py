@@ -13,10 +13,15 @@ from mlpreduce.report import probes, published
 from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.gather import differing
 
-__all__ = ["FEW", "NOTES", "Part", "comparison", "compose", "few", "mean_std", "short"]
+__all__ = ["FEW", "NOTES", "RAW", "Part", "comparison", "compose", "few", "mean_std", "raw_top1", "short"]
 
 ABSENT = "not in the paper"
 FEW = "(n is too small to conclude)"
+RAW = "raw top-1 %"
+AVERAGED = (
+    "Top-1 and top-5 are those of the moving average of the weights (train.ema_decay). Raw top-1 is that of the trained "
+    "weights themselves, at their own best epoch."
+)
 NOTES = (
     "Tied parameters are counted once. MACs: multiply-accumulates of one image in Linear, Conv and LayerNorm layers, "
     "attention products left out (the paper's convention; macs in results.json).",
@@ -57,6 +62,7 @@ def compose(title: str, parts: Sequence[Part], picture: Picture, remarks: Iterab
     records = [record for _, found in parts for record in found]
     paper = all(published.reproduces(record["recipe"]["name"]) for record in records)
     variants = [variant for document, found in parts for variant in _variants(document, found, paper)]
+    averaged = any(variant.results.get("raw_top1_mean") is not None for variant in variants)
     size: list[_Column] = [
         ("parameters (M)", lambda v: millions(v.results["params"]), "params"),
         ("MLP parameters (M)", lambda v: millions(v.results["mlp_params"]), "mlp_params"),
@@ -68,6 +74,7 @@ def compose(title: str, parts: Sequence[Part], picture: Picture, remarks: Iterab
     validation: list[_Column] = [
         ("parameters (M)", lambda v: millions(v.results["params"]), "params"),
         ("top-1 %", lambda v: v.spread("top1"), "top1"),
+        *([(RAW, lambda v: raw_top1(v.results), "")] if averaged else []),
         ("top-5 %", lambda v: v.spread("top5"), "top5"),
         ("best epoch", lambda v: v.spread("peak_epoch", 0), "peak_epoch"),
         ("peak-to-final", lambda v: v.spread("peak_to_final"), "peak_to_final"),
@@ -77,7 +84,10 @@ def compose(title: str, parts: Sequence[Part], picture: Picture, remarks: Iterab
         ("top-1 % per M parameters", partial(_per, "params", 1e6), "top1_per_params"),
         ("top-1 % per G MACs", partial(_per, "macs", 1e9), "top1_per_macs"),
     ]
-    notes = (*NOTES, *([probes.NOTE] if probes.any_in(records) else []), *([published.NOTE] if paper else []))
+    notes = [*NOTES]
+    notes += [AVERAGED] if averaged else []
+    notes += [probes.NOTE] if probes.any_in(records) else []
+    notes += [published.NOTE] if paper else []
     return Content(
         title=title,
         remarks=[*remarks, *_remarks(records, paper)],
@@ -127,6 +137,12 @@ def mean_std(values: Sequence[float], digits: int = 2) -> str:
     """Mean and standard deviation (ddof=1); the mean alone for one value."""
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{fmean(values):.{digits}f}{spread}"
+
+
+def raw_top1(variant: dict[str, Any]) -> str:
+    """Top-1 of the trained weights over the runs of a variant in `results.json`; empty where no average was made."""
+    found = [run["raw_top1"] for run in variant["runs"] if run.get("raw_top1") is not None]
+    return mean_std(found) if found else ""
 
 
 def millions(count: float) -> str:

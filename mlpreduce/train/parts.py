@@ -35,6 +35,7 @@ from mlpreduce.transforms import is_construction
 
 __all__ = [
     "build_model",
+    "check_classes",
     "create_ema",
     "create_loss",
     "create_optimizer",
@@ -113,6 +114,19 @@ def build_model(run: Run, device: torch.device | str | None = None, plans: Seque
     if run.inherit and device is None:
         inherit_weights(model, Path(run.inherit))
     return model
+
+
+def check_classes(model: nn.Module, run: Run, classes: int) -> None:
+    """Check that a model tells as many classes as its data have.
+
+    Raises:
+        ReductionError: it does not.
+    """
+    if getattr(model, "num_classes", classes) != classes:
+        raise ReductionError(
+            f"model.kwargs.num_classes: {run.model.name} has {model.num_classes} classes, data.name={run.data.name!r} has "
+            f"{classes}; use model.kwargs.num_classes={classes}"
+        )
 
 
 def images_of(run: Run, model: nn.Module, batch: int = 1) -> torch.Tensor:

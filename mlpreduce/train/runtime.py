@@ -70,12 +70,12 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         device = torch.cuda.get_device_name(runtime.device)
     else:
         device = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
-    installed = {found.metadata["Name"]: found.version for found in metadata.distributions()}
+    versions = {name: version for name in _PACKAGES if (version := _version(name)) is not None}
     return {
         "versions": {
             "mlpreduce": mlpreduce.__version__,
             "python": platform.python_version(),
-            **{name: installed[name] for name in _PACKAGES if name in installed},
+            **versions,
         },
         "hardware": {
             "device": device,
@@ -87,3 +87,10 @@ def environment(runtime: Runtime) -> dict[str, Any]:
             "system": platform.platform(),
         },
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

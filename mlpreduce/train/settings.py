@@ -33,6 +33,7 @@ FREE = (
 )
 # keys that outputs of earlier versions do not have: as long as they are at their defaults, those can be gone on with
 LATER = (
+    "data.val_share",
     "model.weights",
     "model.calibration_images",
     "train.distillation",

@@ -18,9 +18,11 @@ import mlpreduce
 from mlpreduce.data import Loaders, load
 from mlpreduce.errors import ReductionError
 from mlpreduce.train import digests, distillation
+from mlpreduce.train.advice import advice
 from mlpreduce.train.density import DensityLoss
 from mlpreduce.train.parts import (
     build_model,
+    check_classes,
     create_ema,
     create_loss,
     create_optimizer,
@@ -122,11 +124,7 @@ def prepare(run: Run, runtime: Runtime, saved: Saved | None) -> Setup:
         _checkpoint_blocks(core, run)
     if runtime.world > 1 and (problem := reentrant_problem(core)) is not None:
         raise ReductionError(f"fit({run.label}): {problem}")
-    if getattr(core, "num_classes", loaders.num_classes) != loaders.num_classes:
-        raise ReductionError(
-            f"model.kwargs.num_classes: {run.model.name} has {core.num_classes} classes, data.name={run.data.name!r} has "
-            f"{loaders.num_classes}; use model.kwargs.num_classes={loaders.num_classes}"
-        )
+    check_classes(core, run, loaders.num_classes)
     if train.channels_last:
         core = core.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plans = [plan.to_json() for plan in mlpreduce.history(core)]
@@ -242,13 +240,16 @@ def _restore(parts: Setup, saved: Saved) -> None:
 def _facts(
     run: Run, runtime: Runtime, core: nn.Module, plans: list[str], loaders: Loaders, updates_per_epoch: int
 ) -> dict[str, Any]:
-    """What a record keeps besides the epochs: plans, counts and speed of the model, versions, hardware."""
+    """What a record keeps besides the epochs: plans, counts and speed of the model, warnings, versions, hardware."""
     return {
         "plans": plans,
         "profile": asdict(mlpreduce.profile(core, images_of(run, core, 32), measure_speed=True)),
         "train_samples": loaders.train_samples,
         "val_samples": loaders.val_samples,
         "updates_per_epoch": updates_per_epoch,
+        "warnings": advice(
+            run, images=loaders.train_samples, updates_per_epoch=updates_per_epoch, side=loaders.side, model=core
+        ),
         "micro_batch": run.micro_batch,
         "weights_digest": digests.of_tensors(outside_mlps(core)),
         **environment(runtime),
