@@ -20,7 +20,7 @@ def parse_value(text: str) -> Any:
     """
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return float(text) if text.removeprefix("-").startswith(".") and text[-1].isdigit() else text
     return parsed["value"] if set(parsed) == {"value"} else text
 

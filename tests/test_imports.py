@@ -16,7 +16,8 @@ PACKAGE = Path(mlpreduce.__file__).parent
 # a module may import those in lines above its own, and those of its own line
 ORDER = [
     ["errors"],
-    ["edits", "layers", "shipped", "values"],
+    ["complaints", "console", "shipped", "values"],
+    ["edits", "layers", "notation"],
     ["graph"],
     ["criteria", "slicing", "ties"],
     ["calibration", "budget"],

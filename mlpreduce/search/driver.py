@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlpreduce.complaints import complaint
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.launch import Lost, Pool, pool
 from mlpreduce.recipe import Recipe, changed, load
@@ -127,7 +128,7 @@ def _settings(space: Space, recipe: Recipe, given: dict[str, Any]) -> StudySetti
             {**known, **{key: value for key, value in given.items() if value is not None}}
         )
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, item['loc']))}={item['input']!r}: {item['msg']}" for item in error.errors()]
+        wrong = [complaint(item, "", StudySettings.model_fields) for item in error.errors()]
         raise ReductionError("search: " + "\n".join(wrong)) from error
     check_objectives(settings.objectives)
     if settings.pruner == "median" and len(settings.objectives) > 1:
