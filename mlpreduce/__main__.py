@@ -162,7 +162,7 @@ def _model(options: argparse.Namespace, settings: dict[str, Any], steps: Sequenc
 
     if not is_model(options.model):
         raise ReductionError(
-            f"timm has no architecture {options.model!r}{did_you_mean(options.model, timm.list_models())[:200]}"
+            f"timm has no architecture {options.model!r}{did_you_mean(options.model, timm.list_models())}"
         )
     transforms = [check_config(name, config) for name, config in steps]
     real = options.pretrained or getattr(options, "measure", False)

@@ -52,7 +52,7 @@ def register_model(name: str, architecture: str, steps: Steps) -> Callable[..., 
         fact = "it is letters, digits and _" if not name.isidentifier() else "there is a model or function of this name"
         raise ReductionError(f"{call}: {fact}; choose another name")
     if not timm.is_model(architecture):
-        near = did_you_mean(architecture, timm.list_models())[:200]
+        near = did_you_mean(architecture, timm.list_models())
         raise ReductionError(f"{call}: timm has no architecture {architecture!r}{near}")
     _check_steps(steps, call)
     own = copy.deepcopy(list(steps))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.notation import split_outside
 
 __all__ = ["main"]
 
@@ -97,7 +98,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     found = {name: getattr(options, name) for name in names}
     for name in ("objectives", "references"):
         text = getattr(options, name)
-        found[name] = None if text is None else tuple(filter(None, text.split(",")))
+        found[name] = None if text is None else tuple(filter(None, map(str.strip, split_outside(text, ","))))
     if options.seeds is not None:
         try:
             found["seeds"] = tuple(int(seed) for seed in options.seeds.split(","))
@@ -134,7 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", help="of the training: the first for all, the others for the front (default: the recipe's)"
     )
-    parser.add_argument("--references", help="what to compare with (default: baseline,grouped,shallow)")
+    parser.add_argument(
+        "--references",
+        help='what to compare with (default: baseline,grouped,shallow); also "baseline,grouped(group=4)"',
+    )
     parser.add_argument(
         "--inherit", help="weights a trial starts from: none (default), baseline, or nearest (of all trials)"
     )

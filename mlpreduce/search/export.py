@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def as_recipe(point: Mapping[str, Any], document: Mapping[str, Any], recipe: Rec
     """A recipe that trains a point, and the baseline beside it, with all seeds of the study."""
     seeds = document["settings"]["seeds"]
     found = changed(recipe, point["settings"]).model_dump(mode="json", exclude_defaults=True)
-    variants = {"baseline": [], point["name"].replace(" ", "-"): point["steps"]}
+    variant = re.sub("[^A-Za-z0-9_.-]+", "-", point["name"]).strip("-.")  # a folder's name: a reference may be a call
+    variants = {"baseline": [], variant: point["steps"]}
     tops = ", ".join(f"{run['top1']:.2f} (seed {run['seed']})" for run in point["runs"])
     what = (
         "a point of its front"
