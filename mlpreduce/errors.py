@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from numbers import Integral, Real
 from typing import Any
 
@@ -62,7 +62,9 @@ def _nearest(name: str, options: Sequence[str]) -> str | None:
     for option in options:
         other = _plain(option)
         alike = difflib.SequenceMatcher(None, other, wanted).ratio()
-        shared = len(os.path.commonprefix([wanted, other])) / max(len(wanted), 1)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(wanted, other, strict=False))) / len(
+            wanted
+        )
         whole = len(wanted) >= _LEAST and wanted in other.split("_")
         near = alike >= _NEAR or (shared >= 0.5 and alike >= (0.5 if len(wanted) <= 3 else 0.6)) or whole
         if near and alike + shared >= best:  # of l1 and l2, l2 is nearer to l3

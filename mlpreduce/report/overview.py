@@ -34,7 +34,7 @@ def overview(document: dict[str, Any]) -> Table:
         top1 = mean_std([run["top1"] for run in v["runs"]])
         compared = comparison(v["vs_baseline"]) if v["vs_baseline"] else [""] * 5
         delta, interval, p, n, _ = compared
-        cells = [f"{v['params']:,}", short(v["macs"]), speed, top1, f"{v['peak_to_final_mean']:.2f}"]
+        cells = [short(v["params"]), short(v["macs"]), speed, top1, f"{v['peak_to_final_mean']:.2f}"]
         rows.append([name, *cells, delta, interval, p, n])
     return Table(str(document["recipe"]), HEADERS, rows)
 

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from mlpreduce.console import Column, Grid, screen, width
 from mlpreduce.errors import ReductionError
 from mlpreduce.notation import split_outside
+from mlpreduce.pulse import Pulse
 
 __all__ = ["main"]
 
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         if options.address:
             os.environ["RAY_ADDRESS"] = options.address
-        from mlpreduce.search.driver import run
+        with Pulse(screen(), f"search {options.space}: loading Optuna and timm"):  # takes seconds
+            from mlpreduce.search.driver import run
 
         run(
             options.space,
@@ -74,8 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _list() -> None:
     from mlpreduce.search.spaces import list_spaces
 
-    for name, path in list_spaces().items():
-        print(f"{name:<20} {path.read_text(encoding='utf-8').lstrip(chr(34)).splitlines()[0].rstrip(chr(34))}")
+    found = {name: path.read_text(encoding="utf-8").lstrip('"').splitlines()[0] for name, path in list_spaces().items()}
+    first = [text.rstrip('"') for text in found.values()]
+    columns = [Column("name", list(found), left=True), Column("what it is", first, text=True)]
+    print(Grid("", columns, ruled=False).text(width()))
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
