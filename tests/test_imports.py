@@ -17,7 +17,7 @@ PACKAGE = Path(mlpreduce.__file__).parent
 ORDER = [
     ["errors"],
     ["complaints", "console", "shipped", "values"],
-    ["edits", "layers", "notation"],
+    ["edits", "layers", "notation", "pulse"],
     ["graph"],
     ["criteria", "slicing", "ties"],
     ["calibration", "budget"],
@@ -38,7 +38,7 @@ ORDER = [
     ["report"],
     ["recipe"],
     ["search"],
-    ["bench"],
+    ["bench", "describing"],
     ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
