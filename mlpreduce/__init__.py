@@ -22,6 +22,7 @@ _NAMES = {
     "Report": "verification",
     "apply": "reduction",
     "create_model": "construction",
+    "describe": "describing",
     "find_mlps": "graph",
     "history": "reduction",
     "list_criteria": "criteria",
@@ -53,7 +54,18 @@ _PACKAGES = (
     "transforms",
 )
 
-__all__ = ["MLP", "Plan", "Profile", "ReductionError", "Report", "apply", "create_model", "find_mlps", "history"]
+__all__ = [
+    "MLP",
+    "Plan",
+    "Profile",
+    "ReductionError",
+    "Report",
+    "apply",
+    "create_model",
+    "describe",
+    "find_mlps",
+    "history",
+]
 __all__ += ["list_criteria", "list_transforms", "load", "merge", "plan", "profile", "register", "register_model"]
 __all__ += ["save", "to_graph", "untie", "verify"]
 
@@ -61,6 +73,7 @@ if TYPE_CHECKING:
     from mlpreduce.checkpoint import load, save
     from mlpreduce.construction import create_model
     from mlpreduce.criteria import list_criteria
+    from mlpreduce.describing import describe
     from mlpreduce.edits import Plan
     from mlpreduce.errors import ReductionError
     from mlpreduce.graph import MLP, find_mlps, to_graph

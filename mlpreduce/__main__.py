@@ -3,81 +3,72 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from mlpreduce import __version__
+from mlpreduce.console import run_command, width, wrapped
 from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.notation import Step, read_words
 from mlpreduce.plugins import add_option, load_plugins
-from mlpreduce.values import parse_pairs
 
 if TYPE_CHECKING:
     from torch import nn
 
-Step = tuple[str, dict[str, Any]]
+_OWN = ("bench", "recipe", "search", "report", "coverage")  # commands that are rooms with a `main` of their own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, or 2 after a ReductionError."""
+    """Run one command and return its exit status.
+
+    Returns:
+        0 when all is done; 2 after a ReductionError or words that are no command; 141 when the reader of the output has
+        gone; else what the command says.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["recipe"]:
-        from mlpreduce.recipe import main as recipe
+    return run_command(lambda: _run(arguments))
 
-        return recipe(arguments[1:])
-    if arguments[:1] == ["search"]:
-        from mlpreduce.search import main as search
 
-        return search(arguments[1:])
-    if arguments[:1] == ["bench"]:
-        from mlpreduce.bench import main as bench
-
-        return bench(arguments[1:])
-    if arguments[:1] == ["report"]:
-        from mlpreduce.report import main as report
-
-        return report(arguments[1:])
-    if arguments[:1] == ["coverage"]:
-        return _coverage(arguments[1:])
-    options = _parser().parse_args(arguments)
-    try:
-        load_plugins(options.plugins)
-        print(options.run(options))
-    except ReductionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] and arguments[0] in _OWN:
+        status: int = importlib.import_module(f"mlpreduce.{arguments[0]}").main(arguments[1:])
+        return status
+    parser = _parser()
+    if not arguments:
+        parser.print_help()
+        return 0
+    options = parser.parse_args(arguments)
+    load_plugins(options.plugins)
+    print(options.run(options))
     return 0
-
-
-def _coverage(arguments: Sequence[str]) -> int:
-    from mlpreduce.coverage import main as coverage
-
-    try:
-        return coverage(arguments)
-    except ReductionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlpreduce", description="Reduce the MLPs of Vision Transformers.")
+    parser.add_argument("--version", action="version", version=f"mlpreduce {__version__}")
     commands = parser.add_subparsers(required=True, metavar="{list,plan,profile,bench,recipe,search,report,coverage}")
-    words = "timm arguments as key=value, then transforms, each followed by its own key=value"
+    words = 'timm arguments as key=value, then transforms: "grouped(group=2)", or grouped group=2'
 
-    listing = commands.add_parser("list", help="transforms, criteria and recipes")
+    listing = commands.add_parser(
+        "list", help="transforms, criteria, recipes and search spaces, or one with its options"
+    )
+    listing.add_argument("name", nargs="?", metavar="NAME", help="show every option of one of them")
     listing.set_defaults(run=_list)
 
-    plan = commands.add_parser("plan", help="what a transform would do to a timm model")
+    plan = commands.add_parser("plan", help="what transforms would do to a timm model")
     plan.add_argument("model", help="a timm architecture")
-    plan.add_argument("words", nargs="+", metavar="TRANSFORM key=value", help=words)
+    plan.add_argument("words", nargs="+", metavar="TRANSFORM", help=words)
     plan.add_argument("--include", action="append", help="glob over MLP names; may be repeated")
     plan.add_argument("--exclude", action="append", help="glob over MLP names; may be repeated")
     plan.set_defaults(run=_plan)
 
     profile = commands.add_parser("profile", help="parameters, MACs and speed of a timm model, reduced or not")
     profile.add_argument("model", help="a timm architecture")
-    profile.add_argument("words", nargs="*", metavar="TRANSFORM key=value", help=words)
+    profile.add_argument("words", nargs="*", metavar="TRANSFORM", help=words)
     profile.add_argument("--measure", action="store_true", help="time inference on this machine")
     profile.add_argument("--batch-size", type=int, default=32, help="images of a timed batch (default: 32)")
     profile.set_defaults(run=_profile)
@@ -98,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(options: argparse.Namespace) -> str:
+    if options.name is not None:
+        return _describe(options.name, as_json=options.json)
     from mlpreduce.criteria import list_criteria
     from mlpreduce.recipe import list_recipes
     from mlpreduce.search import list_spaces
@@ -114,42 +107,55 @@ def _list(options: argparse.Namespace) -> str:
         lines += [f"  {transform.name}({given})", f"      {transform.summary}"]
     for title, names in (("criteria", list_criteria()), ("recipes", list_recipes()), ("search spaces", list_spaces())):
         lines += [title, f"  {', '.join(sorted(names))}"]
-    return "\n".join(lines)
+    lines.append("`mlpreduce list NAME` shows every option of one of them.")
+    columns = width()
+    return "\n".join(wrapped(line, columns, "" if line.startswith("      ") else "    ") for line in lines)
+
+
+def _describe(name: str, *, as_json: bool) -> str:
+    from mlpreduce.describing import described
+
+    found = described(name)
+    if as_json:
+        return json.dumps([asdict(description) for description in found])
+    return "\n\n".join(map(str, found))
 
 
 def _plan(options: argparse.Namespace) -> str:
+    """The plans of all transforms, each made after those before it were applied, and what they come to together."""
     import mlpreduce
+    from mlpreduce.edits.plan import costs_text
 
-    settings, steps = _steps(options.words)
-    if len(steps) != 1:
+    settings, steps = read_words(options.words)
+    if not steps:
         raise ReductionError(
-            f"plan: {len(steps)} transforms; give one, for instance: mlpreduce plan {options.model} grouped group=2"
+            f'plan: no transform; give one, for instance: mlpreduce plan {options.model} "grouped(group=2)"'
         )
-    name, config = steps[0]
     model = _model(options, settings)
-    made = mlpreduce.plan(model, name, include=options.include, exclude=options.exclude, **config)
-    return made.to_json() if options.json else str(made)
+    before = mlpreduce.profile(model) if len(steps) > 1 and not options.json else None
+    plans = []
+    for number, (name, config) in enumerate(steps):
+        made = mlpreduce.plan(model, name, include=options.include, exclude=options.exclude, **config)
+        plans.append((made.to_json(), str(made)))  # as it is now: applied, it has no costs
+        if number < len(steps) - 1 or before is not None:
+            mlpreduce.apply(model, made)
+    if options.json:
+        texts = [text for text, _ in plans]
+        return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
+    parts = [text for _, text in plans]
+    if before is not None:
+        total = costs_text(before, mlpreduce.profile(model))
+        parts.append("\n".join(wrapped(line, width()) for line in (f"all {len(plans)} together", *total)))
+    return "\n\n".join(parts)
 
 
 def _profile(options: argparse.Namespace) -> str:
     import mlpreduce
 
-    settings, steps = _steps(options.words)
+    settings, steps = read_words(options.words)
     model = _model(options, settings, steps)
     profile = mlpreduce.profile(model, measure_speed=options.measure, batch_size=options.batch_size)
     return json.dumps(asdict(profile)) if options.json else str(profile)
-
-
-def _steps(words: Sequence[str]) -> tuple[dict[str, Any], list[Step]]:
-    """timm arguments, and transforms with theirs."""
-    settings: dict[str, Any] = {}
-    steps: list[Step] = []
-    for word in words:
-        if "=" not in word:
-            steps.append((word, {}))
-        else:
-            (steps[-1][1] if steps else settings).update(parse_pairs([word]))
-    return settings, steps
 
 
 def _model(options: argparse.Namespace, settings: dict[str, Any], steps: Sequence[Step] = ()) -> nn.Module:
@@ -165,7 +171,7 @@ def _model(options: argparse.Namespace, settings: dict[str, Any], steps: Sequenc
 
     if not is_model(options.model):
         raise ReductionError(
-            f"timm has no architecture {options.model!r}{did_you_mean(options.model, timm.list_models())[:200]}"
+            f"timm has no architecture {options.model!r}{did_you_mean(options.model, timm.list_models())}"
         )
     transforms = [check_config(name, config) for name, config in steps]
     real = options.pretrained or getattr(options, "measure", False)

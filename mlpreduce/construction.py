@@ -54,7 +54,7 @@ def create_model(
     entry = get_transform(transform) if transform is not None else None
     if not isinstance(name, str) or not is_model(name):
         raise ReductionError(
-            f"create_model: timm has no architecture {name!r}{did_you_mean(str(name), timm.list_models())[:200]}"
+            f"create_model: timm has no architecture {name!r}{did_you_mean(str(name), timm.list_models())}"
         )
     config = {key: kwargs.pop(key) for key in list(kwargs) if entry is not None and key in entry.parameters}
     given = dict(kwargs)

@@ -6,7 +6,9 @@ import difflib
 import importlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,6 +23,10 @@ __all__ = [
     "optional",
 ]
 
+_LISTED = 40  # names that an error lists where none is near
+_LEAST = 2  # letters from which a beginning counts
+_NEAR = 0.7  # share of letters that agree, from 0 to 1, in names that could be meant
+
 
 class ReductionError(ValueError):
     """A request that cannot be carried out.
@@ -33,17 +39,65 @@ class ReductionError(ValueError):
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Text to append to an error about an unknown name.
 
+    Names that begin as the unknown one does go first, then those that differ by a slip of the keys. Where none is near, the
+    names follow, or how many there are.
+
     Example:
         >>> did_you_mean("groupped", ["grouped", "shallow"])
         "; did you mean 'grouped'?"
+        >>> did_you_mean("vit_tiny", ["tiny_vit_5m_224", "vit_small_patch16_224", "vit_tiny_patch16_224"])
+        "; did you mean 'vit_tiny_patch16_224'?"
         >>> did_you_mean("xyz", ["grouped", "shallow"])
         '; known: grouped, shallow'
     """
-    options = sorted(options)
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]!r}?"
+    options = sorted(map(str, options))
+    near = _nearest(name, options)
+    if near is not None:
+        return f"; did you mean {near!r}?"
+    if len(options) > _LISTED:
+        return f"; none of {len(options):,} names is near"
     return f"; known: {', '.join(options)}" if options else ""
+
+
+def _nearest(name: str, options: Sequence[str]) -> str | None:
+    """The option that was most likely meant; None where a guess would be silly."""
+    wanted = _plain(name)
+    if not wanted:
+        return None
+    begin = [option for option in options if _plain(option).startswith(wanted)]
+    if begin and len(wanted) >= _LEAST:
+        return _most_typical(wanted, begin)
+    found = None
+    best = 0.0
+    for option in options:
+        other = _plain(option)
+        alike = difflib.SequenceMatcher(None, other, wanted).ratio()
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(wanted, other, strict=False))) / len(
+            wanted
+        )
+        whole = len(wanted) >= _LEAST and wanted in other.split("_")
+        near = alike >= _NEAR or (shared >= 0.5 and alike >= (0.5 if len(wanted) <= 3 else 0.6)) or whole
+        if near and alike + shared >= best:  # of l1 and l2, l2 is nearer to l3
+            found, best = option, alike + shared
+    return found
+
+
+def _most_typical(begin: str, options: Sequence[str]) -> str:
+    """Of names that begin so, the one whose further words most of them have; else the shortest."""
+    rests = {option: _plain(option).removeprefix(begin) for option in options}
+    words = {option: rest.strip("_").split("_") for option, rest in rests.items() if rest[:1] in ("", "_")}
+    counts = Counter(word for rest in words.values() for word in rest)
+
+    def order(option: str) -> tuple[float, int, str]:
+        shared = sum(counts[word] for word in words[option]) / len(words[option]) if option in words else 0.0
+        return -shared, len(option), option
+
+    return min(options, key=order)
+
+
+def _plain(name: str) -> str:
+    """A name as it counts: whether letters are large, and which sign joins words, is forgotten."""
+    return name.strip().lower().replace("-", "_").replace(".", "_").replace("/", "_").replace(" ", "_")
 
 
 def check_one_of(name: str, value: Any, options: Iterable[str]) -> None:

@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from mlpreduce.budget import Cost, measure
+from mlpreduce.console import width, wrapped
 from mlpreduce.errors import ReductionError, check_whole
 from mlpreduce.graph import Inputs, call_with, example_inputs, map_tensors, refuse_wrapped, tensors_in
+from mlpreduce.values import short
 
 __all__ = ["LiveMemory", "Profile", "profile"]
 
@@ -42,20 +44,22 @@ class Profile(Cost):
     device: str | None = None
 
     def __str__(self) -> str:
-        lines = [
-            f"parameters           {self.params:>15,}  (a tied tensor once)",
-            f"  of MLPs            {self.mlp_params:>15,}  in {self.unique_mlps} unique MLPs",
-            f"macs_linear          {self.macs_linear / 1e9:>13.3f} G  (Linear and Conv, one image)",
-            f"macs                 {self.macs / 1e9:>13.3f} G  (and LayerNorm at 5 per element)",
-            f"macs_with_attention  {self.macs_with_attention / 1e9:>13.3f} G  (and the products of attention)",
+        rows = [
+            ("parameters", f"{self.params:,}", "(a tied tensor once)"),
+            ("  of MLPs", f"{self.mlp_params:,}", f"in {self.unique_mlps} unique MLPs"),
+            ("macs_linear", short(self.macs_linear), "(Linear and Conv, one image)"),
+            ("macs", short(self.macs), "(and LayerNorm at 5 per element)"),
+            ("macs_with_attention", short(self.macs_with_attention), "(and the products of attention)"),
         ]
         if self.batch_size is not None:
-            lines += [
-                f"throughput           {self.throughput:>15.1f}  images/s (batch {self.batch_size}, {self.device})",
-                f"latency              {self.latency:>15.2f}  ms (batch 1)",
-                f"peak memory          {self.peak_memory_mib:>15.1f}  MiB (parameters, buffers, activations; inference)",
+            rows += [
+                ("throughput", f"{self.throughput:,.1f}", f"images/s (batch {self.batch_size}, {self.device})"),
+                ("latency", f"{self.latency:,.2f}", "ms (batch 1)"),
+                ("peak memory", f"{self.peak_memory_mib:,.1f}", "MiB (parameters, buffers, activations; inference)"),
             ]
-        return "\n".join(lines)
+        room = max(len(value) for _, value, _ in rows)
+        lines = [f"{name:<19}  {value:>{room}}  {note}" for name, value, note in rows]
+        return "\n".join(wrapped(line, width(), " " * (19 + room + 4)) for line in lines)
 
 
 class LiveMemory(TorchDispatchMode):

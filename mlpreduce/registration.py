@@ -53,7 +53,7 @@ def register_model(name: str, architecture: str, steps: Steps) -> Callable[..., 
     if timm.is_model(name) or name in globals():
         raise ReductionError(f"{call}: there is a model or function of this name; choose another name")
     if not isinstance(architecture, str) or not timm.is_model(architecture):
-        near = did_you_mean(str(architecture), timm.list_models())[:200]
+        near = did_you_mean(str(architecture), timm.list_models())
         raise ReductionError(f"{call}: timm has no architecture {architecture!r}{near}")
     _check_steps(steps, call)
     own = copy.deepcopy(list(steps))

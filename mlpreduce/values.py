@@ -1,4 +1,4 @@
-"""Keys and values as they are written on a command line: `train.epochs=2`."""
+"""Keys, values and counts as they are written on a command line and a console: `train.epochs=2`, `16.867 G`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["flatten", "parse_pairs", "parse_value"]
+__all__ = ["flatten", "parse_pairs", "parse_value", "short", "unit_of"]
 
 
 def parse_value(text: str) -> Any:
@@ -20,7 +20,7 @@ def parse_value(text: str) -> Any:
     """
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return float(text) if text.removeprefix("-").startswith(".") and text[-1].isdigit() else text
     return parsed["value"] if set(parsed) == {"value"} else text
 
@@ -51,3 +51,25 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
     return flat
+
+
+def unit_of(count: float) -> tuple[float, str]:
+    """The unit that suits a count: its size and its letter.
+
+    Example:
+        >>> unit_of(16_867_412_736), unit_of(136_138), unit_of(999)
+        ((1000000000.0, 'G'), (1000.0, 'k'), (1.0, ''))
+    """
+    units = [(1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G")]
+    return next((unit for unit in units if abs(round(count / unit[0], 3)) < 1000), units[-1])
+
+
+def short(count: float) -> str:
+    """A count with three decimals, and the letter that suits its size.
+
+    Example:
+        >>> short(16_867_412_736), short(2_184_000), short(136_138), short(512)
+        ('16.867 G', '2.184 M', '136.138 k', '512')
+    """
+    size, letter = unit_of(count)
+    return f"{count / size:.3f} {letter}" if letter else f"{count:.0f}"

@@ -334,10 +334,10 @@ def test_what_cannot_be_is_refused(trained: Path, tmp_path: Path, monkeypatch: p
     ("changes", "message"),
     [
         (["train.distill_cls=0", "train.distill_patches=0"], r"nothing is left of train.distillation='features'"),
-        (["train.distill_cls=-1"], r"distill_cls=-1: input should be greater than or equal to 0"),
-        (["train.distill_patches=inf"], r"distill_patches=inf: input should be a finite number"),
+        (["train.distill_cls=-1"], r"distill_cls=-1: it must be at least 0"),
+        (["train.distill_patches=inf"], r"distill_patches=inf: it must be a finite number"),
         (["model.weights="], r"train.distillation='features': there is no trained teacher"),
-        (["model.calibration_images=0"], r"calibration_images=0: input should be greater than or equal to 1"),
+        (["model.calibration_images=0"], r"calibration_images=0: it must be at least 1"),
         (
             ['variants.x=[{transform="shallow", criterion="nvit"}]', "data.name=wds/"],
             r"variants.x: step 0 looks at training images.*is a stream; use a criterion of weights",

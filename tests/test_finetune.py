@@ -220,9 +220,9 @@ def test_workers_that_read_other_weights_stop(trained: Path, tmp_path: Path, mon
         (["model.weights=a/b.pth"], r"model.weights='a/b.pth': .*pickle.*'b.safetensors'.*model.weights that file"),
         (["model.kwargs.checkpoint_path=b.bin"], r"checkpoint_path='b.bin': .*pickle.*model.weights that file"),
         (["model.kwargs.checkpoint_path=b"], r"checkpoint_path='b': .*pickle"),
-        (["train.distill_alpha=1.5"], r"distill_alpha=1.5: input should be less than or equal to 1"),
-        (["train.distill_tau=0"], r"distill_tau=0: input should be greater than 0"),
-        (["train.distill_tau=inf"], r"distill_tau=inf: input should be a finite number"),
+        (["train.distill_alpha=1.5"], r"distill_alpha=1.5: it must be at most 1"),
+        (["train.distill_tau=0"], r"distill_tau=0: it must be above 0"),
+        (["train.distill_tau=inf"], r"distill_tau=inf: it must be a finite number"),
     ],
 )
 def test_recipes_are_refused_when_they_are_read(changes: list[str], message: str) -> None:

@@ -16,7 +16,8 @@ PACKAGE = Path(mlpreduce.__file__).parent
 # a module may import those in lines above its own, and those of its own line
 ORDER = [
     ["errors"],
-    ["addresses", "edits", "layers", "registry", "shipped", "values"],
+    ["complaints", "console", "shipped", "values"],
+    ["addresses", "edits", "layers", "notation", "pulse", "registry"],
     ["graph"],
     ["criteria", "slicing", "ties"],
     ["calibration", "budget"],
@@ -38,7 +39,7 @@ ORDER = [
     ["report"],
     ["recipe"],
     ["search"],
-    ["bench"],
+    ["bench", "describing"],
     ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

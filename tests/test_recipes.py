@@ -122,7 +122,7 @@ def test_all_errors_are_told_at_once() -> None:
     lines = str(caught.value).splitlines()
     assert "digits.train: unknown key 'epoch'; did you mean 'epochs'?" in lines
     assert "digits.launch: unknown key 'worker'; did you mean 'workers'?" in lines
-    assert "digits.train.lr=-1: input should be greater than or equal to 0" in lines
+    assert "digits.train.lr=-1: it must be at least 0" in lines
     assert any(line.startswith("digits: unknown key 'optim'") for line in lines)
     assert len(lines) == 4
 

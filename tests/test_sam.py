@@ -172,7 +172,7 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path: Path) -> None:
 def test_what_does_not_go_with_it() -> None:
     with pytest.raises(ReductionError, match="takes two gradients for an update, and the scaler"):
         recipes.load("digits_tiny", ["train.sam_rho=0.05", "train.amp=float16"])
-    with pytest.raises(ReductionError, match="sam_rho=-1: input should be greater than or equal to 0"):
+    with pytest.raises(ReductionError, match="sam_rho=-1: it must be at least 0"):
         recipes.load("digits_tiny", ["train.sam_rho=-1"])
     with pytest.raises(ReductionError, match=r"train\.sam_sync=true: it does nothing, as train\.sam_rho is 0"):
         recipes.load("digits_tiny", ["train.sam_sync=true"])

@@ -43,7 +43,7 @@ def test_a_point_is_the_recipe_with_its_tables_laid_over_it() -> None:
     ("change", "words"),
     [
         ("sweep.a.model.kwarg=1", "digits_tiny/a.model: unknown key 'kwarg'; did you mean 'kwargs'?"),
-        ("sweep.a.train.lr=-1", "digits_tiny/a.train.lr=-1: input should be greater than or equal to 0"),
+        ("sweep.a.train.lr=-1", "digits_tiny/a.train.lr=-1: it must be at least 0"),
         (
             "sweep.a.seeds=[1]",
             "digits_tiny.sweep.a.seeds: a point of a sweep has tables of model, data, train, variants",
@@ -55,7 +55,7 @@ def test_a_point_is_the_recipe_with_its_tables_laid_over_it() -> None:
             "digits_tiny/a.variants.x: unknown transform 'groupd'; did you mean 'grouped'",
         ),
         ("sweep.a.train.epochs=1", "digits_tiny/a.train.warmup_epochs=1: the warm-up is part of train.epochs=1"),
-        ("sweep.a=1", "digits_tiny.sweep.a=1: input should be a valid dictionary"),
+        ("sweep.a=1", "digits_tiny.sweep.a=1: it must be a table"),
         ("sweep={'mlflow.db'={}}", "digits_tiny.sweep.mlflow.db: its name is a folder's too"),
         ("variants={'curves.png'=[]}", "digits_tiny.variants.curves.png: a variant's name is a folder's too"),
         ("sweep={'../a'={}}", "digits_tiny.sweep.../a: its name is a folder's too"),

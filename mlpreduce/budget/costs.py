@@ -38,6 +38,7 @@ from mlpreduce.graph import (
     tensors_in,
 )
 from mlpreduce.layers import BlockDiagonalLinear
+from mlpreduce.values import short
 
 __all__ = ["Baseline", "Cost", "counted", "measure", "outcome"]
 
@@ -68,8 +69,9 @@ class Cost:
 
     def macs_text(self) -> str:
         """The MACs with their convention, for tables."""
-        attention = f"{self.macs_with_attention / 1e9:.3f} G with attention"
-        return f"{self.macs / 1e9:.3f} G MACs of Linear, Conv and LayerNorm ({attention})"
+        return (
+            f"{short(self.macs)} MACs of Linear, Conv and LayerNorm ({short(self.macs_with_attention)} with attention)"
+        )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import argparse
 import fnmatch
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,15 +18,17 @@ from typing import TypeVar
 import timm
 import torch
 
+from mlpreduce.console import width
 from mlpreduce.coverage.entries import Entry, architectures, examine, family_of
 from mlpreduce.coverage.proofs import Proof, prove
-from mlpreduce.coverage.table import family_row, markdown, smallest
+from mlpreduce.coverage.table import family_row, for_console, markdown, smallest
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.plugins import Plugin, add_option, load_plugins, run_plugins
 
 __all__ = ["Entry", "Proof", "examine", "family_row", "main", "prove", "smallest"]
 
 Result = TypeVar("Result")
+_EVERY = 3.0  # seconds between two lines of progress
 PROVED_PARAMS = 150_000_000  # larger models are not run: several copies of one must fit into memory
 
 
@@ -56,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         rows = {"entries": [asdict(e) for e in entries], "proofs": [asdict(proof) for proof in proofs.values()]}
         print(json.dumps(rows, indent=1))
     elif not options.output:
-        print(text)
+        print(text if width() is None else for_console(entries, proofs, width()))
     return int(any(e.failure for e in entries) or any(proof.failure for proof in proofs.values()))
 
 
@@ -65,12 +68,15 @@ def _all(
 ) -> Iterator[Result]:
     """Results in the order they come, with progress on stderr."""
     names = list(names)
+    told = time.monotonic()
+    print(f"0 of {len(names)} architectures {where}", file=sys.stderr, flush=True)
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(own,)) as pool:
         futures = [pool.submit(function, name) for name in names]
         try:
             for done, future in enumerate(as_completed(futures), 1):
-                if done % 20 == 0 or done == len(names):
+                if done == len(names) or time.monotonic() - told > _EVERY:
+                    told = time.monotonic()
                     print(f"{done} of {len(names)} architectures {where}", file=sys.stderr, flush=True)
                 yield future.result()
         except KeyboardInterrupt:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from mlpreduce.console import Column, Grid, wrapped
 from mlpreduce.coverage.entries import Entry
 from mlpreduce.coverage.proofs import Proof
 
-__all__ = ["family_row", "markdown", "smallest"]
+__all__ = ["family_row", "for_console", "markdown", "smallest"]
 
 HEAD = """# Coverage
 
@@ -50,12 +51,37 @@ def _variant(entry: Entry) -> Variant:
 
 def family_row(entry: Entry, count: int, proof: Proof | None) -> str:
     """The row of `count` architectures of a family, told by one of them."""
+    cells = _cells(entry, count, proof)
+    cells[2] = f"`{cells[2]}`"
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(entry: Entry, count: int, proof: Proof | None) -> list[str]:
     kinds = ", ".join(f"{number} {kind}" for kind, number in entry.kinds.items())
     left = sum(entry.left_out.values())
     kinds += f" ({left} not grouped: {'; '.join(entry.left_out)})" if left else ""
     values = [_millions(entry.params), _millions(entry.grouped), _millions(entry.shallow)]
-    cells = [entry.family, str(count), f"`{entry.architecture}`", kinds, *values, _proved(proof)]
-    return f"| {' | '.join(cells)} |"
+    return [entry.family, str(count), entry.architecture, kinds, *values, _proved(proof)]
+
+
+def for_console(entries: Sequence[Entry], proofs: Mapping[str, Proof], width: int | None) -> str:
+    """The families with MLPs in so many columns, and what is refused or fails; the page has more."""
+    rows = [_cells(e, _like(variant, entries), proofs.get(e.architecture)) for variant, e in smallest(entries).items()]
+    headers = ("family", "architectures", "variant", "MLPs", "parameters (M)", "grouped (M)", "shallow (M)", "proof")
+    columns = [
+        Column(header, [row[number] for row in rows], left=number in (0, 2, 7), text=number == 3)
+        for number, header in enumerate(headers)
+    ]
+    variants, *others = [columns[2], *columns[:2], *columns[3:]]
+    lines = [Grid("", [variants, *others]).text(width)] if rows else []
+    for entry in entries:
+        if reason := entry.failure or entry.reason:
+            lines.append(wrapped(f"{entry.architecture}: {'FAILED: ' if entry.failure else ''}{reason}", width))
+    return "\n".join(lines)
+
+
+def _like(variant: Variant, entries: Iterable[Entry]) -> int:
+    return sum(entry.mlps > 0 and _variant(entry) == variant for entry in entries)
 
 
 def _millions(params: int | None) -> str:
@@ -82,8 +108,7 @@ def markdown(entries: Sequence[Entry], proofs: Mapping[str, Proof], versions: st
     )
     lines = [HEAD.format(versions=versions, summary=summary).rstrip()]
     for variant, entry in smallest(entries).items():
-        count = sum(other.mlps > 0 and _variant(other) == variant for other in entries)
-        lines.append(family_row(entry, count, proofs.get(entry.architecture)))
+        lines.append(family_row(entry, _like(variant, entries), proofs.get(entry.architecture)))
     if failed:
         lines += ["", "## Failures", "", *(f"- {line}" for line in failed)]
     if one:

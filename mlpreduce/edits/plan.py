@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from mlpreduce.console import Column, Grid, first_that_fits, width, wrapped
 from mlpreduce.edits.kinds import Edit, Replace, Share, Slice
 from mlpreduce.edits.written import edit_from_json, edit_to_json, tensors_of
 from mlpreduce.errors import ReductionError, call_text
@@ -17,7 +18,7 @@ from mlpreduce.errors import ReductionError, call_text
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Plan", "Row"]
+__all__ = ["Plan", "Row", "costs_text"]
 
 PLAN_VERSION = 1
 
@@ -75,7 +76,7 @@ class Plan:
         return replace(self, edits=tuple(e for e in self.edits if not isinstance(e, kinds)))
 
     def __str__(self) -> str:
-        return _table(self)
+        return _table(self, width())
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"costs": None, "replaced": None}  # of use where the plan was made
@@ -165,34 +166,53 @@ class Plan:
             raise ReductionError(f"Plan.load({str(path)!r}): the plan or its tensors are damaged: {error}") from error
 
 
-def _table(plan: Plan) -> str:
+def _table(plan: Plan, columns: int | None) -> str:
     """The plan as text: one line per MLP in scope, totals, what is left out and why."""
-    width = max([len(row.mlp) for row in plan.rows] + [5])
-    kinds = max([len(row.kind) for row in plan.rows] + [5])
-    lines = [
-        call_text(plan.transform, plan.config),
-        f"{'#':>4}  {'MLP':<{width}}  {'kind':<{kinds}} {'hidden':>15}  {'parameters':>26}  owner",
-    ]
-    for number, row in enumerate(plan.rows):
-        hidden = f"{row.hidden_before:,}" + (f" -> {row.hidden:,}" if row.hidden != row.hidden_before else "")
-        params = f"{row.params_before:,}" + (f" -> {row.params:,}" if row.params != row.params_before else "")
-        owner = "" if row.owner == row.mlp else row.owner
-        lines.append(
-            f"{number:>4}  {row.mlp:<{width}}  {row.kind:<{kinds}} {hidden:>15}  {params:>26}  {owner}".rstrip()
-        )
     before, after = sum(r.params_before for r in plan.rows), sum(r.params for r in plan.rows)
+    totals = []
     if plan.rows and before:
-        lines.append(f"MLPs in scope: {before:,} -> {after:,} parameters ({(after - before) / before:+.2%})")
+        totals.append(f"MLPs in scope: {before:,} -> {after:,} parameters ({(after - before) / before:+.2%})")
     if plan.costs is not None:
         try:
-            was, now = plan.costs()
-            change = (now.params - was.params) / was.params
-            lines.append(f"model: {was.params:,} -> {now.params:,} parameters ({change:+.2%})")
-            lines.append(
-                f"       {was.macs_text()}" + (f" -> {now.macs_text()}" if now.macs != was.macs else ", unchanged")
-            )
+            totals += costs_text(*plan.costs())
         except ReductionError as error:  # the input size is not known
-            lines.append(f"MACs are not counted: {error}")
-    lines += [f"left out: {name}: {reason}" for name, reason in plan.left_out.items()]
-    lines += [f"note: {note}" for note in plan.notes]
-    return "\n".join(lines)
+            totals.append(f"MACs are not counted: {error}")
+    totals += [f"left out: {name}: {reason}" for name, reason in plan.left_out.items()]
+    totals += [f"note: {note}" for note in plan.notes]
+    head = wrapped(call_text(plan.transform, plan.config), columns)
+    rows = first_that_fits(_grids(plan.rows), columns).text(columns)
+    return "\n".join([head, rows, *(wrapped(line, columns) for line in totals)])
+
+
+def costs_text(was: Any, now: Any) -> list[str]:
+    """What a model cost, and costs now, in two lines."""
+    change = (now.params - was.params) / was.params
+    macs = f" -> {now.macs_text()}" if now.macs != was.macs else ", unchanged"
+    return [
+        f"model: {was.params:,} -> {now.params:,} parameters ({change:+.2%})",
+        f"       {was.macs_text()}{macs}",
+    ]
+
+
+def _grids(rows: Sequence[Row]) -> Iterator[Grid]:
+    """The rows as tables, each narrower than the one before."""
+    places = {row.mlp: str(number) for number, row in enumerate(rows)}
+    number = Column("#", list(places.values()))
+    names = Column("MLP", [row.mlp for row in rows], left=True)
+    kinds = Column("kind", [row.kind for row in rows], left=True)
+    hidden = Column("hidden", [_change(row.hidden_before, row.hidden) for row in rows])
+    params = Column("parameters", [_change(row.params_before, row.params) for row in rows])
+    owners = Column("owner", ["" if row.owner == row.mlp else row.owner for row in rows], left=True)
+    numbers = Column("owner", [f"#{places[owner]}" if owner in places else owner for owner in owners.cells], left=True)
+    left = Column("parameters", [f"{row.params:,}" for row in rows])
+    shared = [owners] if any(owners.cells) else []
+    yield Grid("", [number, names, kinds, hidden, params, *shared], ruled=False)
+    shared = [numbers] if shared else []
+    yield Grid("", [number, names, kinds, hidden, params, *shared], ruled=False)
+    yield Grid("", [number, names, hidden, params, *shared], ruled=False)
+    yield Grid("", [number, names, hidden, left, *shared], ruled=False)
+    yield Grid("", [names, number, hidden, left, *shared], ruled=False)
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,}" + (f" -> {after:,}" if after != before else "")

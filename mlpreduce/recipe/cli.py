@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlpreduce.console import Column, Grid, screen, width
 from mlpreduce.errors import ReductionError
 from mlpreduce.plugins import add_option
 from mlpreduce.recipe.running import train
-from mlpreduce.recipe.schema import header, list_recipes, load
+from mlpreduce.recipe.schema import Recipe, find, header, list_recipes, load
 
 __all__ = ["main"]
 
@@ -35,13 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Path(arguments.output or f"runs/{Path(arguments.name).stem}") if arguments.name else Path()
     try:
         if arguments.list:
-            for name, path in list_recipes().items():
-                print(f"{name:<20} {' '.join(header(path)[:1])}")
+            print(_list({name: " ".join(header(path)[:1]) for name, path in list_recipes().items()}))
             return 0
         if not arguments.name:
             _parser().print_usage(sys.stderr)
             return 2
-        recipe = load(arguments.name, arguments.overrides, arguments.plugins)
+        recipe = _load(arguments)
         if "://" in (arguments.output or ""):
             raise ReductionError(
                 f"--output {arguments.output}: object stores are not supported, only directories; give one on storage that all "
@@ -71,6 +71,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def _load(arguments: argparse.Namespace) -> Recipe:
+    """Read the recipe; a line says so from the first second on, as transforms that are imported to check it take some."""
+    find(arguments.name)
+    if arguments.dry_run:  # its output is all that is printed
+        return load(arguments.name, arguments.overrides, arguments.plugins)
+    from mlpreduce.pulse import Pulse
+
+    with Pulse(screen(), f"{arguments.name}: reading the recipe"):
+        return load(arguments.name, arguments.overrides, arguments.plugins)
+
+
+def _list(named: dict[str, str]) -> str:
+    """Names with what they are, in the width of the console."""
+    columns = [Column("name", list(named), left=True), Column("what it is", list(named.values()), text=True)]
+    return Grid("", columns, ruled=False).text(width())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""What is shown while a recipe trains: a bar on a terminal, a line every few epochs elsewhere."""
+"""What is shown while a recipe trains: a spinner and a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mlpreduce.launch import LaunchSettings
+from mlpreduce.pulse import Pulse
 from mlpreduce.train.settings import Run
 
-__all__ = ["Display"]
+__all__ = ["Display", "starting"]
 
-_LINE_EVERY = 5.0  # seconds between two lines where there is no terminal
+_LINE_EVERY = 5.0  # seconds between two lines of epochs where there is no terminal
+
+
+def starting(launch: LaunchSettings) -> str:
+    """What is going on before the first run begins.
+
+    Example:
+        >>> starting(LaunchSettings(workers=2))
+        'starting Ray and 2 workers'
+    """
+    if not launch.workers:
+        return "loading the data and the model"
+    return f"starting Ray and {launch.workers} worker{'s' if launch.workers > 1 else ''}"
 
 
 class Display:
@@ -31,9 +37,10 @@ class Display:
         console: where to.
         runs: the runs that will be trained, in order.
         total: how many runs the recipe has, finished ones included.
+        text: what is going on before the first event.
     """
 
-    def __init__(self, console: Console, runs: Sequence[Run], total: int) -> None:
+    def __init__(self, console: Console, runs: Sequence[Run], total: int, text: str = "starting the workers") -> None:
         self._console = console
         self._number = {(run.variant, run.seed): total - len(runs) + i for i, run in enumerate(runs, 1)}
         self._total = total
@@ -43,22 +50,17 @@ class Display:
         self._skipped = 0
         self._started = 0.0
         self._told = 0.0
-        columns: list[ProgressColumn] = [
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("epochs"),
-        ]
-        columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._all = self._progress.add_task("starting the workers", total=self._epochs)
+        columns = [BarColumn(20), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn(), TextColumn("left")]
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=console)
+        self._all = self._progress.add_task("", total=self._epochs)
+        self._pulse = Pulse(console, text, below=self._progress)
 
     def __enter__(self) -> Display:
-        self._progress.start()
+        self._pulse.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        self._pulse.__exit__(*exception)
 
     def handle(self, event: dict[str, Any]) -> None:
         """Show an event."""
@@ -74,21 +76,25 @@ class Display:
                 name, event["epoch"], event["epochs"], event["loss"], self._top1.get(key), event["images_per_s"]
             )
             self._progress.update(self._all, completed=sum(self._done.values()) + event["fraction"])
-        elif event["status"] == "failed":
-            self._console.print(f"{name}: {event['message']}", style="red", highlight=False, markup=False)
+        else:
+            if event["status"] == "failed":
+                self._pulse.line(f"{name}: {event['message']}", "red")
+            last = self._number[key] == self._total
+            self._pulse.now("ending the workers" if last else f"{name}: ended; the next one begins")
 
     def _start(self, key: tuple[str, int], name: str, done: int, notes: Sequence[str]) -> None:
         if not self._started:
             self._started = time.monotonic()
         if key in self._done:
-            self._console.print(f"{name}: the workers were started again; going on after epoch {done}", highlight=False)
+            self._pulse.line(f"{name}: the workers were started again; going on after epoch {done}")
         elif done:
-            self._console.print(f"{name}: going on after epoch {done}", highlight=False)
+            self._pulse.line(f"{name}: going on after epoch {done}")
             self._skipped += done
         for note in notes:
-            self._console.print(f"{name}: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+            self._pulse.line(f"{name}: {note}", "yellow")
         self._done[key] = done
-        self._progress.update(self._all, completed=sum(self._done.values()), description=name)
+        self._progress.update(self._all, completed=sum(self._done.values()))
+        self._pulse.now(name)
 
     def _epoch(self, name: str, event: dict[str, Any]) -> None:
         epoch, epochs = event["epoch"], event["epochs"]
@@ -100,10 +106,10 @@ class Display:
         if epoch == epochs or time.monotonic() - self._told > _LINE_EVERY:
             self._told = time.monotonic()
             left = (self._told - self._started) / max(1, done - self._skipped) * (self._epochs - done)
-            self._console.print(f"{line}, {left / 60:.1f} min left", highlight=False, soft_wrap=True)
+            self._pulse.line(f"{line}, {left / 60:.1f} min left")
 
     def _describe(self, name: str, epoch: int, epochs: int, loss: float, top1: float | None, rate: float) -> str:
         accuracy = "" if top1 is None else f", top-1 {top1:.2f} %"
         line = f"{name}, epoch {epoch}/{epochs}, loss {loss:.3f}{accuracy}, {rate:,.0f} images/s"
-        self._progress.update(self._all, description=line)
+        self._pulse.now(line)
         return line

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlpreduce.console import command_line, from_here, screen, wrapped
 from mlpreduce.errors import ReductionError
 from mlpreduce.recipe.schema import Recipe, differences, points, runs
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["train"]
+__all__ = ["mlflow_lines", "train"]
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool = False, console: Console | None = None) -> int:
@@ -35,24 +34,24 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, console: Consol
         ReductionError: it cannot be carried out, or `output` holds runs and `resume` is not given, or differs.
         KeyboardInterrupt: interrupted; the records are marked, the workers have ended.
     """
-    from rich.console import Console
-
     from mlpreduce import report
     from mlpreduce.data import check
+    from mlpreduce.pulse import Pulse
     from mlpreduce.recipe.describe import check_names
     from mlpreduce.records import store
     from mlpreduce.train.weights import locate
 
-    console = console or Console(width=None if sys.stdout.isatty() else 150)
+    console = console or screen()
     output = output.resolve()
     document = recipe.model_dump(mode="json")
     every = {output / name: point for name, point in points(recipe).items()}
     _check_output(output, document, resume)
     if not os.environ.get("RAY_ADDRESS"):  # a cluster may see what this machine does not
-        for point in every.values():
-            check(point.data)
-            if (weights := point.model.weights_path) is not None:
-                locate(weights)
+        with Pulse(console, f"{recipe.name}: checking the data"):
+            for point in every.values():
+                check(point.data)
+                if (weights := point.model.weights_path) is not None:
+                    locate(weights)
     for plugin in recipe.plugins:
         console.print(f"plug-in {plugin}", highlight=False, markup=False, soft_wrap=True)
     check_names(list(every.values()))
@@ -99,22 +98,23 @@ def _train(recipe: Recipe, place: Path, home: Path, console: Console) -> tuple[d
     """
     from mlpreduce import report
     from mlpreduce.launch import execute
-    from mlpreduce.recipe.progress import Display
+    from mlpreduce.pulse import Pulse
+    from mlpreduce.recipe.progress import Display, starting
     from mlpreduce.records import Recorder
 
     every = runs(recipe, place)
     told: set[str] = set()  # warnings that were shown: most are the same for all runs
-    recorder = Recorder(place, recipe.model_dump(mode="json"), every, home=home)
+    with Pulse(console, f"{recipe.name}: opening the records"):
+        recorder = Recorder(place, recipe.model_dump(mode="json"), every, home=home)
     todo = [run for run in every if not recorder.finished(run)]
     where = f"{recipe.launch.workers} workers" if recipe.launch.workers else "this process"
-    console.print(
+    text = (
         f"{recipe.name}: {len(every)} runs ({len(recipe.variants)} variants x {len(recipe.seeds)} seeds) of "
-        f"{recipe.train.epochs} epochs on {where}; {len(every) - len(todo)} finished before. Output: {place}",
-        highlight=False,
-        soft_wrap=True,
+        f"{recipe.train.epochs} epochs on {where}; {len(every) - len(todo)} finished before. Output: {from_here(place)}"
     )
+    console.print(wrapped(text, console.width), highlight=False, soft_wrap=True, markup=False)
     try:
-        with Display(console, todo, len(every)) as display:
+        with Display(console, todo, len(every), starting(recipe.launch)) as display:
 
             def consume(event: dict[str, Any]) -> None:
                 if event["event"] == "start":
@@ -127,13 +127,14 @@ def _train(recipe: Recipe, place: Path, home: Path, console: Console) -> tuple[d
     finally:
         recorder.interrupt()  # marks what is still running: nothing, unless something was raised
     whole = all(recorder.finished(run) for run in every)
-    try:
-        document = report.build(place)
-    except ReductionError:
-        if whole:
-            raise
-        return None, False
-    recorder.log_files([place / name for name in report.FILES])
+    with Pulse(console, f"{recipe.name}: writing the report"):
+        try:
+            document = report.build(place)
+        except ReductionError:
+            if whole:
+                raise
+            return None, False
+        recorder.log_files([place / name for name in report.FILES])
     return document, whole
 
 
@@ -150,17 +151,28 @@ def _show(document: dict[str, Any], output: Path, console: Console) -> None:
     from mlpreduce.records import tracking_uri
 
     console.print(report.console_table(document))
-    for note in report.NOTES:
-        console.print(note, style="dim", highlight=False)
-    uri = tracking_uri(output)
-    show = f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri.startswith("sqlite:") else f"MLflow: {uri}"
+    here = from_here(output)
     point = "<point>/" if "points" in document else ""
     lines = [
-        f"results  {output / 'results.json'}",
-        f"report   {output / 'report.html'}",
-        f"         {output / 'report.md'}",
-        f"figure   {output / 'curves.png'}",
-        f"runs     {output}/{point}<variant>/seed<seed>/: record.json, checkpoints/, model/",
-        show,
+        f"results  {here / 'results.json'}",
+        f"report   {here / 'report.html'}",
+        f"         {here / 'report.md'}",
+        f"figure   {here / 'curves.png'}",
+        f"runs     {here}/{point}<variant>/seed<seed>/",
+        *mlflow_lines(tracking_uri(output), here, console.width),
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+
+
+def mlflow_lines(uri: str, here: Path, columns: int) -> list[str]:
+    """How the runs are looked at in MLflow: the command to paste, or where they are.
+
+    Args:
+        uri: of its store.
+        here: the output directory, as it is named from here.
+        columns: of the console.
+    """
+    if not uri.startswith("sqlite:"):
+        return [f"MLflow   {uri}"]
+    near = f"sqlite:///{here / 'mlflow.db'}" if uri == f"sqlite:///{here.resolve() / 'mlflow.db'}" else uri
+    return [command_line(["mlflow", "ui", "--backend-store-uri", near], columns)]

@@ -10,9 +10,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mlpreduce.complaints import complaint
 from mlpreduce.data.settings import DataSettings, setting_problems
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.launch import LaunchSettings
+from mlpreduce.notation import with_steps
 from mlpreduce.plugins import Plugin, read_plugin, run_plugins
 from mlpreduce.recipe.plugged import plugin_differences, read_key, together
 from mlpreduce.shipped import shipped
@@ -230,10 +232,18 @@ def _set(document: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _validated(document: dict[str, Any]) -> Recipe:
+    """The recipe of a document, whose steps may be text: `grouped(group=4)`.
+
+    Raises:
+        ReductionError: all that is wrong, one line each.
+    """
+    name = document["name"]
+    document = with_steps(document, name)
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise ReductionError("\n".join(_complaint(document["name"], item) for item in error.errors())) from error
+        wrong = [complaint(item, name, _keys(item["loc"][:-1])) for item in error.errors()]
+        raise ReductionError("\n".join(wrong)) from error
 
 
 def _is_folder(name: str) -> bool:
@@ -246,19 +256,14 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return {**below, **above, **{key: _laid_over(below[key], above[key]) for key in both}}
 
 
-def _complaint(name: str, item: Any) -> str:
-    """One of pydantic's findings, in our words."""
-    *tables, key = (str(part) for part in item["loc"])
-    place = ".".join([name, *tables])
-    if item["type"] == "extra_forbidden":
-        return f"{place}: unknown key {key!r}{did_you_mean(key, _keys(tables))}"
-    return f"{place}.{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
-
-
-def _keys(tables: Iterable[str]) -> list[str]:
+def _keys(tables: Iterable[Any]) -> list[str]:
+    """The keys that a table has; none where it is not one of the recipe's sections."""
     model: Any = Recipe
     for table in tables:
-        model = model.model_fields[table].annotation
+        field = getattr(model, "model_fields", {}).get(table)
+        model = None if field is None else field.annotation
+    if not hasattr(model, "model_fields"):
+        return []
     return [key for key in model.model_fields if model is not Recipe or key != "name"]
 
 
@@ -281,7 +286,7 @@ def _problems(recipe: Recipe) -> Iterable[str]:
         for number, step in enumerate(steps):
             config = {key: value for key, value in step.items() if key != "transform"}
             if not isinstance(step.get("transform"), str):
-                yield f'{place}: step {number} does not name its transform; write {{transform = "grouped", group = 2}}'
+                yield f'{place}: step {number} does not name its transform; write "grouped(group=2)"'
                 continue
             try:
                 check_config(step["transform"], config)

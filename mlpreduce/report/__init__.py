@@ -6,11 +6,11 @@ Everything is rebuilt from the `record.json` files alone. The report of a search
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mlpreduce.console import Grid, screen
 from mlpreduce.errors import ReductionError
 from mlpreduce.records import SCHEMA, store, summarize
 from mlpreduce.report.content import Picture
@@ -20,37 +20,30 @@ from mlpreduce.report.overview import beyond_noise, cautions, overview
 from mlpreduce.report.pages import as_html, as_markdown, for_console
 from mlpreduce.report.tables import NOTES, Part, compose
 
-if TYPE_CHECKING:
-    from rich.console import Group
-
 __all__ = ["FILES", "NOTES", "build", "console_table", "main"]
 
 FILES = ("results.json", "report.md", "report.html", "curves.png")  # what `build` writes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `mlpreduce report` and return its exit status: 0, or 2 after a ReductionError."""
+    """Run `mlpreduce report` and return 0.
+
+    Raises:
+        ReductionError: as `build`.
+    """
     parser = argparse.ArgumentParser(
         prog="mlpreduce report", description="Rebuild the report of recipes from their records."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output directory of a recipe; several make one report")
     parser.add_argument("--output", metavar="DIR", help="where it is written; default: into RUN, if there is one")
     options = parser.parse_args(argv)
-    try:
-        document = build(*options.runs, output=options.output)
-    except ReductionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    console.print(console_table(document))
-    for note in NOTES:
-        console.print(note, style="dim", highlight=False)
-    place = Path(options.output or options.runs[0]).resolve()
+    document = build(*options.runs, output=options.output)
+    shown = screen()
+    shown.print(console_table(document))
+    place = Path(options.output or options.runs[0])
     lines = [f"report   {place / 'report.html'}", f"         {place / 'report.md'}"]
     lines += [f"results  {place / 'results.json'}", f"figure   {place / 'curves.png'}"]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    shown.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
     return 0
 
 
@@ -114,7 +107,6 @@ def _write(place: Path, document: dict[str, Any], parts: Sequence[Part], remarks
     return document
 
 
-def console_table(document: dict[str, Any]) -> Group:
-    """The results for rich's console: one table of all variants, what to be careful of, and what is beyond the noise."""
-    remarks = [*cautions(document), *filter(None, [beyond_noise(document)])]
-    return for_console([overview(document)], "\n".join(remarks))
+def console_table(document: dict[str, Any]) -> Grid:
+    """The results as rich prints them: one table of all variants, what to be careful of, and what is beyond the noise."""
+    return for_console(overview(document), "\n".join([*cautions(document), *filter(None, [beyond_noise(document)])]))

@@ -5,13 +5,10 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
+from mlpreduce.console import Column, Grid
 from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.published import SOURCE
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 __all__ = ["as_html", "as_markdown", "for_console"]
 
@@ -73,21 +70,13 @@ def as_html(content: Content) -> str:
     return "\n".join([head, *body, "</body>\n</html>\n"])
 
 
-def for_console(tables: Iterable[Table], remark: str = "", words: int = 1) -> Group:
-    """Tables for rich's console, and a remark below; the first `words` columns stand to the left, numbers to the right."""
-    from rich import table as rich_table
-    from rich.console import Group
-    from rich.text import Text
-
-    shown = []
-    for table in tables:
-        drawn = rich_table.Table(title=Text(table.title))
-        for number, header in enumerate(table.headers):
-            drawn.add_column(Text(header), justify="left" if number < words else "right", overflow="fold")
-        for row in table.rows:
-            drawn.add_row(*map(Text, row))  # a name is text, not rich's markup
-        shown.append(drawn)
-    return Group(*shown, *([Text(remark)] if remark else []))
+def for_console(table: Table, remark: str = "", words: int = 1) -> Grid:
+    """A table for the console, and a remark below; of the first `words` columns those after the first are text."""
+    columns = [
+        Column(header, [row[number] for row in table.rows], left=number == 0, text=0 < number < words)
+        for number, header in enumerate(table.headers)
+    ]
+    return Grid(table.title, columns, remark)
 
 
 def _table(table: Table) -> str:

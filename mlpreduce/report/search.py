@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mlpreduce.console import Grid
 from mlpreduce.errors import ReductionError
 from mlpreduce.report import search_points as points
 from mlpreduce.report.content import Content, Listing, Picture, Table
@@ -14,9 +15,6 @@ from mlpreduce.report.pages import as_html, as_markdown, for_console
 from mlpreduce.report.search_figures import FILES, pictures
 from mlpreduce.report.tables import mean_std
 from mlpreduce.values import flatten
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 __all__ = ["build_search", "console_table", "front_table"]
 
@@ -112,7 +110,7 @@ def front_table(document: dict[str, Any]) -> Table:
     return _table(title if on_front else "References", columns, rows)
 
 
-def console_table(document: dict[str, Any]) -> Group:
+def console_table(document: dict[str, Any]) -> Grid:
     """The front and the references for rich's console: of a long front its best points, of each what fits a line.
 
     Raises:
@@ -129,7 +127,7 @@ def console_table(document: dict[str, Any]) -> Group:
         [table.headers[number] for number in kept],
         [[row[number] for number in kept] for row in rows],
     )
-    return for_console([short_table], words=2)
+    return for_console(short_table, words=2)
 
 
 def _check(document: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from mlpreduce.records import baseline_of, conditions
 from mlpreduce.report import probes, published
 from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.gather import differing
+from mlpreduce.values import short, unit_of
 
 __all__ = ["FEW", "NOTES", "RAW", "Part", "comparison", "compose", "few", "mean_std", "raw_top1", "short"]
 
@@ -63,16 +64,18 @@ def compose(title: str, parts: Sequence[Part], picture: Picture, remarks: Iterab
     paper = all(published.reproduces(record["recipe"]["name"]) for record in records)
     variants = [variant for document, found in parts for variant in _variants(document, found, paper)]
     averaged = any(variant.results.get("raw_top1_mean") is not None for variant in variants)
+    params, macs = (_unit(variants, key, paper) for key in ("params", "macs"))
+    parameters: _Column = (f"parameters ({params[1]})", partial(_in_unit, "params", params[0]), "params")
     size: list[_Column] = [
-        ("parameters (M)", lambda v: millions(v.results["params"]), "params"),
-        ("MLP parameters (M)", lambda v: millions(v.results["mlp_params"]), "mlp_params"),
+        parameters,
+        (f"MLP parameters ({params[1]})", partial(_in_unit, "mlp_params", params[0]), "mlp_params"),
         ("unique MLPs", lambda v: str(v.results["unique_mlps"]), "unique_mlps"),
-        ("MACs (G)", lambda v: billions(v.results["macs"]), "macs"),
+        (f"MACs ({macs[1]})", partial(_in_unit, "macs", macs[0]), "macs"),
         ("hidden / width", _expansion, "expansion"),
         ("parameters", lambda v: f"{v.results['params']:,}", ""),
     ]
     validation: list[_Column] = [
-        ("parameters (M)", lambda v: millions(v.results["params"]), "params"),
+        parameters,
         ("top-1 %", lambda v: v.spread("top1"), "top1"),
         *([(RAW, lambda v: raw_top1(v.results), "")] if averaged else []),
         ("top-5 %", lambda v: v.spread("top5"), "top5"),
@@ -145,18 +148,16 @@ def raw_top1(variant: dict[str, Any]) -> str:
     return mean_std(found) if found else ""
 
 
-def millions(count: float) -> str:
-    """Five significant digits, in millions."""
-    return _significant(count / 1e6)
+def _unit(variants: Iterable[_Variant], key: str, paper: bool) -> tuple[float, str]:
+    """The unit of a column: that of its largest count, or the one that the paper prints beside it."""
+    if paper:
+        return (1e6, "M") if key == "params" else (1e9, "G")
+    return unit_of(max(1000.0, *(v.results[key] for v in variants)))
 
 
-def billions(count: float) -> str:
-    """Five significant digits, in billions."""
-    return _significant(count / 1e9)
-
-
-def _significant(number: float) -> str:
-    return f"{number:#.5g}".rstrip(".")
+def _in_unit(key: str, unit: float, v: _Variant) -> str:
+    """Five significant digits."""
+    return f"{v.results[key] / unit:#.5g}".rstrip(".")
 
 
 def _table(title: str, columns: Sequence[_Column], variants: Iterable[_Variant]) -> Table:
@@ -303,16 +304,3 @@ def _width(records: Iterable[dict[str, Any]]) -> int | None:
         return None
     (only,) = found
     return only[0] if only is not None and only[1] == 0 else None
-
-
-def short(macs: float) -> str:
-    """MACs with three decimals and a letter.
-
-    Example:
-        >>> short(16_867_412_736)
-        '16.867 G'
-    """
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if macs >= size:
-            return f"{macs / size:.3f} {unit}"
-    return f"{macs:.0f}"

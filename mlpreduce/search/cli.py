@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlpreduce.addresses import hidden
+from mlpreduce.console import Column, Grid, screen, width
 from mlpreduce.errors import ReductionError
+from mlpreduce.notation import split_outside
 from mlpreduce.plugins import add_option
+from mlpreduce.pulse import Pulse
 
 __all__ = ["main"]
 
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         if options.address:
             os.environ["RAY_ADDRESS"] = options.address
-        from mlpreduce.search.driver import run
+        with Pulse(screen(), f"search {options.space}: loading Optuna and timm"):  # takes seconds
+            from mlpreduce.search.driver import run
 
         run(
             options.space,
@@ -74,8 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _list() -> None:
     from mlpreduce.search.spaces import list_spaces
 
-    for name, path in list_spaces().items():
-        print(f"{name:<20} {path.read_text(encoding='utf-8').lstrip(chr(34)).splitlines()[0].rstrip(chr(34))}")
+    found = {name: path.read_text(encoding="utf-8").lstrip('"').splitlines()[0] for name, path in list_spaces().items()}
+    first = [text.rstrip('"') for text in found.values()]
+    columns = [Column("name", list(found), left=True), Column("what it is", first, text=True)]
+    print(Grid("", columns, ruled=False).text(width()))
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -98,7 +104,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     found = {name: getattr(options, name) for name in names}
     for name in ("objectives", "references"):
         text = getattr(options, name)
-        found[name] = None if text is None else tuple(filter(None, text.split(",")))
+        found[name] = None if text is None else tuple(filter(None, map(str.strip, split_outside(text, ","))))
     if options.seeds is not None:
         try:
             found["seeds"] = tuple(int(seed) for seed in options.seeds.split(","))
@@ -135,7 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", help="of the training: the first for all, the others for the front (default: the recipe's)"
     )
-    parser.add_argument("--references", help="what to compare with (default: baseline,grouped,shallow)")
+    parser.add_argument(
+        "--references",
+        help='what to compare with (default: baseline,grouped,shallow); also "baseline,grouped(group=4)"',
+    )
     parser.add_argument(
         "--inherit", help="weights a trial starts from: none (default), baseline, or nearest (of all trials)"
     )

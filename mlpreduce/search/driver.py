@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce.addresses import hidden
+from mlpreduce.complaints import complaint
+from mlpreduce.console import from_here, screen, wrapped
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.launch import Lost, Pool, pool
 from mlpreduce.recipe import Recipe, changed, load, with_plugins
+from mlpreduce.recipe.running import mlflow_lines
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.export import write_best
 from mlpreduce.search.goals import Budget, check_objectives, read_budgets
@@ -30,6 +31,9 @@ from mlpreduce.train.names import Name, check_reach, names_of
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
+
+    from mlpreduce.pulse import Pulse
 
 __all__ = ["run"]
 
@@ -74,26 +78,28 @@ def run(
         KeyboardInterrupt: interrupted; nothing is left running, and `resume` goes on.
     """
     import optuna
-    from rich.console import Console
+
+    from mlpreduce.pulse import Pulse
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would tell of each walk through the space
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or screen()
     recipe = load(recipe, overrides, plugins) if isinstance(recipe, str) else with_plugins(recipe, plugins)
     found = load_space(space)
     place = Path(output or f"runs/{found.name}-{recipe.name}").resolve()
     wanted = _settings(found, recipe, settings)
-    budgets, names = _check(found, recipe, wanted)
+    with Pulse(console, f"{wanted.name}: checking the space and the data"):
+        budgets, names = _check(found, recipe, wanted)
     url = storage or f"sqlite:///{place}/optuna.db"
     begun = (place / _BEGUN).is_file() or (storage is None and (place / "optuna.db").is_file())
     if begun and not resume:
         raise ReductionError(f"--output {place}: a study lies there; go on with --resume, or give another --output")
     place.mkdir(parents=True, exist_ok=True)
-    console.print(
+    limits = [f"{b.cost} <= {b.limit:,}" for b in budgets]
+    text = (
         f"{wanted.name}: {wanted.trials} trials of {recipe.train.epochs} epochs, {max(1, wanted.workers)} at a time, for "
-        f"{', '.join([*wanted.objectives, *(f'{b.cost} <= {b.limit:,}' for b in budgets)])}. Output: {place}",
-        highlight=False,
-        soft_wrap=True,
+        f"{', '.join([*wanted.objectives, *limits])}. Output: {from_here(place)}"
     )
+    console.print(wrapped(text, console.width), highlight=False, soft_wrap=True, markup=False)
     for plugin in recipe.plugins:
         console.print(f"plug-in {plugin}", highlight=False, markup=False, soft_wrap=True)
     folders = [str(place), *(str(folder) for folder in [folder_of(url)] if folder not in (None, place))]
@@ -102,20 +108,27 @@ def run(
     arguments = (*documents, given, url, str(place), resume, names if wanted.workers else ())
     launch = recipe.launch.model_copy(update={"workers": wanted.trial_workers, "min_workers": 0})
     started = time.monotonic()
-    with pool(
-        wanted.workers,
-        Owner,
-        arguments,
-        carry_out,
-        directories=folders,
-        launch=launch,
-        cpus=wanted.cpus,
-        gpus=wanted.gpus,
-    ) as workers:
-        _drive(workers, wanted, console)
+    progress = _bar(console)
+    bar = progress.add_task("", total=wanted.trials)
+    with (
+        Pulse(console, _starting(wanted), below=progress) as pulse,
+        pool(
+            wanted.workers,
+            Owner,
+            arguments,
+            carry_out,
+            directories=folders,
+            launch=launch,
+            cpus=wanted.cpus,
+            gpus=wanted.gpus,
+        ) as workers,
+    ):
+        _drive(workers, wanted, pulse, lambda trained: progress.update(bar, completed=trained))
+        pulse.now("writing the report")
         document: dict[str, Any] = workers.call("document", time.monotonic() - started)
         paths = _publish(document, recipe, place)
         workers.call("publish", _metrics(document), [str(path) for path in paths], True)
+        pulse.now("ending the workers")
     _show(document, place, url, console)
     return document
 
@@ -134,7 +147,7 @@ def _settings(space: Space, recipe: Recipe, given: dict[str, Any]) -> StudySetti
             {**known, **{key: value for key, value in given.items() if value is not None}}
         )
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, item['loc']))}={item['input']!r}: {item['msg']}" for item in error.errors()]
+        wrong = [complaint(item, "", StudySettings.model_fields) for item in error.errors()]
         raise ReductionError("search: " + "\n".join(wrong)) from error
     check_objectives(settings.objectives)
     if settings.pruner == "median" and len(settings.objectives) > 1:
@@ -202,44 +215,44 @@ def _check(space: Space, recipe: Recipe, settings: StudySettings) -> tuple[tuple
     return budgets, list(dict.fromkeys(name for run in trained for name in names_of(run)))
 
 
-def _drive(workers: Pool, settings: StudySettings, console: Console) -> None:
-    """Keep the workers busy until nothing is left to train."""
+def _starting(settings: StudySettings) -> str:
+    """What is going on before the first trial."""
+    if not settings.workers:
+        return "opening the study"
+    return f"starting Ray and {settings.workers} worker{'s' if settings.workers > 1 else ''}"
+
+
+def _bar(console: Console) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("trials"),
-        TimeElapsedColumn(),
-    ]
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("starting the workers", total=settings.trials)
-        running, counts = 0, workers.call("counts")
-        while True:
-            while running < workers.size and (job := workers.call("next_job")) is not None:
-                workers.start(job)
-                running += 1
-                if isinstance(job, dict):
-                    progress.update(bar, description=f"{job['name']}, seed {job['run']['seed']}")
-            if not running:
-                if counts["trained"] < settings.trials:
-                    console.print(
-                        f"no other point of the space was found: {counts['trained']} were trained", style="yellow"
-                    )
-                return
-            ended = workers.wait()
-            if not ended:
-                workers.call("flush")  # so that MLflow shows what is being trained
-            for job, outcome in ended:
-                running -= 1
-                if isinstance(outcome, Lost):
-                    told = workers.call("lost", job["id"], outcome.message)
-                else:
-                    told = workers.call("done", job["id"], outcome)
-                counts = workers.call("counts")
-                progress.update(bar, completed=counts["trained"])
-                console.print(_line(told, counts, settings), highlight=False, markup=False, soft_wrap=True)
+    return Progress(BarColumn(20), MofNCompleteColumn(), TextColumn("trials"), TimeElapsedColumn(), console=console)
+
+
+def _drive(workers: Pool, settings: StudySettings, pulse: Pulse, advance: Callable[[int], object]) -> None:
+    """Keep the workers busy until nothing is left to train."""
+    running: dict[int, str] = {}
+    counts = workers.call("counts")
+    while True:
+        while len(running) < workers.size and (job := workers.call("next_job")) is not None:
+            running[job["id"]] = f"{job['name']}, seed {job['run']['seed']}"
+            pulse.now(f"[{counts['trained']}/{settings.trials}] training {'; '.join(running.values())}")
+            workers.start(job)
+        if not running:
+            if counts["trained"] < settings.trials:
+                pulse.line(f"no other point of the space was found: {counts['trained']} were trained", "yellow")
+            return
+        ended = workers.wait()
+        if not ended:
+            workers.call("flush")  # so that MLflow shows what is being trained
+        for job, outcome in ended:
+            running.pop(job["id"], None)
+            if isinstance(outcome, Lost):
+                told = workers.call("lost", job["id"], outcome.message)
+            else:
+                told = workers.call("done", job["id"], outcome)
+            counts = workers.call("counts")
+            advance(counts["trained"])
+            pulse.line(_line(told, counts, settings))
 
 
 def _line(told: dict[str, Any], counts: dict[str, int], settings: StudySettings) -> str:
@@ -285,14 +298,20 @@ def _show(document: dict[str, Any], place: Path, url: str, console: Console) -> 
 
     console.print(console_table(document))
     for verdict in document["verdicts"]:
-        console.print(verdict, highlight=False, markup=False)
-    uri = tracking_uri(place)
+        console.print(wrapped(verdict, console.width), highlight=False, markup=False, soft_wrap=True)
     best = [point for point in document["points"] if point["front"]]
+    here = from_here(place)
     lines = [
-        f"report   {place / 'report.html'}",
-        f"         {place / 'report.md'}",
-        *(f"recipes  {place / 'best'}/: {len(best)} that run as they are" for _ in best[:1]),
-        f"study    {place / _BEGUN}; Optuna: {hidden(url)}, {json.dumps(document['study'])}",
-        f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri.startswith("sqlite:") else f"MLflow: {uri}",
+        f"report   {here / 'report.html'}",
+        f"         {here / 'report.md'}",
+        *(f"recipes  {here / 'best'}/: {len(best)} that run as they are" for _ in best[:1]),
+        f"study    {here / _BEGUN}; Optuna: {_optuna(url, place, here)}, {json.dumps(document['study'])}",
+        *mlflow_lines(tracking_uri(place), here, console.width),
     ]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    text = "\n".join(wrapped(line, console.width, " " * 9) for line in lines[:-1])
+    console.print(f"{text}\n{lines[-1]}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _optuna(url: str, place: Path, here: Path) -> str:
+    """The URL of Optuna's storage to show: without a password, and as a file in the output directory is named from here."""
+    return f"sqlite:///{here / 'optuna.db'}" if url == f"sqlite:///{place / 'optuna.db'}" else hidden(url)

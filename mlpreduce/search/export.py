@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -85,7 +86,8 @@ def as_recipe(
         update={"plugins": (), "variants": {"baseline": ()}}
     )  # so that no name of theirs is looked up
     found = changed(bare, point["settings"]).model_dump(mode="json", exclude_defaults=True)
-    variants = {"baseline": [], point["name"].replace(" ", "-"): point["steps"]}
+    variant = re.sub("[^A-Za-z0-9_.-]+", "-", point["name"]).strip("-.")  # a folder's name: a reference may be a call
+    variants = {"baseline": [], variant: point["steps"]}
     tops = ", ".join(f"{run['top1']:.2f} (seed {run['seed']})" for run in point["runs"])
     what = (
         "a point of its front"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.launch import Job
+from mlpreduce.notation import as_steps, is_call
 from mlpreduce.recipe import Recipe, changed, runs
 from mlpreduce.search.points import Point, Pricer, distance
 from mlpreduce.search.settings import REFERENCES, StudySettings
@@ -17,18 +18,22 @@ __all__ = ["job_of", "nearest", "references_of", "runs_of"]
 
 
 def references_of(settings: StudySettings, recipe: Recipe, pricer: Pricer) -> dict[str, Point]:
-    """The points that a study is compared with: variants of the recipe, or the paper's where it has none of that name.
+    """Find the points that a study is compared with: variants of the recipe, the paper's, or steps as a person types them.
 
     Raises:
         ReductionError: there is none of a name, or it cannot be carried out.
     """
     found: dict[str, Point] = {}
     for name in settings.references:
-        if name not in recipe.variants and name not in REFERENCES:
+        if name in recipe.variants or name in REFERENCES:
+            steps = recipe.variants[name] if name in recipe.variants else REFERENCES[name]
+        elif is_call(name):  # a reduction as it is typed, and named so
+            steps = tuple(as_steps(name))
+        else:
             raise ReductionError(
-                f"--references {name}: neither a variant of {recipe.name} nor one of {', '.join(REFERENCES)}"
+                f"--references {name}: neither a variant of {recipe.name} nor one of {', '.join(REFERENCES)}; write another "
+                f'reduction as in "baseline,grouped(group=4)"'
             )
-        steps = recipe.variants[name] if name in recipe.variants else REFERENCES[name]
         try:
             found[name] = pricer.price(Suggestion(tuple(steps), {}))
         except ReductionError as error:

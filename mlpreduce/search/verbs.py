@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from statistics import fmean
 import optuna
 
 from mlpreduce.addresses import hidden
+from mlpreduce.console import Column, Grid, screen, width, wrapped
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.recipe import Recipe, differences
 from mlpreduce.search.answer import describe, history, reference_values
@@ -125,18 +125,16 @@ def compare(one: Sequence[optuna.Study], other: Sequence[optuna.Study]) -> list[
 
 
 def _show(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from mlpreduce.report.search import console_table
 
     document = describe(open_study(options.study, options.storage))
     if options.json:
         print(json.dumps(document, indent=1))
         return
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = screen()
     console.print(console_table(document))
     for verdict in document["verdicts"]:
-        console.print(verdict, highlight=False, markup=False)
+        console.print(wrapped(verdict, console.width), highlight=False, markup=False, soft_wrap=True)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -162,22 +160,38 @@ def _export(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     sides = [[open_study(name, options.storage) for name in names.split(",")] for names in (options.one, options.other)]
-    lines = [
-        "| studies | epochs of the baseline spent by each | complete trials | best top-1 % | hypervolume | ratio |"
-    ]
-    lines.append("|---|---|---|---|---|---|")
     found = compare(*sides)
-    for one, other, pair in zip(*(names.split(",") for names in (options.one, options.other)), found, strict=True):
-        lines.append(
-            f"| {one}, {other} | {pair.spent:.1f} | {pair.trials[0]}, {pair.trials[1]} | "
-            f"{pair.best[0]:.2f}, {pair.best[1]:.2f} | "
-            f"{pair.volumes[0]:.6g}, {pair.volumes[1]:.6g} | {pair.ratio:.3f} |"
+    pairs = zip(options.one.split(","), options.other.split(","), strict=True)
+    headers = (
+        "studies",
+        "epochs of the baseline spent by each",
+        "complete trials",
+        "best top-1 %",
+        "hypervolume",
+        "ratio",
+    )
+    rows = [
+        (
+            f"{one}, {other}",
+            f"{pair.spent:.1f}",
+            f"{pair.trials[0]}, {pair.trials[1]}",
+            f"{pair.best[0]:.2f}, {pair.best[1]:.2f}",
+            f"{pair.volumes[0]:.6g}, {pair.volumes[1]:.6g}",
+            f"{pair.ratio:.3f}",
         )
+        for (one, other), pair in zip(pairs, found, strict=True)
+    ]
+    if (columns := width()) is None:  # a file gets markdown
+        lines = [f"| {' | '.join(cells)} |" for cells in (headers, *rows)]
+        lines.insert(1, "|---|---|---|---|---|---|")
+    else:
+        cells = zip(*rows, strict=True)
+        table = [Column(h, list(c), left=n == 0) for n, (h, c) in enumerate(zip(headers, cells, strict=True))]
+        lines = [Grid("", table).text(columns)]
     ratios = [pair.ratio for pair in found]
     if len(ratios) > 1:
-        lines.append(
-            f"\nratio: mean {fmean(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f} over {len(ratios)} pairs"
-        )
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f} over {len(ratios)} pairs"
+        lines.append(f"\nratio: mean {fmean(ratios):.3f}, {spread}")
     print("\n".join(lines))
 
 
