@@ -88,7 +88,7 @@ def _check_undivided(root: str, val_share: float, folders: dict[str, Path | None
     if not root or not os.path.lexists(root):
         fact = "does not exist" if root else "is not set"
         raise ReductionError(f"{call}: data.root={root!r} {fact}; it must hold one folder of images per class")
-    if folders["train"] is not None:
+    if any(folders.values()):
         remedy = "use data.val_share=0" if folders["val"] is not None else f"use data.root={str(folders['train'])!r}"
         inside = " and ".join(f"{path.name}/" for path in folders.values() if path is not None)
         raise ReductionError(

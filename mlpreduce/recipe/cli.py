@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when all is done; 1 when a run failed; 2 for what cannot be carried out; 130 when interrupted.
     """
     arguments = _parser().parse_intermixed_args(argv)
+    if arguments.new or arguments.data or arguments.model:
+        return _new(arguments)
     output = Path(arguments.output or f"runs/{Path(arguments.name).stem}") if arguments.name else Path()
     try:
         if arguments.list:
@@ -90,6 +92,25 @@ def _list(named: dict[str, str]) -> str:
     return Grid("", columns, ruled=False).text(width())
 
 
+def _new(arguments: argparse.Namespace) -> int:
+    """Write a recipe for a folder of images."""
+    from mlpreduce.recipe.new import write_recipe
+
+    try:
+        if not arguments.new or not arguments.data:
+            missing = "--new FILE.toml" if not arguments.new else "--data DIR"
+            raise ReductionError(f"{missing} is missing; write recipe --new FILE.toml --data DIR [--model NAME]")
+        if arguments.name:
+            raise ReductionError(
+                f"--new {arguments.new}: {arguments.name!r} does not belong to it; change the file then"
+            )
+        print(write_recipe(arguments.new, arguments.data, arguments.model or ""))
+    except ReductionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mlpreduce.recipe",
@@ -100,7 +121,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("name", nargs="?", metavar="NAME", help="a recipe's name (see --list), or a path to a .toml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change any key: train.epochs=2 seeds=[1]")
     parser.add_argument("--list", action="store_true", help="the recipes and their first lines")
-    parser.add_argument("--dry-run", action="store_true", help="show plans, counts, schedule and cost; needs no data")
+    parser.add_argument(
+        "--new", metavar="FILE", help="write a recipe for a folder of images: --new mine.toml --data DIR"
+    )
+    parser.add_argument("--data", metavar="DIR", help="of --new: one folder of images per class, or train/ and val/")
+    parser.add_argument("--model", metavar="NAME", help="of --new: timm's name; default: a small ViT")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show plans, counts, schedule, cost and warnings; needs no data"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the runs in the output directory")
     parser.add_argument("--output", metavar="DIR", help="where everything is written; default: runs/NAME")
     parser.add_argument(

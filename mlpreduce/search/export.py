@@ -8,7 +8,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mlpreduce.errors import ReductionError, optional
+import tomli_w
+
+from mlpreduce.errors import ReductionError
 from mlpreduce.plugins import Plugin
 from mlpreduce.recipe import Recipe, changed
 
@@ -129,9 +131,8 @@ def as_toml(document: Mapping[str, Any]) -> str:
         [train.kwargs]
         depth = 4
     """
-    toml = optional("tomli_w", "writing recipes")
     try:
-        text: str = toml.dumps(_without_none(document))
+        text: str = tomli_w.dumps(_without_none(document))
     except TypeError as error:
         raise ReductionError(
             f"this is no TOML: {error} TOML has strings, numbers, booleans, dates, lists and tables"

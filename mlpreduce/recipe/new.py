@@ -1,0 +1,256 @@
+"""`--new`: a complete recipe for a folder of class folders, with settings that suit as many images as there are."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+import mlpreduce
+from mlpreduce.data import DataSettings, Survey, survey
+from mlpreduce.data.folders import split_folders
+from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.models import is_model
+from mlpreduce.recipe.schema import load
+from mlpreduce.train.parts import build_model, images_of
+from mlpreduce.train.settings import ModelSettings, Run, Step
+
+__all__ = ["write_recipe"]
+
+_SHARE = 0.2  # of each class, held out where there is no validation folder
+_UPDATES = 300  # that a run should have: a small model learns a few hundred images in them
+_FEW = 2000  # training images, below which 16 large patches do better than 49 small ones
+_SMALL = {  # the model of the recipe digits: what a few hundred images can fill
+    "embed_dim": 64,
+    "depth": 4,
+    "num_heads": 4,
+    "class_token": False,
+    "global_pool": "avg",
+    "weight_init": "jax",
+    "qk_norm": True,
+}
+
+Line = tuple[str, Any, str]  # key, value, comment
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What is trained: a model of timm, and the size of the images that it takes."""
+
+    model: ModelSettings
+    image_size: int
+    variants: dict[str, list[Step]]
+    refused: dict[str, str]  # variants that this model cannot have, and why
+
+
+def write_recipe(path: str | Path, root: str | Path, model: str = "") -> str:
+    """Write a recipe for a folder of class folders. It runs as it is.
+
+    Args:
+        path: the recipe, a new file that ends in .toml.
+        root: holds train/ and val/ with one folder of images per class each, or one folder per class; of these a fifth of
+            each class is held out.
+        model: timm's name of an architecture; by default a small ViT that suits the images.
+
+    Returns:
+        What was found, and the command that trains the recipe.
+
+    Raises:
+        ReductionError: `path` exists or is not a .toml, `root` does not hold class folders with images, or timm has no such
+            model.
+    """
+    path, call = Path(path), f"--new {path}"
+    if path.suffix != ".toml":
+        raise ReductionError(f"{call}: a recipe is a .toml file; use --new {path.with_suffix('.toml')}")
+    if os.path.lexists(path):
+        raise ReductionError(f"{call}: the file exists and is not overwritten; give another name, or remove it")
+    if not path.parent.is_dir():
+        raise ReductionError(f"{call}: there is no folder {str(path.parent)!r}; make it first")
+    data = _place(Path(root).resolve())
+    found = survey(data)
+    if found is None:
+        raise ReductionError(f"{call}: --data {str(root)!r} does not exist; give a folder of class folders")
+    choice = _choose(data, found, model)
+    text = "\n".join(_text(path, data, found, choice))
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text + "\n")
+    try:
+        load(str(path))
+    except ReductionError:
+        path.unlink()
+        raise
+    held = f", {data.val_share:.0%} of each class held out for validation" if data.val_share else ""
+    return (
+        f"{path}: {found.train:,} training and {found.val:,} validation images of {found.classes} classes{held}\n"
+        f"look at it:  {_command(path)} --dry-run\n"
+        f"train it:    {_command(path)}"
+    )
+
+
+def _place(root: Path) -> DataSettings:
+    """The images of `root` as a recipe names them."""
+    folders = split_folders(str(root))
+    if folders["train"] is not None and folders["val"] is not None:
+        return DataSettings(root=str(root))
+    return DataSettings(root=str(folders["train"] or root), val_share=_SHARE)
+
+
+def _choose(data: DataSettings, found: Survey, name: str) -> _Choice:
+    side = found.side or 224
+    grid = 4 if found.train < _FEW and side < 56 else 7
+    patch = max(2, min(side, 112) // grid)
+    fitted = {"img_size": grid * patch, "patch_size": patch, "num_classes": found.classes}
+    if not name:
+        settings, size = ModelSettings(name="vit_tiny_patch16_224", kwargs={**fitted, **_SMALL}), grid * patch
+    elif not is_model(name):
+        import timm
+
+        raise ReductionError(f"--model {name}: timm has no such model{did_you_mean(name, timm.list_models())[:200]}")
+    else:
+        settings, size = _given(name, fitted)
+    plain = Run(recipe="new", variant="baseline", model=settings, data=_sized(data, size), directory="/")
+    first = mlpreduce.find_mlps(build_model(plain, device="meta"), images_of(plain, build_model(plain, device="meta")))[
+        0
+    ]
+    half = round(first.hidden_features / first.in_features / 2, 3)
+    candidates: dict[str, list[Step]] = {
+        "grouped": [{"transform": "grouped", "group": 2}],
+        "shallow": [{"transform": "shallow", "ratio": 0.5}],
+        "thin": [{"transform": "thin", "mlp_ratio": half}],
+    }
+    variants: dict[str, list[Step]] = {"baseline": []}
+    refused = {}
+    for variant, steps in candidates.items():
+        try:
+            build_model(plain.model_copy(update={"steps": tuple(steps)}), device="meta")
+            variants[variant] = steps
+        except ReductionError as error:
+            refused[variant] = str(error)
+    return _Choice(settings, size, variants, refused)
+
+
+def _sized(data: DataSettings, size: int) -> DataSettings:
+    return data.model_copy(update={"image_size": size})
+
+
+def _given(name: str, fitted: dict[str, Any]) -> tuple[ModelSettings, int]:
+    """A model of the user's choice: a plain ViT is fitted to the pictures, any other takes the images it was made for."""
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    own = ModelSettings(name=name, kwargs={"num_classes": fitted["num_classes"]})
+    run = Run(recipe="new", variant="baseline", model=own, directory="/")
+    model = build_model(run, device="meta")
+    if type(model) is VisionTransformer:
+        return ModelSettings(name=name, kwargs=fitted), fitted["img_size"]
+    config = timm.get_pretrained_cfg(name)
+    return own, (224 if config is None else int(config.input_size[-1]))
+
+
+def _text(path: Path, data: DataSettings, found: Survey, choice: _Choice) -> Iterable[str]:
+    batch = 2 ** min(7, max(3, int(math.log2(max(1, found.train / 15)))))
+    batch = min(batch, 2 ** int(math.log2(max(2, found.train))))
+    epochs = min(40, max(10, round(_UPDATES / max(1, found.train // batch))))
+    small = choice.model.kwargs.get("embed_dim") == _SMALL["embed_dim"]
+    seeds = [42, 123]
+    pictures = f"{found.side} pixels on the shorter side" if found.side else "of unknown size"
+    yield f"# {found.train + found.val:,} pictures of {found.classes} classes, {pictures}: {', '.join(choice.variants)}."
+    yield f"# Command:  {_command(path)}"
+    yield (
+        f"# Cost:     {len(seeds) * len(choice.variants)} runs of {epochs} epochs on {found.train:,} images; --dry-run counts "
+        f"their MACs."
+    )
+    yield (
+        f"# Expected: top-1 above chance ({100 / found.classes:.3g} %). One of {found.val:,} validation images is "
+        f"{100 / found.val:.2g} points; two seeds conclude nothing."
+    )
+    yield ""
+    yield from _lines([("seeds", seeds, "3 or more, to test differences: each is another run of every variant")])
+    yield from ("", "[model]")
+    origin = "small, as there are few images; a larger one: recipe --new FILE --data DIR --model NAME" if small else ""
+    yield from _lines([("name", choice.model.name, origin or "timm's name; random initial weights")])
+    if choice.model.name in _pretrained():
+        yield '# weights = "pretrained"  # downloads timm\'s weights, better for few images; leave out thin and patch_size then'
+    yield from ("", "[model.kwargs]")
+    tokens = (choice.image_size // choice.model.kwargs.get("patch_size", choice.image_size)) ** 2
+    notes = {
+        "img_size": "that of the pictures, at most 112",
+        "patch_size": f"{tokens} patches; smaller ones take longer and need more images",
+        "num_classes": "class folders",
+    }
+    yield from _lines([(key, value, notes.get(key, "")) for key, value in choice.model.kwargs.items()])
+    yield from ("", "[data]")
+    yield from _lines(_data(data, found, choice))
+    yield from ("", "[train]")
+    yield from _lines(_train(found, batch, epochs, small))
+    yield from ("", "[launch]")
+    threads = 1 if small else min(4, os.cpu_count() or 1)
+    yield from _lines(
+        [
+            ("workers", 0, "in this process; to start Ray takes longer than so few images; 2 or more = Ray workers"),
+            ("threads", threads, "a small model gains nothing from more" if small else "CPU threads of torch"),
+        ]
+    )
+    yield from ("", "[variants]")
+    for name, steps in choice.variants.items():
+        yield from _lines([(name, steps, "the model as it is" if not steps else "")])
+    for name, reason in choice.refused.items():
+        yield f"# {name} is left out: {' '.join(reason.split())[:200]}"
+
+
+def _data(data: DataSettings, found: Survey, choice: _Choice) -> list[Line]:
+    lines: list[Line] = [("name", "folder", "one folder of images per class"), ("root", data.root, "")]
+    if data.val_share:
+        lines += [("val_share", data.val_share, "of each class, held out for validation; always the same images")]
+    return [
+        *lines,
+        ("image_size", choice.image_size, "pixels a side"),
+        ("crop_pct", 1.0, "validation sees whole pictures"),
+        ("workers", 0 if (found.side or 224) <= 112 else 2, "loading processes; small pictures need none"),
+        ("train_samples", found.train, "counted; for --dry-run where the data are not"),
+    ]
+
+
+def _train(found: Survey, batch: int, epochs: int, small: bool) -> list[Line]:
+    updates = found.train // batch * epochs
+    return [
+        ("epochs", epochs, f"{updates:,} updates in all"),
+        ("batch_size", batch, f"{found.train // batch} updates an epoch"),
+        ("lr", 2e-3 if small else 5e-4, "largest learning rate, of AdamW"),
+        ("warmup_epochs", max(1, epochs // 10), "a tenth of the run"),
+        ("schedule_per_update", True, "the learning rate moves with each update: epochs are short"),
+        ("clip_grad", 1.0, "largest gradient norm"),
+        ("ema_decay", 0.0, "no averaged weights: with so few updates an average lags behind" if updates < 5000 else ""),
+        ("label_smoothing", 0.1, ""),
+        ("crop_scale", [0.6, 1.0], "training sees 60 to 100 % of a picture; less would cut the object off"),
+        ("hflip", 0.5, "use 0.0 where left and right differ, as in digits and text"),
+        ("color_jitter", 0.0 if found.gray else 0.2, "the pictures are gray" if found.gray else ""),
+    ]
+
+
+def _lines(entries: Iterable[Line]) -> Iterable[str]:
+    for key, value, comment in entries:
+        text = (
+            " ".join(tomli_w.dumps({key: value}).split("\n")).strip() if isinstance(value, list) else _plain(key, value)
+        )
+        yield f"{text}  # {comment}" if comment else text
+
+
+def _plain(key: str, value: Any) -> str:
+    return tomli_w.dumps({key: value}).rstrip("\n")
+
+
+def _pretrained() -> set[str]:
+    import timm
+
+    return {name.partition(".")[0] for name in timm.list_models(pretrained=True)}
+
+
+def _command(path: Path) -> str:
+    return f"python -m mlpreduce.recipe {shlex.quote(str(path))}"
