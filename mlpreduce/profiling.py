@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_iter
 from mlpreduce.budget import Cost, measure
 from mlpreduce.errors import ReductionError, check_whole
 from mlpreduce.graph import Inputs, call_with, example_inputs, map_tensors, refuse_wrapped, tensors_in
+from mlpreduce.markup import html_table
 
 __all__ = ["LiveMemory", "Profile", "profile"]
 
@@ -41,21 +42,34 @@ class Profile(Cost):
     peak_memory_mib: float | None = None
     device: str | None = None
 
+    def __repr__(self) -> str:
+        speed = "" if self.throughput is None else f", {self.throughput:,.1f} images/s"
+        return f"<Profile: {self.params:,} parameters, {self.unique_mlps} unique MLPs, {self.macs_text()}{speed}>"
+
+    def _repr_html_(self) -> str:
+        """Write the profile as an HTML table for notebooks."""
+        return html_table(("what", "value", "counted or measured"), self._rows())
+
     def __str__(self) -> str:
-        lines = [
-            f"parameters           {self.params:>15,}  (a tied tensor once)",
-            f"  of MLPs            {self.mlp_params:>15,}  in {self.unique_mlps} unique MLPs",
-            f"macs_linear          {self.macs_linear / 1e9:>13.3f} G  (Linear and Conv, one image)",
-            f"macs                 {self.macs / 1e9:>13.3f} G  (and LayerNorm at 5 per element)",
-            f"macs_with_attention  {self.macs_with_attention / 1e9:>13.3f} G  (and the products of attention)",
+        return "\n".join(f"{name:<19}  {value:>15}  {remark}" for name, value, remark in self._rows())
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """Name, value, and unit or convention of each figure."""
+        rows = [
+            ("parameters", f"{self.params:,}", "(a tied tensor once)"),
+            ("  of MLPs", f"{self.mlp_params:,}", f"in {self.unique_mlps} unique MLPs"),
+            ("macs_linear", f"{self.macs_linear / 1e9:.3f} G", "(Linear and Conv, one image)"),
+            ("macs", f"{self.macs / 1e9:.3f} G", "(and LayerNorm at 5 per element)"),
+            ("macs_with_attention", f"{self.macs_with_attention / 1e9:.3f} G", "(and the products of attention)"),
         ]
         if self.batch_size is not None:
-            lines += [
-                f"throughput           {self.throughput:>15.1f}  images/s (batch {self.batch_size}, {self.device})",
-                f"latency              {self.latency:>15.2f}  ms (batch 1)",
-                f"peak memory          {self.peak_memory_mib:>15.1f}  MiB (parameters, buffers, activations; inference)",
+            memory = "MiB (parameters, buffers, activations; inference)"
+            rows += [
+                ("throughput", f"{self.throughput:.1f}", f"images/s (batch {self.batch_size}, {self.device})"),
+                ("latency", f"{self.latency:.2f}", "ms (batch 1)"),
+                ("peak memory", f"{self.peak_memory_mib:.1f}", memory),
             ]
-        return "\n".join(lines)
+        return rows
 
 
 class LiveMemory(TorchDispatchMode):

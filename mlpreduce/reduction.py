@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from mlpreduce.calibration import Loss
-from mlpreduce.edits import Assign, Plan, Replace, Share
+from mlpreduce.edits import Assign, History, Plan, Replace, Share
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Inputs, find_mlps, module_at, refuse_wrapped
 from mlpreduce.layers import LAYERS, merged
@@ -120,8 +120,11 @@ def remember(model: nn.Module, made: Plan) -> None:
 
 
 def history(model: nn.Module) -> list[Plan]:
-    """The plans that were applied to a model, first to last. Kept in the attribute `mlpreduce_history`."""
-    return plans_of(model)
+    """The plans that were applied to a model, first to last: a list, which a notebook shows as a table.
+
+    The model keeps them in its attribute `mlpreduce_history`.
+    """
+    return History(plans_of(model))
 
 
 def untie(model: Model) -> Model:

@@ -16,7 +16,7 @@ PACKAGE = Path(mlpreduce.__file__).parent
 # a module may import those in lines above its own, and those of its own line
 ORDER = [
     ["errors"],
-    ["edits", "layers", "shipped", "values"],
+    ["edits", "layers", "markup", "shipped", "values", "waiting"],
     ["graph"],
     ["criteria", "slicing", "ties"],
     ["calibration", "budget"],

@@ -13,13 +13,15 @@ from safetensors import SafetensorError
 from mlpreduce.edits.kinds import Edit, Replace, Share, Slice
 from mlpreduce.edits.written import edit_from_json, edit_to_json, tensors_of
 from mlpreduce.errors import ReductionError, call_text
+from mlpreduce.markup import html_list, html_table, shortened
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Plan", "Row"]
+__all__ = ["History", "Plan", "Row"]
 
 PLAN_VERSION = 1
+_HEADERS = ("#", "MLP", "kind", "hidden", "parameters", "owner")
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,21 @@ class Plan:
         """The same plan without the edits of these kinds."""
         return replace(self, edits=tuple(e for e in self.edits if not isinstance(e, kinds)))
 
+    @property
+    def call(self) -> str:
+        """The plan as a call, `grouped(group=2)`."""
+        return call_text(self.transform, self.config)
+
     def __str__(self) -> str:
         return _table(self)
+
+    def __repr__(self) -> str:
+        return f"<Plan {shortened(self.call, 90)}: {_summary(self)}>"
+
+    def _repr_html_(self) -> str:
+        """Write the plan as an HTML table for notebooks, with the totals and notes that `print(plan)` has."""
+        rows = [[str(number), *_cells(row)] for number, row in enumerate(self.rows)]
+        return html_table(_HEADERS, rows, caption=self.call) + html_list([*_totals(self), *_remarks(self)])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"costs": None, "replaced": None}  # of use where the plan was made
@@ -165,21 +180,58 @@ class Plan:
             raise ReductionError(f"Plan.load({str(path)!r}): the plan or its tensors are damaged: {error}") from error
 
 
-def _table(plan: Plan) -> str:
-    """The plan as text: one line per MLP in scope, totals, what is left out and why."""
-    width = max([len(row.mlp) for row in plan.rows] + [5])
-    kinds = max([len(row.kind) for row in plan.rows] + [5])
-    lines = [
-        call_text(plan.transform, plan.config),
-        f"{'#':>4}  {'MLP':<{width}}  {'kind':<{kinds}} {'hidden':>15}  {'parameters':>26}  owner",
-    ]
-    for number, row in enumerate(plan.rows):
-        hidden = f"{row.hidden_before:,}" + (f" -> {row.hidden:,}" if row.hidden != row.hidden_before else "")
-        params = f"{row.params_before:,}" + (f" -> {row.params:,}" if row.params != row.params_before else "")
-        owner = "" if row.owner == row.mlp else row.owner
-        lines.append(
-            f"{number:>4}  {row.mlp:<{width}}  {row.kind:<{kinds}} {hidden:>15}  {params:>26}  {owner}".rstrip()
-        )
+class History(list[Plan]):
+    """The plans that were applied to a model: a list that a notebook shows as a table."""
+
+    def __repr__(self) -> str:
+        calls = ", ".join(made.call for made in self) or "no reduction"
+        return f"<History of {len(self)} plan{'' if len(self) == 1 else 's'}: {shortened(calls, 150)}>"
+
+    def _repr_html_(self) -> str:
+        """Write one row for each plan: the call, its MLPs and their parameters before and after."""
+        rows = [
+            [
+                str(number),
+                made.call,
+                str(len(made.rows)),
+                _arrow(len({row.owner_before for row in made.rows}), len({row.owner for row in made.rows})),
+                _arrow(sum(row.params_before for row in made.rows), sum(row.params for row in made.rows)),
+            ]
+            for number, made in enumerate(self)
+        ]
+        headers = ("#", "plan", "MLPs in scope", "unique MLPs", "parameters of MLPs")
+        return html_table(headers, rows, caption="Reductions of this model" if self else "This model is not reduced")
+
+
+def _arrow(before: int, after: int) -> str:
+    """A count before and after, or once if it stays.
+
+    Example:
+        >>> _arrow(3072, 1536), _arrow(12, 12)
+        ('3,072 -> 1,536', '12')
+    """
+    return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
+
+
+def _cells(row: Row) -> list[str]:
+    """A row as text: MLP, kind, hidden features, parameters, and the owner if that is another MLP."""
+    hidden, params = _arrow(row.hidden_before, row.hidden), _arrow(row.params_before, row.params)
+    return [row.mlp, row.kind, hidden, params, "" if row.owner == row.mlp else row.owner]
+
+
+def _summary(plan: Plan) -> str:
+    """What a plan does in a few words, read off its rows: nothing is computed."""
+    if not plan.rows:
+        return f"{len(plan.edits)} edit{'' if len(plan.edits) == 1 else 's'}, made by hand"
+    unique = _arrow(len({row.owner_before for row in plan.rows}), len({row.owner for row in plan.rows}))
+    params = _arrow(sum(row.params_before for row in plan.rows), sum(row.params for row in plan.rows))
+    aside = f", {len(plan.left_out)} left out" if plan.left_out else ""
+    return f"{len(plan.rows)} MLPs, unique {unique}, MLP parameters {params}{aside}"
+
+
+def _totals(plan: Plan) -> list[str]:
+    """Parameters and MACs before and after; those of the whole model are computed where the plan was made."""
+    lines = []
     before, after = sum(r.params_before for r in plan.rows), sum(r.params for r in plan.rows)
     if plan.rows and before:
         lines.append(f"MLPs in scope: {before:,} -> {after:,} parameters ({(after - before) / before:+.2%})")
@@ -193,6 +245,25 @@ def _table(plan: Plan) -> str:
             )
         except ReductionError as error:  # the input size is not known
             lines.append(f"MACs are not counted: {error}")
-    lines += [f"left out: {name}: {reason}" for name, reason in plan.left_out.items()]
-    lines += [f"note: {note}" for note in plan.notes]
-    return "\n".join(lines)
+    return lines
+
+
+def _remarks(plan: Plan) -> list[str]:
+    """What is left out and why, and the notes."""
+    return [f"left out: {name}: {reason}" for name, reason in plan.left_out.items()] + [
+        f"note: {note}" for note in plan.notes
+    ]
+
+
+def _table(plan: Plan) -> str:
+    """The plan as text: one line per MLP in scope, totals, what is left out and why."""
+    width = max([len(row.mlp) for row in plan.rows] + [5])
+    kinds = max([len(row.kind) for row in plan.rows] + [5])
+    lines = [
+        plan.call,
+        f"{'#':>4}  {'MLP':<{width}}  {'kind':<{kinds}} {'hidden':>15}  {'parameters':>26}  owner",
+    ]
+    for number, row in enumerate(plan.rows):
+        name, kind, hidden, params, owner = _cells(row)
+        lines.append(f"{number:>4}  {name:<{width}}  {kind:<{kinds}} {hidden:>15}  {params:>26}  {owner}".rstrip())
+    return "\n".join([*lines, *_totals(plan), *_remarks(plan)])

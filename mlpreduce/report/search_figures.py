@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from mlpreduce.markup import shortened
 from mlpreduce.report import search_points as points
 from mlpreduce.report.content import Picture
 from mlpreduce.report.figure import as_png, plain
@@ -47,7 +48,7 @@ def draw_importance(document: dict[str, Any]) -> tuple[Figure, str] | None:
     for axis, (objective, shares) in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         best = sorted(shares.items(), key=lambda item: -item[1])[:_MOST_BARS]
         drawn = axis.barh(
-            [plain(points.shortened(name, 30)) for name, _ in best], [value for _, value in best], color="#4c78a8"
+            [plain(shortened(name, 30)) for name, _ in best], [value for _, value in best], color="#4c78a8"
         )
         axis.bar_label(drawn, fmt="%.2f", padding=3, fontsize=8)
         axis.set_xlim(0, 1.15 * max(best[0][1], 0.01))
@@ -100,7 +101,7 @@ def _pattern_title(point: points.Point, first: dict[str, str]) -> str:
     size = points.value_of(point, "params")
     facts = [f"{points.compact(size)} parameters"] if size else []
     facts += [f"{value} {first['unit']}".rstrip()] if value and first["name"] != "params" else []
-    return f"{points.shortened(point['name'], 28)}\n{', '.join(facts)}"
+    return f"{shortened(point['name'], 28)}\n{', '.join(facts)}"
 
 
 def _draw_pattern(axis: Axes, point: points.Point, largest: int) -> AxesImage:
