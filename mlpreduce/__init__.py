@@ -29,6 +29,7 @@ _NAMES = {
     "load": "checkpoint",
     "merge": "reduction",
     "plan": "planning",
+    "plot": "report.plans",
     "profile": "profiling",
     "register": "transforms",
     "register_model": "registration",
@@ -53,7 +54,17 @@ _PACKAGES = (
 )
 
 __all__ = ["MLP", "Plan", "Profile", "ReductionError", "Report", "apply", "create_model", "find_mlps", "history"]
-__all__ += ["list_criteria", "list_transforms", "load", "merge", "plan", "profile", "register", "register_model"]
+__all__ += [
+    "list_criteria",
+    "list_transforms",
+    "load",
+    "merge",
+    "plan",
+    "plot",
+    "profile",
+    "register",
+    "register_model",
+]
 __all__ += ["save", "to_graph", "untie", "verify"]
 
 if TYPE_CHECKING:
@@ -67,6 +78,7 @@ if TYPE_CHECKING:
     from mlpreduce.profiling import Profile, profile
     from mlpreduce.reduction import apply, history, merge, untie
     from mlpreduce.registration import register_model
+    from mlpreduce.report.plans import plot
     from mlpreduce.transforms import list_transforms, register
     from mlpreduce.verification import Report, verify
 

@@ -128,7 +128,7 @@ def test_report_is_built_from_records_alone(output: Path, tmp_path: Path) -> Non
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     document = report.build(output, output=elsewhere)
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
-    assert {path.name for path in elsewhere.iterdir()} == {"results.json", "report.md", "report.html", "curves.png"}
+    assert {path.name for path in elsewhere.iterdir()} == set(report.FILES)
     assert json.loads((elsewhere / "results.json").read_text()) == document
     text = (elsewhere / "report.md").read_text()
     here = cells(text, "Table 1: size and compute")["baseline", "run"]
