@@ -18,6 +18,7 @@ from mlpreduce.budget import Cost, measure
 from mlpreduce.errors import ReductionError, check_whole
 from mlpreduce.graph import Inputs, call_with, example_inputs, map_tensors, refuse_wrapped, tensors_in
 from mlpreduce.markup import html_table
+from mlpreduce.waiting import steps
 
 __all__ = ["LiveMemory", "Profile", "profile"]
 
@@ -156,9 +157,9 @@ def profile(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
-            many = _seconds(lambda: call_with(model, batch), images.device, repeats)
-            one = _seconds(lambda: call_with(model, first), images.device, repeats)
+        with torch.inference_mode(), steps("profile", 2 * repeats + 2) as advance:
+            many = _seconds(lambda: call_with(model, batch), images.device, repeats, advance)
+            one = _seconds(lambda: call_with(model, first), images.device, repeats, advance)
             peak = _peak_bytes(model, batch, images.device)
     finally:
         model.train()  # what some modules keep for evaluation goes: it was made within inference_mode
@@ -174,13 +175,15 @@ def profile(
     )
 
 
-def _seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+def _seconds(call: Callable[[], Any], device: torch.device, repeats: int, advance: Callable[[int], None]) -> float:
     def once() -> float:
         start = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        taken = time.perf_counter() - start
+        advance(1)
+        return taken
 
     once()
     return statistics.median(once() for _ in range(repeats))
