@@ -30,6 +30,7 @@ _NAMES = {
     "load": "checkpoint",
     "merge": "reduction",
     "plan": "planning",
+    "plot": "report.plans",
     "profile": "profiling",
     "register": "transforms",
     "register_model": "registration",
@@ -65,8 +66,16 @@ __all__ = [
     "describe",
     "find_mlps",
     "history",
+    "list_criteria",
+    "list_transforms",
+    "load",
+    "merge",
+    "plan",
+    "plot",
+    "profile",
+    "register",
+    "register_model",
 ]
-__all__ += ["list_criteria", "list_transforms", "load", "merge", "plan", "profile", "register", "register_model"]
 __all__ += ["save", "to_graph", "untie", "verify"]
 
 if TYPE_CHECKING:
@@ -81,6 +90,7 @@ if TYPE_CHECKING:
     from mlpreduce.profiling import Profile, profile
     from mlpreduce.reduction import apply, history, merge, untie
     from mlpreduce.registration import register_model
+    from mlpreduce.report.plans import plot
     from mlpreduce.transforms import list_transforms, register
     from mlpreduce.verification import Report, verify
 
@@ -94,4 +104,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    dunders = (name for name in globals() if name.startswith("__"))
+    return sorted({*dunders, *__all__, *_PACKAGES})  # nothing is imported for it

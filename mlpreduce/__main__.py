@@ -124,7 +124,7 @@ def _describe(name: str, *, as_json: bool) -> str:
 def _plan(options: argparse.Namespace) -> str:
     """The plans of all transforms, each made after those before it were applied, and what they come to together."""
     import mlpreduce
-    from mlpreduce.edits.plan import costs_text
+    from mlpreduce.edits.shown import costs_text
 
     settings, steps = read_words(options.words)
     if not steps:

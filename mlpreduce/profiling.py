@@ -18,7 +18,9 @@ from mlpreduce.budget import Cost, measure
 from mlpreduce.console import width, wrapped
 from mlpreduce.errors import ReductionError, check_whole
 from mlpreduce.graph import Inputs, call_with, example_inputs, map_tensors, refuse_wrapped, tensors_in
+from mlpreduce.markup import html_table
 from mlpreduce.values import short
+from mlpreduce.waiting import steps
 
 __all__ = ["LiveMemory", "Profile", "profile"]
 
@@ -43,7 +45,22 @@ class Profile(Cost):
     peak_memory_mib: float | None = None
     device: str | None = None
 
+    def __repr__(self) -> str:
+        speed = "" if self.throughput is None else f", {self.throughput:,.1f} images/s"
+        return f"<Profile: {self.params:,} parameters, {self.unique_mlps} unique MLPs, {self.macs_text()}{speed}>"
+
+    def _repr_html_(self) -> str:
+        """Write the profile as an HTML table for notebooks."""
+        return html_table(("what", "value", "counted or measured"), self._rows())
+
     def __str__(self) -> str:
+        rows = self._rows()
+        room = max(len(value) for _, value, _ in rows)
+        lines = [f"{name:<19}  {value:>{room}}  {remark}" for name, value, remark in rows]
+        return "\n".join(wrapped(line, width(), " " * (19 + room + 4)) for line in lines)
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """Name, value, and unit or convention of each figure."""
         rows = [
             ("parameters", f"{self.params:,}", "(a tied tensor once)"),
             ("  of MLPs", f"{self.mlp_params:,}", f"in {self.unique_mlps} unique MLPs"),
@@ -52,14 +69,13 @@ class Profile(Cost):
             ("macs_with_attention", short(self.macs_with_attention), "(and the products of attention)"),
         ]
         if self.batch_size is not None:
+            memory = "MiB (parameters, buffers, activations; inference)"
             rows += [
                 ("throughput", f"{self.throughput:,.1f}", f"images/s (batch {self.batch_size}, {self.device})"),
                 ("latency", f"{self.latency:,.2f}", "ms (batch 1)"),
-                ("peak memory", f"{self.peak_memory_mib:,.1f}", "MiB (parameters, buffers, activations; inference)"),
+                ("peak memory", f"{self.peak_memory_mib:,.1f}", memory),
             ]
-        room = max(len(value) for _, value, _ in rows)
-        lines = [f"{name:<19}  {value:>{room}}  {note}" for name, value, note in rows]
-        return "\n".join(wrapped(line, width(), " " * (19 + room + 4)) for line in lines)
+        return rows
 
 
 class LiveMemory(TorchDispatchMode):
@@ -146,9 +162,9 @@ def profile(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
-            many = _seconds(lambda: call_with(model, batch), images.device, repeats)
-            one = _seconds(lambda: call_with(model, first), images.device, repeats)
+        with torch.inference_mode(), steps("profile", 2 * repeats + 2) as advance:
+            many = _seconds(lambda: call_with(model, batch), images.device, repeats, advance)
+            one = _seconds(lambda: call_with(model, first), images.device, repeats, advance)
             peak = _peak_bytes(model, batch, images.device)
     finally:
         model.train()  # what some modules keep for evaluation goes: it was made within inference_mode
@@ -164,13 +180,15 @@ def profile(
     )
 
 
-def _seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+def _seconds(call: Callable[[], Any], device: torch.device, repeats: int, advance: Callable[[int], None]) -> float:
     def once() -> float:
         start = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        taken = time.perf_counter() - start
+        advance(1)
+        return taken
 
     once()
     return statistics.median(once() for _ in range(repeats))

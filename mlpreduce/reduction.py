@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from mlpreduce.builds import DOUBT
 from mlpreduce.calibration import Loss
-from mlpreduce.edits import Assign, Plan, Replace, Share
+from mlpreduce.edits import Assign, History, Plan, Replace, Share
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Inputs, find_mlps, refuse_wrapped
 from mlpreduce.layers import LAYERS, merged
@@ -129,8 +129,12 @@ def remember(model: nn.Module, made: Plan) -> None:
 
 
 def history(model: nn.Module) -> list[Plan]:
-    """The plans that were applied to a model, first to last. Kept in the attribute `mlpreduce_history`."""
-    return plans_of(model) or list(getattr(model, "mlpreduce_history", []))  # of a wrapper that passes attributes on
+    """The plans that were applied to a model, first to last: a list, which a notebook shows as a table.
+
+    The model keeps them in its attribute `mlpreduce_history`.
+    """
+    plans = plans_of(model) or getattr(model, "mlpreduce_history", [])  # of a wrapper that passes attributes on
+    return History(plans)
 
 
 def untie(model: Model) -> Model:

@@ -82,7 +82,7 @@ def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Pl
         replace(m, leaves=tuple(replace(one, path=places.get(one.path, one.path)) for one in m.leaves)) for m in uses
     ]
     problem: Exception | None = None
-    with running(samples.device, gradients=False):
+    with running(samples.device, gradients=False), samples.shown(f"repair {kind}"):
         before, after = quiet_copy(model), _reduced(model, made)
         fits = _fits(after, moved)
         try:

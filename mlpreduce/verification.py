@@ -11,6 +11,7 @@ from torch import nn
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import PLAIN, Inputs, module_through, refuse_wrapped, survey, unwrapped
+from mlpreduce.markup import html_list, html_table
 from mlpreduce.reduction import broken_ties
 from mlpreduce.ties import is_guarded, plans_of, reduced_parts, shares_of, tangled_parts, tied
 
@@ -40,8 +41,22 @@ class Report:
         """Whether nothing is wrong."""
         return not self.problems
 
+    def __repr__(self) -> str:
+        count = len(self.problems)
+        found = "ok" if self.ok else f"{count} problem{'' if count == 1 else 's'}"
+        return f"<Report: {found}; {self.params:,} parameters, {self._mlps()}>"
+
+    def _repr_html_(self) -> str:
+        """Write the report as an HTML table for notebooks, and the problems below it."""
+        rows = [["parameters", f"{self.params:,}"], ["MLPs", self._mlps()]]
+        table = html_table(("what", "found"), [["verdict", "ok" if self.ok else "something is wrong"], *rows])
+        return table + html_list(self.problems)
+
+    def _mlps(self) -> str:
+        return f"{self.mlps} MLPs of which {self.unique_mlps} unique, {self.ties} ties"
+
     def __str__(self) -> str:
-        head = f"{self.params:,} parameters, {self.mlps} MLPs of which {self.unique_mlps} unique, {self.ties} ties"
+        head = f"{self.params:,} parameters, {self._mlps()}"
         return "\n".join([head, *(f"problem: {problem}" for problem in self.problems or ["none"])])
 
 

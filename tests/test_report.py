@@ -128,7 +128,7 @@ def test_report_is_built_from_records_alone(output: Path, tmp_path: Path) -> Non
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     document = report.build(output, output=elsewhere)
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
-    assert {path.name for path in elsewhere.iterdir()} == {"results.json", "report.md", "report.html", "curves.png"}
+    assert {path.name for path in elsewhere.iterdir()} == set(report.FILES)
     assert json.loads((elsewhere / "results.json").read_text()) == document
     text = (elsewhere / "report.md").read_text()
     here = cells(text, "Table 1: size and compute")["baseline", "run"]
@@ -313,8 +313,8 @@ def test_html_is_one_file_that_escapes_what_it_shows(tmp_path: Path) -> None:
     page = Page(text)
     assert page.open == []
     assert not {"script", "link", "iframe", "object", "style>"} & set(page.tags)
-    (figure,) = page.references
-    assert figure.startswith("data:image/png;base64,")
+    assert len(page.references) == 2  # curves and plans
+    assert all(figure.startswith("data:image/png;base64,") for figure in page.references)
     assert "http" not in text.replace("https://arxiv.org", "")
     assert "url(" not in text
     assert "@import" not in text

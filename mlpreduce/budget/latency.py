@@ -31,6 +31,7 @@ from mlpreduce.graph import (
 )
 from mlpreduce.graph import example_inputs as inputs_of
 from mlpreduce.slicing import slice_all
+from mlpreduce.waiting import steps
 
 __all__ = ["LatencyTable", "Variants", "sliced_copy", "timed"]
 
@@ -257,7 +258,7 @@ def timed(models: Sequence[nn.Module], batch: Inputs, device: torch.device, repe
     first, *others = models
     firsts: list[float] = []
     found: list[list[float]] = [[] for _ in others]
-    with torch.inference_mode():
+    with torch.inference_mode(), steps("latency", repeats + 1) as advance:
         for turn in range(repeats + 1):
             before = run(first)
             for model, ratios in zip(others, found, strict=True):
@@ -268,6 +269,7 @@ def timed(models: Sequence[nn.Module], batch: Inputs, device: torch.device, repe
                 before = after
             if not others:
                 firsts.append(before)
+            advance(1)
     whole = statistics.median(firsts)
     return [whole, *(whole * statistics.median(ratios) for ratios in found)]
 

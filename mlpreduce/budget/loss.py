@@ -26,6 +26,7 @@ from mlpreduce.calibration import Loss as LossFunction
 from mlpreduce.criteria import Choice, as_order, choose
 from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import MLP, Inputs, find_mlps, first_units, refuse_wrapped
+from mlpreduce.waiting import steps
 
 __all__ = ["Loss"]
 
@@ -95,7 +96,12 @@ class Loss:
             with running(kept.device, gradients=False):
                 whole = kept.loss({})
                 orders = {mlp.name: as_order(answers.of(mlp, choice, seed)) for mlp, _ in slots}
-                return {mlp.name: self._narrowest(mlp, slot, orders[mlp.name], whole, kept) for mlp, slot in slots}
+                found = {}
+                with steps("budget.Loss: widths", len(slots)) as advance:
+                    for mlp, slot in slots:
+                        found[mlp.name] = self._narrowest(mlp, slot, orders[mlp.name], whole, kept)
+                        advance(1)
+                return found
         except ReductionError as error:
             raise ReductionError(f"{call}: {error}") from error
 
@@ -121,7 +127,7 @@ class _Kept:
         self.device, self._choice, self._function = samples.device, choice, loss
         self.batches: list[Any] = []
         problem: Exception | None = None
-        with running(samples.device, gradients=False):
+        with running(samples.device, gradients=False), samples.shown("budget.Loss: data"):
             try:
                 self.batches += samples.chunks()
             except Exception as error:  # whatever the data raises: the other processes are told

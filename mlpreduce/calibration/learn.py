@@ -43,7 +43,7 @@ def measure_gates(
     check_whole(f"criterion {choice}: epochs", epochs)
     samples = Samples(data, model, labels=True)
     problem: Exception | None = None
-    with running(samples.device, gradients=True):
+    with running(samples.device, gradients=True), samples.shown(f"criterion {choice.criterion.name}", epochs):
         tree = quiet_copy(model)
         taps = Taps(tree, mlps, ("fc2",))
         gates = {

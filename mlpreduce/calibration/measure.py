@@ -62,7 +62,7 @@ def measure_scores(
     criterion = choice.criterion
     own = criterion.objective is not None
     samples = Samples(data, model, labels=criterion.needs == "loss" and not own, compared=own)
-    with running(samples.device, gradients=criterion.needs == "loss"):
+    with running(samples.device, gradients=criterion.needs == "loss"), samples.shown(f"criterion {criterion.name}"):
         sums = _sums(model, mlps, choice, samples, loss, seed)
     for owner, total in sums.items():
         if not total.isfinite().all():

@@ -33,7 +33,7 @@ def measure_moments(model: nn.Module, mlps: Sequence[MLP], data: Any) -> tuple[d
     """
     samples = Samples(data, model, labels=False)
     problem: Exception | None = None
-    with running(samples.device, gradients=False):
+    with running(samples.device, gradients=False), samples.shown("inputs of the layers"):
         tree = quiet_copy(model)
         sums: dict[int, torch.Tensor] = {}
         paths: dict[str, int] = {}

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from operator import length_hint
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.waiting import silent, steps
 
 __all__ = ["CHUNK", "Samples", "all_reduce", "raise_together", "together"]
 
@@ -55,6 +59,27 @@ class Samples:
         self._digests = hashlib.sha256(), hashlib.sha256()  # of images and labels
         self.fingerprint = ""
         self._read = False
+        self._advance: Callable[[int], None] = _unseen
+
+    @contextmanager
+    def shown(self, what: str, passes: int = 1) -> Iterator[None]:
+        """Show how many examples were looked at inside the block, if that takes long and somebody is looking.
+
+        Args:
+            what: what is done with them, in a few words.
+            passes: how often the data is read.
+        """
+        if self.rank:  # one process of a group shows it for all
+            with silent():
+                yield
+            return
+        count = _expected(self._data)
+        with steps(what, count and count * passes) as advance:
+            self._advance = advance
+            try:
+                yield
+            finally:
+                self._advance = _unseen
 
     def chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Images and labels, `CHUNK` examples at a time, whatever the batches are; the last time what is left.
@@ -86,8 +111,10 @@ class Samples:
                     chunk, kept = _joined(kept, CHUNK)
                     waiting -= CHUNK
                     yield self._placed(*chunk)
+                    self._advance(CHUNK)
         if kept:
             yield self._placed(*_joined(kept, waiting)[0])
+            self._advance(waiting)
 
     def _parts(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images and labels of one batch."""
@@ -159,6 +186,20 @@ def _check(data: Any, model: nn.Module, parameter: torch.Tensor, labels: bool) -
     if halves:
         kind = model.get_parameter(halves[0]).dtype
         raise ReductionError(f"{halves[0]} is {kind}, too coarse to measure with; use model.float() first")
+
+
+def _unseen(examples: int) -> None:
+    """Show nothing."""
+
+
+def _expected(data: Any) -> int | None:
+    """How many examples the data has, where that can be known without reading it."""
+    if isinstance(data, DataLoader):
+        return None if isinstance(data.dataset, IterableDataset) else length_hint(data.sampler) or None
+    if not isinstance(data, (list, tuple)):
+        return None
+    firsts = [batch[0] if isinstance(batch, (list, tuple)) and batch else batch for batch in data]
+    return sum(map(len, firsts)) if all(isinstance(one, torch.Tensor) and one.dim() for one in firsts) else None
 
 
 def _joined(

@@ -44,7 +44,7 @@ def measure_similarity(
     samples = Samples(data, model, labels=False)
     kept: list[list[torch.Tensor]] = [[] for _ in mlps]
     problem: Exception | None = None
-    with running(samples.device, gradients=False):
+    with running(samples.device, gradients=False), samples.shown("similarity of the MLPs"):
         tree = quiet_copy(model)
         try:
             for images, _ in samples.chunks():

@@ -9,12 +9,13 @@ saved model is rebuilt from structure alone and nothing is scaled twice.
 from __future__ import annotations
 
 from mlpreduce.edits.kinds import Assign, Axis, Edit, Replace, Scale, Setting, Share, Slice, Units, as_units
-from mlpreduce.edits.plan import Plan, Row
+from mlpreduce.edits.plan import History, Plan, Row
 
 __all__ = [
     "Assign",
     "Axis",
     "Edit",
+    "History",
     "Plan",
     "Replace",
     "Row",

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from mlpreduce.console import Column, Grid, first_that_fits, width, wrapped
+from mlpreduce.console import width
+from mlpreduce.edits import shown
 from mlpreduce.edits.kinds import Edit, Replace, Share, Slice
 from mlpreduce.edits.written import edit_from_json, edit_to_json, tensors_of
 from mlpreduce.errors import ReductionError, call_text
+from mlpreduce.markup import shortened
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Plan", "Row", "costs_text"]
+__all__ = ["History", "Plan", "Row"]
 
 PLAN_VERSION = 1
 
@@ -75,8 +77,20 @@ class Plan:
         """The same plan without the edits of these kinds."""
         return replace(self, edits=tuple(e for e in self.edits if not isinstance(e, kinds)))
 
+    @property
+    def call(self) -> str:
+        """The plan as a call, `grouped(group=2)`."""
+        return call_text(self.transform, self.config)
+
     def __str__(self) -> str:
-        return _table(self, width())
+        return shown.as_text(self, width())
+
+    def __repr__(self) -> str:
+        return f"<Plan {shortened(self.call, 90)}: {shown.summary(self)}>"
+
+    def _repr_html_(self) -> str:
+        """Write the plan as an HTML table for notebooks, with the totals and notes that `print(plan)` has."""
+        return shown.as_html(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"costs": None, "replaced": None}  # of use where the plan was made
@@ -166,53 +180,13 @@ class Plan:
             raise ReductionError(f"Plan.load({str(path)!r}): the plan or its tensors are damaged: {error}") from error
 
 
-def _table(plan: Plan, columns: int | None) -> str:
-    """The plan as text: one line per MLP in scope, totals, what is left out and why."""
-    before, after = sum(r.params_before for r in plan.rows), sum(r.params for r in plan.rows)
-    totals = []
-    if plan.rows and before:
-        totals.append(f"MLPs in scope: {before:,} -> {after:,} parameters ({(after - before) / before:+.2%})")
-    if plan.costs is not None:
-        try:
-            totals += costs_text(*plan.costs())
-        except ReductionError as error:  # the input size is not known
-            totals.append(f"MACs are not counted: {error}")
-    totals += [f"left out: {name}: {reason}" for name, reason in plan.left_out.items()]
-    totals += [f"note: {note}" for note in plan.notes]
-    head = wrapped(call_text(plan.transform, plan.config), columns)
-    rows = first_that_fits(_grids(plan.rows), columns).text(columns)
-    return "\n".join([head, rows, *(wrapped(line, columns) for line in totals)])
+class History(list[Plan]):
+    """The plans that were applied to a model: a list that a notebook shows as a table."""
 
+    def __repr__(self) -> str:
+        calls = ", ".join(made.call for made in self) or "no reduction"
+        return f"<History of {len(self)} plan{'' if len(self) == 1 else 's'}: {shortened(calls, 150)}>"
 
-def costs_text(was: Any, now: Any) -> list[str]:
-    """What a model cost, and costs now, in two lines."""
-    change = (now.params - was.params) / was.params
-    macs = f" -> {now.macs_text()}" if now.macs != was.macs else ", unchanged"
-    return [
-        f"model: {was.params:,} -> {now.params:,} parameters ({change:+.2%})",
-        f"       {was.macs_text()}{macs}",
-    ]
-
-
-def _grids(rows: Sequence[Row]) -> Iterator[Grid]:
-    """The rows as tables, each narrower than the one before."""
-    places = {row.mlp: str(number) for number, row in enumerate(rows)}
-    number = Column("#", list(places.values()))
-    names = Column("MLP", [row.mlp for row in rows], left=True)
-    kinds = Column("kind", [row.kind for row in rows], left=True)
-    hidden = Column("hidden", [_change(row.hidden_before, row.hidden) for row in rows])
-    params = Column("parameters", [_change(row.params_before, row.params) for row in rows])
-    owners = Column("owner", ["" if row.owner == row.mlp else row.owner for row in rows], left=True)
-    numbers = Column("owner", [f"#{places[owner]}" if owner in places else owner for owner in owners.cells], left=True)
-    left = Column("parameters", [f"{row.params:,}" for row in rows])
-    shared = [owners] if any(owners.cells) else []
-    yield Grid("", [number, names, kinds, hidden, params, *shared], ruled=False)
-    shared = [numbers] if shared else []
-    yield Grid("", [number, names, kinds, hidden, params, *shared], ruled=False)
-    yield Grid("", [number, names, hidden, params, *shared], ruled=False)
-    yield Grid("", [number, names, hidden, left, *shared], ruled=False)
-    yield Grid("", [names, number, hidden, left, *shared], ruled=False)
-
-
-def _change(before: int, after: int) -> str:
-    return f"{before:,}" + (f" -> {after:,}" if after != before else "")
+    def _repr_html_(self) -> str:
+        """Write one row for each plan: the call, its MLPs and their parameters before and after."""
+        return shown.histories_html(self)

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from mlpreduce.edits import Axis, Setting, Slice, as_units
 from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.markup import shortened
 
 __all__ = ["MLP", "Leaf", "chains", "first_units", "select", "slice_edit"]
 
@@ -93,6 +94,11 @@ class MLP:
     fixed: str = ""
     input_shape: tuple[int, ...] = field(default=(), compare=False)
     norm_follows: bool = False
+
+    def __repr__(self) -> str:
+        widths = f"{self.in_features:,} -> {self.hidden_features:,} -> {self.out_features:,}"
+        tie = "" if self.owner == self.name else f", tied to {shortened(self.owner, 50)}"
+        return f"<MLP {shortened(self.name, 50)}: {self.kind}, {widths}{tie}>"
 
     def params(self, hidden: int | None = None, *, owned: bool = True) -> int:
         """Parameters of its leaves, each counted once.

@@ -12,6 +12,7 @@ from mlpreduce.launch.locks import drive
 from mlpreduce.launch.settings import LaunchSettings
 from mlpreduce.launch.sharing import check_sharing
 from mlpreduce.train.settings import Run
+from mlpreduce.waiting import silent
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ def train_all(
 
     for run in runs:
         try:
-            with holding(run):
+            with holding(run), silent():  # whoever trains them shows progress
                 fit(run, runtime)
         except TrainingStopped as stopped:
             if runtime.rank == 0:

@@ -134,7 +134,7 @@ def _train(recipe: Recipe, place: Path, home: Path, console: Console) -> tuple[d
             if whole:
                 raise
             return None, False
-        recorder.log_files([place / name for name in report.FILES])
+        recorder.log_files([place / name for name in report.FILES if (place / name).is_file()])
     return document, whole
 
 

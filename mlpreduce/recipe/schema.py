@@ -25,7 +25,16 @@ __all__ = ["Recipe", "changed", "differences", "find", "header", "list_recipes",
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of variants and points, whose folders have their names
 _SWEPT = ("model", "data", "train", "variants")
-_TAKEN = {"recipe.json", "results.json", "report.md", "report.html", "curves.png", "mlflow.db", "mlartifacts"}
+_TAKEN = {
+    "recipe.json",
+    "results.json",
+    "report.md",
+    "report.html",
+    "curves.png",
+    "plans.png",
+    "mlflow.db",
+    "mlartifacts",
+}
 
 # What may differ when a run is resumed: none of it changes what is computed, but for rounding and random numbers where the
 # batch is shared otherwise; the run says so.

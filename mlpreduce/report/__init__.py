@@ -18,11 +18,12 @@ from mlpreduce.report.figure import CAPTION, as_png, draw
 from mlpreduce.report.gather import gather, gather_points
 from mlpreduce.report.overview import beyond_noise, cautions, overview
 from mlpreduce.report.pages import as_html, as_markdown, for_console
+from mlpreduce.report.plans import FILE, picture_of
 from mlpreduce.report.tables import NOTES, Part, compose
 
 __all__ = ["FILES", "NOTES", "build", "console_table", "main"]
 
-FILES = ("results.json", "report.md", "report.html", "curves.png")  # what `build` writes
+FILES = ("results.json", "report.md", "report.html", "curves.png", FILE)  # what `build` writes; the last one not always
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build(*runs: str | Path, output: str | Path | None = None) -> dict[str, Any]:
-    """Write `results.json`, `report.md`, `report.html` and `curves.png`, from the records of finished runs alone.
+    """Write `results.json`, `report.md`, `report.html` and the figures, from the records of finished runs alone.
+
+    The figures are `curves.png` and, where a variant reduces MLPs of the built model, `plans.png`.
 
     Args:
         runs: output directories of recipes; the records of several are put together. That of a recipe with a sweep stands
@@ -95,13 +98,17 @@ def _write_sweep(points: dict[str, list[dict[str, Any]]], place: Path) -> dict[s
 
 
 def _write(place: Path, document: dict[str, Any], parts: Sequence[Part], remarks: Sequence[str] = ()) -> dict[str, Any]:
-    picture = Picture("Curves", "curves.png", CAPTION, as_png(draw([records for _, records in parts])))
+    curves = Picture("Curves", "curves.png", CAPTION, as_png(draw([records for _, records in parts])))
+    drawn = picture_of(record for _, records in parts for record in records)
+    pictures = [curves, *([drawn] if drawn else [])]
     verdict = beyond_noise(document)
     content = compose(
-        document["recipe"], parts, picture, [*remarks, *cautions(document), *([verdict] if verdict else [])]
+        document["recipe"], parts, pictures, [*remarks, *cautions(document), *([verdict] if verdict else [])]
     )
     store(place, "results.json", document)
-    (place / picture.file).write_bytes(picture.png)
+    (place / FILE).unlink(missing_ok=True)  # of an earlier report
+    for picture in pictures:
+        (place / picture.file).write_bytes(picture.png)
     (place / "report.md").write_text(as_markdown(content), encoding="utf-8")
     (place / "report.html").write_text(as_html(content), encoding="utf-8")
     return document

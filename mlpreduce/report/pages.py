@@ -7,6 +7,7 @@ import html
 from collections.abc import Iterable
 
 from mlpreduce.console import Column, Grid
+from mlpreduce.markup import html_list, html_table
 from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.published import SOURCE
 
@@ -60,7 +61,7 @@ def as_html(content: Content) -> str:
             case Picture():
                 inside = _figure(section)
             case Listing(_, sentences):
-                inside = "\n".join(["<ul>", *(f"<li>{html.escape(sentence)}</li>" for sentence in sentences), "</ul>"])
+                inside = html_list(sentences)
         body.append(f"<section><h2>{html.escape(section.title)}</h2>{inside}</section>")
     head = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -80,18 +81,13 @@ def for_console(table: Table, remark: str = "", words: int = 1) -> Grid:
 
 
 def _table(table: Table) -> str:
-    heads = "".join(f'<th scope="col">{html.escape(header)}</th>' for header in table.headers)
-    rows = []
-    for first, *rest in table.rows:
-        kind = ' class="paper"' if rest[:1] == [SOURCE] else ""
-        classes = [' class="long"' if len(cell) > _LONG else "" for cell in rest]
-        cells = "".join(f"<td{mark}>{html.escape(cell)}</td>" for mark, cell in zip(classes, rest, strict=True))
-        rows.append(f'<tr{kind}><th scope="row">{html.escape(first)}</th>{cells}</tr>')
-    return (
-        f'<div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n'
-        + "\n".join(rows)
-        + "\n</tbody></table></div>"
+    drawn = html_table(
+        table.headers,
+        table.rows,
+        row_class=lambda row: "paper" if row[1:2] == [SOURCE] else "",
+        cell_class=lambda cell: "long" if len(cell) > _LONG else "",
     )
+    return f'<div class="wide">{drawn}</div>'
 
 
 def _figure(picture: Picture) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from mlpreduce.markup import shortened
 from mlpreduce.report import search_points as points
 from mlpreduce.report.content import Picture
 from mlpreduce.report.figure import as_png, plain
 from mlpreduce.report.search_front import draw_front
 from mlpreduce.report.search_parallel import draw_parallel
+from mlpreduce.report.widths import draw_widths, uses_of_pattern
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 __all__ = ["FILES", "draw_front", "draw_importance", "draw_parallel", "draw_patterns", "pictures"]
 
@@ -43,11 +43,13 @@ def draw_importance(document: dict[str, Any]) -> tuple[Figure, str] | None:
     if not found:
         return None
     bars = min(_MOST_BARS, max(len(shares) for _, shares in found))
-    figure = _figure(1 + 4.2 * len(found), 1.2 + 0.32 * bars)
+    from mlpreduce.report.canvas import blank
+
+    figure = blank(1 + 4.2 * len(found), 1.2 + 0.32 * bars)
     for axis, (objective, shares) in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         best = sorted(shares.items(), key=lambda item: -item[1])[:_MOST_BARS]
         drawn = axis.barh(
-            [plain(points.shortened(name, 30)) for name, _ in best], [value for _, value in best], color="#4c78a8"
+            [plain(shortened(name, 30)) for name, _ in best], [value for _, value in best], color="#4c78a8"
         )
         axis.bar_label(drawn, fmt="%.2f", padding=3, fontsize=8)
         axis.set_xlim(0, 1.15 * max(best[0][1], 0.01))
@@ -60,7 +62,7 @@ def draw_importance(document: dict[str, Any]) -> tuple[Figure, str] | None:
 
 
 def draw_patterns(document: dict[str, Any]) -> tuple[Figure, str] | None:
-    """Draw which block uses which MLP: of the best points of the front and of the references, a small picture each.
+    """Draw the MLPs of the best points of the front and of the references, a small picture each.
 
     Returns:
         The figure and its caption; None where no such point has a pattern.
@@ -70,28 +72,16 @@ def draw_patterns(document: dict[str, Any]) -> tuple[Figure, str] | None:
     shown = [*front[:_MOST_PATTERNS], *beside]
     if not shown:
         return None
-    largest = max(width for point in shown for width in point["pattern"]["widths"])
-    columns = min(5, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = _figure(2.1 * columns + 1, 2.5 * rows + 0.3)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[len(shown) :]:
-        axis.remove()
-    del axes[len(shown) :]
-    for number, (axis, point) in enumerate(zip(axes, shown, strict=True)):
-        image = _draw_pattern(axis, point, largest)
-        axis.set_title(plain(_pattern_title(point, document["objectives"][0])), fontsize=8)
-        if number + columns >= len(shown):
-            axis.set_xlabel("block", fontsize=8)
-        if number % columns == 0:
-            axis.set_ylabel("MLP", fontsize=8)
-    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 1.6 / rows), aspect=15, pad=0.02)
-    bar.set_label("hidden width / largest", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+    full: dict[str, int] = {}
+    for point in shown:
+        for name, width in zip(point["pattern"]["blocks"], point["pattern"]["widths"], strict=True):
+            full[str(name)] = max(full.get(str(name), 0), width)
+    first = document["objectives"][0]
+    figure = draw_widths([(_pattern_title(point, first), uses_of_pattern(point["pattern"], full)) for point in shown])
     what = f"the {len(front[:_MOST_PATTERNS])} best of {len(front)} points" if front[_MOST_PATTERNS:] else "the points"
     return figure, (
-        f"Which block (column) uses which MLP (row), for {what} of the front and the references; "
-        "the darker, the wider the MLP's hidden layer"
+        f"Hidden width of each block's MLP, for {what} of the front and the references, in an outline of the widest of these; "
+        "blocks of one colour use one MLP, that of the block with the number below the bar"
     )
 
 
@@ -100,36 +90,4 @@ def _pattern_title(point: points.Point, first: dict[str, str]) -> str:
     size = points.value_of(point, "params")
     facts = [f"{points.compact(size)} parameters"] if size else []
     facts += [f"{value} {first['unit']}".rstrip()] if value and first["name"] != "params" else []
-    return f"{points.shortened(point['name'], 28)}\n{', '.join(facts)}"
-
-
-def _draw_pattern(axis: Axes, point: points.Point, largest: int) -> AxesImage:
-    """Rows are the MLPs that are there, in order of their first use; all pictures have a row for each block."""
-    owners, widths = point["pattern"]["owners"], point["pattern"]["widths"]
-    row = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
-    cells = [[float("nan")] * len(owners) for _ in owners]
-    for block, (owner, width) in enumerate(zip(owners, widths, strict=True)):
-        cells[row[owner]][block] = width / largest
-    from matplotlib.ticker import MaxNLocator
-
-    image = axis.imshow(cells, cmap="Blues", vmin=0, vmax=1)
-    edges = [place - 0.5 for place in range(len(owners) + 1)]
-    for spine in axis.spines.values():
-        spine.set_color("#aaaaaa")
-    axis.set_xticks(edges, minor=True)
-    axis.set_yticks(edges, minor=True)
-    axis.grid(which="minor", color="#dddddd", lw=0.5)
-    axis.tick_params(which="minor", length=0)
-    axis.tick_params(labelsize=7)
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_locator(MaxNLocator(6, integer=True))
-    return image
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return f"{shortened(point['name'], 28)}\n{', '.join(facts)}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import log10
 from typing import TYPE_CHECKING, Any
 
+from mlpreduce.markup import shortened
 from mlpreduce.report import search_points as points
 from mlpreduce.report.figure import plain
 
@@ -92,7 +93,7 @@ def _scale(title: str, values: Sequence[Any]) -> _Scale:
         even = {text: (number + 0.5) / len(texts) for number, text in enumerate(texts)}
         places = {repr(value): even[str(value)] for value in known}
         values = [value if value is _MISSING else repr(value) for value in values]
-        ticks = [(even[text], points.shortened(text, 16)) for text in texts]
+        ticks = [(even[text], shortened(text, 16)) for text in texts]
     heights = [_NOT_SET if value is _MISSING else places[value] for value in values]
     if _MISSING in values:
         ticks = [(_NOT_SET, "not set"), *ticks]

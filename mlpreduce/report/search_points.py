@@ -24,7 +24,6 @@ __all__ = [
     "ranked",
     "reduction",
     "references",
-    "shortened",
     "spread",
     "trials",
     "value_of",
@@ -166,8 +165,3 @@ def compact(value: float) -> str:
         if abs(value) >= max(size, 1e4):
             return f"{value / size:.4g}{letter}"
     return f"{value:.4g}"
-
-
-def shortened(text: str, most: int) -> str:
-    """Text of at most so many characters, the last of them an ellipsis if it was longer."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"

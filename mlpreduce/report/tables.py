@@ -58,7 +58,7 @@ Part = tuple[dict[str, Any], list[dict[str, Any]]]
 _Column = tuple[str, Callable[[_Variant], str], str]
 
 
-def compose(title: str, parts: Sequence[Part], picture: Picture, remarks: Iterable[str] = ()) -> Content:
+def compose(title: str, parts: Sequence[Part], pictures: Sequence[Picture], remarks: Iterable[str] = ()) -> Content:
     """The report of finished records and what `results.json` says of them: one part, or one for each point of a sweep."""
     records = [record for _, found in parts for record in found]
     paper = all(published.reproduces(record["recipe"]["name"]) for record in records)
@@ -103,7 +103,7 @@ def compose(title: str, parts: Sequence[Part], picture: Picture, remarks: Iterab
             *_probes(variants, records),
             _runs(variants),
             _where(records),
-            picture,
+            *pictures,
             Listing("Notes", notes),
         ],
     )
