@@ -34,6 +34,7 @@ _NAMES = {
     "register_model": "registration",
     "save": "checkpoint",
     "to_graph": "graph",
+    "to_onnx": "exporting",
     "untie": "reduction",
     "verify": "verification",
 }
@@ -54,7 +55,7 @@ _PACKAGES = (
 
 __all__ = ["MLP", "Plan", "Profile", "ReductionError", "Report", "apply", "create_model", "find_mlps", "history"]
 __all__ += ["list_criteria", "list_transforms", "load", "merge", "plan", "profile", "register", "register_model"]
-__all__ += ["save", "to_graph", "untie", "verify"]
+__all__ += ["save", "to_graph", "to_onnx", "untie", "verify"]
 
 if TYPE_CHECKING:
     from mlpreduce.checkpoint import load, save
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from mlpreduce.criteria import list_criteria
     from mlpreduce.edits import Plan
     from mlpreduce.errors import ReductionError
+    from mlpreduce.exporting import to_onnx
     from mlpreduce.graph import MLP, find_mlps, to_graph
     from mlpreduce.planning import plan
     from mlpreduce.profiling import Profile, profile

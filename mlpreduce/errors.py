@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["ReductionError", "call_text", "check_number", "check_one_of", "check_whole", "did_you_mean", "optional"]
+__all__ = ["ReductionError", "call_text", "check_number", "check_one_of", "check_whole", "did_you_mean"]
 
 
 class ReductionError(ValueError):
@@ -72,27 +71,6 @@ def check_number(name: str, value: Any, *, least: float = 0.0, most: float = mat
         raise ReductionError(
             f"{name} is {value!r}; it must be a number {'above' if above else 'from'} {least:g}{upper}"
         )
-
-
-def optional(module: str, what: str) -> Any:
-    """A module of a package that only some parts need.
-
-    Args:
-        module: its full name; the package that is to be installed is its first word.
-        what: what needs it, for the message.
-
-    Raises:
-        ReductionError: the package is not installed.
-
-    Example:
-        >>> optional("math", "this example").sqrt(4)
-        2.0
-    """
-    package = module.partition(".")[0]
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ReductionError(f"{what} needs {package}, which is not installed: pip install {package}") from error
 
 
 def call_text(name: str, config: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ PACKAGE = Path(mlpreduce.__file__).parent
 # a module may import those in lines above its own, and those of its own line
 ORDER = [
     ["errors"],
-    ["edits", "layers", "shipped", "values"],
+    ["edits", "extras", "layers", "shipped", "values"],
     ["graph"],
     ["criteria", "slicing", "ties"],
     ["calibration", "budget"],
@@ -28,7 +28,7 @@ ORDER = [
     ["reduction"],
     ["models"],
     ["construction"],
-    ["checkpoint", "profiling", "registration", "verification"],
+    ["checkpoint", "exporting", "profiling", "registration", "verification"],
     ["timm_models"],
     ["__init__"],
     ["testing", "data", "coverage"],

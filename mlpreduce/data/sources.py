@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from mlpreduce.data.folders import check_folders, compare_classes
 from mlpreduce.data.reading import CheckedImages, Tally
 from mlpreduce.data.settings import DataSettings
 from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.extras import require
 
 __all__ = ["Source", "check", "open_source"]
 
@@ -54,7 +54,9 @@ def check(data: DataSettings) -> None:
             f"data.name={data.name!r}: train_samples={data.train_samples}, val_samples={data.val_samples}, classes="
             f"{data.classes}; give the number of images to make (at least 1 each) and at least 2 classes"
         )
-    if data.name == "folder":
+    if data.name == "digits":
+        require("data.name='digits'", "sklearn")
+    elif data.name == "folder":
         check_folders(data.root)
     elif data.name not in _NAMES:
         _check_prefix(data)
@@ -104,11 +106,8 @@ def _check_prefix(data: DataSettings) -> None:
         given = f"{prefix}/..." if "/" in data.name else data.name
         known = [*_NAMES, *(f"{name}/..." for name in _PREFIXES)]
         raise ReductionError(f"data.name={data.name!r}: unknown data set{did_you_mean(given, known)}")
-    package = _PREFIXES[prefix]
-    if package and find_spec(package) is None:
-        raise ReductionError(
-            f"data.name={data.name!r}: the package {package!r} is not installed; pip install {package}"
-        )
+    if package := _PREFIXES[prefix]:
+        require(f"data.name={data.name!r}", package)
     if prefix == "torch" and not data.root:
         raise ReductionError(
             f"data.name={data.name!r}: data.root='' is not set; give the directory in which torchvision keeps this data set"

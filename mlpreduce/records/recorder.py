@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.extras import require
 from mlpreduce.records.files import SCHEMA, read, store
 from mlpreduce.records.summaries import COUNTS, summary
 from mlpreduce.train.settings import DENSITY_THRESHOLDS, Run
@@ -255,6 +256,7 @@ def _probed(probes: dict[str, Any]) -> dict[str, float]:
 
 def _client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    require("a record in MLflow", "mlflow")
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):  # the migrations of a new database, one line each

@@ -8,7 +8,7 @@ from typing import Any
 from mlpreduce.report.content import Table
 from mlpreduce.report.tables import comparison, mean_std, short
 
-__all__ = ["beyond_noise", "overview"]
+__all__ = ["beyond_noise", "overview", "variants_of"]
 
 RATE = 0.05  # of false discoveries
 LEAST = 3  # seeds, below which nothing is concluded
@@ -29,7 +29,7 @@ HEADERS = (
 def overview(document: dict[str, Any]) -> Table:
     """One table of all variants, of all points of a sweep, from `results.json` alone."""
     rows = []
-    for name, v in _variants(document):
+    for name, v in variants_of(document):
         speed = "" if v["throughput"] is None else f"{v['throughput']:,.0f}"
         top1 = mean_std([run["top1"] for run in v["runs"]])
         compared = comparison(v["vs_baseline"]) if v["vs_baseline"] else [""] * 5
@@ -47,7 +47,7 @@ def beyond_noise(document: dict[str, Any]) -> str:
     """
     from scipy.stats import false_discovery_control
 
-    compared = [(name, v["vs_baseline"]) for name, v in _variants(document) if v["vs_baseline"]]
+    compared = [(name, v["vs_baseline"]) for name, v in variants_of(document) if v["vs_baseline"]]
     tested = [(name, v) for name, v in compared if v["p_value"] is not None and v["n"] >= LEAST]
     if len(compared) < 2:
         return ""
@@ -69,7 +69,8 @@ def beyond_noise(document: dict[str, Any]) -> str:
     return f"{'; '.join(parts)} (paired t-tests; {chance}: Benjamini-Hochberg)."
 
 
-def _variants(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def variants_of(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and results of all variants, of all points of a sweep."""
     for point, part in document.get("points", {"": document}).items():
         for name, variant in part["variants"].items():
             yield f"{point} {name}".strip(), variant

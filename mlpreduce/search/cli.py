@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.extras import require
+from mlpreduce.search import NEEDED
 
 __all__ = ["main"]
 
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] and arguments[0] in ("show", "export", "compare"):
+            require(f"mlpreduce search {arguments[0]}", "optuna", "rich")
             from mlpreduce.search import verbs
 
             status: int = verbs.main(arguments)
@@ -44,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         if options.address:
             os.environ["RAY_ADDRESS"] = options.address
+        require("mlpreduce search", *NEEDED, *([] if options.workers == 0 else ["ray"]))
         from mlpreduce.search.driver import run
 
         run(

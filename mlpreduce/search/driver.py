@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce.errors import ReductionError, call_text
+from mlpreduce.extras import require
 from mlpreduce.launch import Lost, Pool, pool
 from mlpreduce.recipe import Recipe, changed, load
 from mlpreduce.search.choices import Walker
@@ -78,6 +79,8 @@ def run(
     recipe = load(recipe, overrides) if isinstance(recipe, str) else recipe
     place = Path(output or f"runs/{found.name}-{recipe.name}").resolve()
     wanted = _settings(found, recipe, settings)
+    if wanted.workers:
+        require(f"workers={wanted.workers}", "ray")
     budgets = _check(found, recipe, wanted)
     url = storage or f"sqlite:///{place}/optuna.db"
     begun = (place / _BEGUN).is_file() or (storage is None and (place / "optuna.db").is_file())

@@ -14,6 +14,7 @@ import sqlalchemy
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.extras import missing
 
 __all__ = ["claim_problem", "folder_of", "hidden", "opened", "read_only"]
 
@@ -101,7 +102,9 @@ def _storage(url: str, place: sqlalchemy.URL) -> optuna.storages.RDBStorage:
 def _unreachable(place: sqlalchemy.URL, error: Exception) -> ReductionError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     driver = isinstance(error, (ImportError, NoSuchModuleError))
-    remedy = "; install the driver that the URL names, for instance pip install 'psycopg[binary]'" if driver else ""
+    if isinstance(error, ModuleNotFoundError) and error.name == "psycopg":
+        return missing("psycopg", f"--storage {place.render_as_string(hide_password=True)}")
+    remedy = "; install the driver that the URL names, for instance pip install pymysql" if driver else ""
     return ReductionError(f"--storage {place.render_as_string(hide_password=True)}: {lines[0]}{remedy}")
 
 
