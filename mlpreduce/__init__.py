@@ -36,6 +36,7 @@ _NAMES = {
     "register_model": "registration",
     "save": "checkpoint",
     "to_graph": "graph",
+    "to_onnx": "exporting",
     "untie": "reduction",
     "verify": "verification",
 }
@@ -76,7 +77,7 @@ __all__ = [
     "register",
     "register_model",
 ]
-__all__ += ["save", "to_graph", "untie", "verify"]
+__all__ += ["save", "to_graph", "to_onnx", "untie", "verify"]
 
 if TYPE_CHECKING:
     from mlpreduce.checkpoint import load, save
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from mlpreduce.describing import describe
     from mlpreduce.edits import Plan
     from mlpreduce.errors import ReductionError
+    from mlpreduce.exporting import to_onnx
     from mlpreduce.graph import MLP, find_mlps, to_graph
     from mlpreduce.planning import plan
     from mlpreduce.profiling import Profile, profile

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 import re
 from collections import Counter
@@ -20,7 +19,6 @@ __all__ = [
     "check_one_of",
     "check_whole",
     "did_you_mean",
-    "optional",
 ]
 
 _LISTED = 40  # names that an error lists where none is near
@@ -154,27 +152,6 @@ def check_number(name: str, value: Any, *, least: float = 0.0, most: float = mat
         raise ReductionError(
             f"{name} is {value!r}; it must be a number {'above' if above else 'from'} {least:g}{upper}"
         )
-
-
-def optional(module: str, what: str) -> Any:
-    """A module of a package that only some parts need.
-
-    Args:
-        module: its full name; the package that is to be installed is its first word.
-        what: what needs it, for the message.
-
-    Raises:
-        ReductionError: the package is not installed.
-
-    Example:
-        >>> optional("math", "this example").sqrt(4)
-        2.0
-    """
-    package = module.partition(".")[0]
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ReductionError(f"{what} needs {package}, which is not installed: pip install {package}") from error
 
 
 def call_text(name: str, config: Mapping[str, Any]) -> str:

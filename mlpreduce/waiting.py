@@ -110,8 +110,6 @@ def _shown(what: str, total: int | None, begun: float) -> tuple[Any, Any]:
 
 def _is_watched() -> bool:
     """Whether somebody would see a line: stderr is a terminal, or this is a notebook that has widgets."""
-    if importlib.util.find_spec("rich") is None:
-        return False
     stream = sys.stderr
     if stream is not None and stream.isatty():
         return True

@@ -90,7 +90,9 @@ def test_errors_are_one_message(words: list[str], message: str, capsys: pytest.C
 
 def test_a_missing_peer_is_named_with_its_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(ReductionError, match=r"torch_pruning is not installed: pip install torch-pruning"):
+    with pytest.raises(
+        ReductionError, match=r'needs torch_pruning, which is not installed: pip install "mlpreduce\[bench\]"'
+    ):
         bench.compare("vit_tiny_patch16_224", "torch-pruning", depth=1, img_size=32)
 
 

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import io
 import json
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -83,10 +84,11 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "find_spec", lambda name: None)
-    with pytest.raises(ReductionError, match=r"data.name='wds/'.*pip install webdataset"):
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ReductionError, match=r"data.name='wds/' needs webdataset.*mlpreduce\[data\]"):
         check(settings(tmp_path))
-    with pytest.raises(ReductionError, match=r"data.name='hfds/cifar10'.*pip install datasets"):
+    with pytest.raises(ReductionError, match=r"data.name='hfds/cifar10' needs datasets.*mlpreduce\[data\]"):
         check(DataSettings(name="hfds/cifar10"))
 
 
@@ -102,7 +104,7 @@ def test_unknown_names() -> None:
 
 
 def test_shards_need_root_and_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "find_spec", lambda name: True)
+    monkeypatch.setattr(sources, "require", lambda what, *modules: None)
     with pytest.raises(ReductionError, match=r"is no directory.*_info.json"):
         check(settings(tmp_path / "none"))
     with pytest.raises(ReductionError, match=r"data.classes=0.*give the number of classes"):

@@ -11,6 +11,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from mlpreduce.errors import ReductionError
+from mlpreduce.extras import require
+
 __all__ = ["JOBS", "main"]
 
 JOBS = {
@@ -22,6 +25,7 @@ JOBS = {
     "latency": "latency that a table predicts, and that is measured",
     "layers": "layers with fewer weights beside dense ones",
 }
+NEEDS = {"search": ("optuna", "mlflow", "matplotlib", "ray")}  # packages of an extra, before a job is imported
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,5 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_known_args(words)
         parser.error("no job")  # not reached: argparse has exited
     words.remove(job)
+    try:
+        require(f"mlpreduce bench {job}", *NEEDS.get(job, ()))
+    except ReductionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     status: int = importlib.import_module(f"mlpreduce.bench.{job}").main(words)
     return status

@@ -24,6 +24,7 @@ from torch import nn
 import mlpreduce
 from mlpreduce.bench.rounds import Ratios, at_least_one, ratio_text, ratios, read_models, reasons, turns, value_text
 from mlpreduce.errors import ReductionError
+from mlpreduce.extras import optional
 from mlpreduce.graph import Inputs, call_with, example_inputs
 from mlpreduce.plugins import add_option, load_plugins
 
@@ -179,12 +180,7 @@ def _time(tool: Tool, model: nn.Module) -> float:
 
 def _torch_pruning(model: nn.Module, images: Inputs) -> Tool:
     """Torch-Pruning (MIT, arXiv 2301.12900) at its best: told which layers to prune, so that it looks for none itself."""
-    try:
-        import torch_pruning
-    except ModuleNotFoundError as error:
-        raise ReductionError(
-            "bench --peer torch-pruning: torch_pruning is not installed: pip install torch-pruning"
-        ) from error
+    torch_pruning = optional("torch_pruning", "bench --peer torch-pruning")
     leaves = [leaf for mlp in mlpreduce.find_mlps(model) for leaf in mlp.leaves]
     pruned = {leaf.path for leaf in leaves if leaf.role in ("fc1", "conv")}  # whose outputs are hidden units
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mlpreduce.budget.solve import Slot
-from mlpreduce.errors import ReductionError, check_number, check_whole, optional
+from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import (
     MLP,
     Inputs,
@@ -173,7 +173,6 @@ class Variants:
     def __init__(self, model: nn.Module, mlps: Sequence[MLP], call: str, points: int, round_to: int = 1) -> None:
         check_whole(f"{call}: points", points, least=2)
         check_whole(f"{call}: round_to", round_to)
-        optional("scipy.optimize", call)  # before minutes are spent
         if not mlps:
             raise ReductionError(f"{call}: found no MLP")
         self._groups = _groups(mlps)
@@ -276,5 +275,6 @@ def timed(models: Sequence[nn.Module], batch: Inputs, device: torch.device, repe
 
 def _monotone(times: Sequence[float]) -> np.ndarray:
     """The nearest values that never fall, by least squares."""
-    optimize = optional("scipy.optimize", "LatencyTable.measure")
+    from scipy import optimize
+
     return np.asarray(optimize.isotonic_regression(np.asarray(times)).x)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mlpreduce.criteria import HiddenUnits, register_criterion
-from mlpreduce.errors import ReductionError, check_one_of, optional
+from mlpreduce.errors import ReductionError, check_one_of
 
 SOURCES = {
     "fc1": ("fc1.weight",),
@@ -73,7 +73,8 @@ def pivots(rows: torch.Tensor, wanted: int | None = None, dtype: str | None = No
 
 def _round(rows: np.ndarray) -> np.ndarray:
     """Picks of one round: as many as rows have values, or as their rank. Overwrites `rows`, for want of memory."""
-    lapack = optional("scipy.linalg.lapack", "criterion gram_schmidt")
+    from scipy.linalg import lapack
+
     geqp3 = lapack.get_lapack_funcs(("geqp3",), (rows,))[0]
     size = int(geqp3(rows.T, lwork=-1, overwrite_a=True)[3][0])  # of the workspace with which it works in blocks
     factored, picks, *_ = geqp3(rows.T, lwork=size, overwrite_a=True)

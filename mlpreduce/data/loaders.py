@@ -13,6 +13,7 @@ from mlpreduce.data.reading import CheckedImages
 from mlpreduce.data.settings import AugmentSettings, DataSettings, setting_problems
 from mlpreduce.data.sources import check, open_source
 from mlpreduce.errors import ReductionError
+from mlpreduce.extras import require
 
 if TYPE_CHECKING:
     import torch
@@ -181,6 +182,8 @@ def _digits(
 def digits_tensors() -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Images (number, 1, 8, 8) and labels (number,) of the training set, then of the validation set."""
     import torch
+
+    require("data.name='digits'", "sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mlpreduce.data.held_out import held_out
 from mlpreduce.data.reading import CheckedImages, Tally
 from mlpreduce.data.settings import DataSettings
 from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.extras import require
 
 __all__ = ["Source", "check", "check_name", "open_source"]
 
@@ -79,6 +79,8 @@ def check_name(data: DataSettings) -> None:
     Raises:
         ReductionError: an unknown name, one that is not supported, or a package is missing.
     """
+    if data.name == "digits":
+        require("data.name='digits'", "sklearn")
     if data.name in _NAMES:
         return
     prefix, _, rest = data.name.partition("/")
@@ -92,11 +94,8 @@ def check_name(data: DataSettings) -> None:
         given = f"{prefix}/..." if "/" in data.name else data.name
         known = [*_NAMES, *(f"{name}/..." for name in _PREFIXES)]
         raise ReductionError(f"data.name={data.name!r}: unknown data set{did_you_mean(given, known)}")
-    package = _PREFIXES[prefix]
-    if package and find_spec(package) is None:
-        raise ReductionError(
-            f"data.name={data.name!r}: the package {package!r} is not installed; pip install {package}"
-        )
+    if package := _PREFIXES[prefix]:
+        require(f"data.name={data.name!r}", package)
     if prefix == "torch" and not _is_torchvision(rest):
         raise ReductionError(
             f"data.name={data.name!r}: timm opens no such data set of torchvision{did_you_mean(rest, _TORCHVISION)}"

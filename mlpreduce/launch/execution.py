@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.extras import require
 from mlpreduce.launch.interrupts import interrupts
 from mlpreduce.launch.locks import drive
 from mlpreduce.launch.settings import LaunchSettings
@@ -55,6 +56,7 @@ def execute(runs: Sequence[Run], launch: LaunchSettings, consume: Consume) -> No
         if launch.workers == 0:
             _in_process(runs, launch, receive)
         else:
+            require(f"launch.workers={launch.workers}", "ray")
             from mlpreduce.launch.group import on_ray
             from mlpreduce.train.names import check_reach
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.extras import require
 from mlpreduce.launch.cluster import connection
 from mlpreduce.launch.interrupts import interrupts
 from mlpreduce.launch.locks import drive, work
@@ -79,6 +80,7 @@ def pool(
             stack.callback(made.close)
             yield _Here(made, work)
             return
+        require(f"pool(workers={workers})", "ray")
         group = launch.model_copy(update={"workers": launch.workers * workers})
         stack.enter_context(connection(group))
         _check_resources(workers, launch.workers, cpus, gpus)

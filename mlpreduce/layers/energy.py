@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mlpreduce.errors import ReductionError, check_whole, optional
+from mlpreduce.errors import ReductionError, check_whole
 
 __all__ = ["BlockOrders", "block_orders"]
 
@@ -96,7 +96,8 @@ def _members(of: np.ndarray, groups: int) -> np.ndarray:
 
 def _divided(gains: np.ndarray) -> np.ndarray:
     """The group of each thing, as many of each, with the highest sum of `gains` (things, groups)."""
-    optimize = optional("scipy.optimize", "block_orders")
+    from scipy import optimize
+
     places = len(gains) // gains.shape[1]
     place = optimize.linear_sum_assignment(np.repeat(gains, places, axis=1), maximize=True)[1]
     groups: np.ndarray = place // places

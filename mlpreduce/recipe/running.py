@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlpreduce.console import command_line, from_here, screen, wrapped
 from mlpreduce.errors import ReductionError
+from mlpreduce.extras import require
 from mlpreduce.recipe.schema import Recipe, differences, points, runs
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, console: Consol
         ReductionError: it cannot be carried out, or `output` holds runs and `resume` is not given, or differs.
         KeyboardInterrupt: interrupted; the records are marked, the workers have ended.
     """
+    require(f"recipe {recipe.name}", "mlflow", "matplotlib", *(["ray"] if recipe.launch.workers else []))
     from mlpreduce import report
     from mlpreduce.data import check
     from mlpreduce.pulse import Pulse

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlpreduce.addresses import credentials, hidden, quoted, without_credentials
 from mlpreduce.errors import ReductionError
+from mlpreduce.extras import require
 from mlpreduce.records.files import SCHEMA, read, store
 from mlpreduce.records.summaries import COUNTS, summary
 from mlpreduce.train.settings import DENSITY_THRESHOLDS, Run
@@ -285,6 +286,7 @@ def _client(address: str) -> MlflowClient:
     """The client of a tracking server or database. MLflow prints its address and names it in errors, so the client does not
     have the password in it: of a server, MLflow reads user and password from the environment at each request."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    require("a record in MLflow", "mlflow")
     if (known := credentials(address)) is not None:
         os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = known
         address = without_credentials(address)

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlpreduce.console import Grid, screen
 from mlpreduce.errors import ReductionError
+from mlpreduce.extras import require
 from mlpreduce.records import SCHEMA, store, summarize
 from mlpreduce.report.content import Picture
 from mlpreduce.report.figure import CAPTION, as_png, draw
@@ -19,9 +20,21 @@ from mlpreduce.report.gather import gather, gather_points
 from mlpreduce.report.overview import beyond_noise, cautions, overview
 from mlpreduce.report.pages import as_html, as_markdown, for_console
 from mlpreduce.report.plans import FILE, picture_of
+from mlpreduce.report.stored import check_page, keep, lasting, results_text, with_results
 from mlpreduce.report.tables import NOTES, Part, compose
 
-__all__ = ["FILES", "NOTES", "build", "console_table", "main"]
+__all__ = [
+    "FILES",
+    "NOTES",
+    "build",
+    "check_page",
+    "console_table",
+    "keep",
+    "lasting",
+    "main",
+    "results_text",
+    "with_results",
+]
 
 FILES = ("results.json", "report.md", "report.html", "curves.png", FILE)  # what `build` writes; the last one not always
 
@@ -37,8 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output directory of a recipe; several make one report")
     parser.add_argument("--output", metavar="DIR", help="where it is written; default: into RUN, if there is one")
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE.md", help="keep the results beside this page as JSON, and their table in it"
+    )
     options = parser.parse_args(argv)
+    if options.page is not None:
+        check_page(options.page)
     document = build(*options.runs, output=options.output)
+    if options.page is not None:
+        keep(document, options.page, results_text)
     shown = screen()
     shown.print(console_table(document))
     place = Path(options.output or options.runs[0])
@@ -65,6 +85,7 @@ def build(*runs: str | Path, output: str | Path | None = None) -> dict[str, Any]
         ReductionError: a directory has no finished run; two have one of the same variant and seed, or a variant that is
             not the same in both; there are several and `output` is missing, or is one of them.
     """
+    require("report", "matplotlib")
     sources = {Path(run).resolve() for run in runs}
     points = gather_points(runs[0]) if len(sources) == 1 else {}
     records = [] if points else gather(*runs)

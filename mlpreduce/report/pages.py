@@ -11,7 +11,7 @@ from mlpreduce.markup import html_list, html_table
 from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.published import SOURCE
 
-__all__ = ["as_html", "as_markdown", "for_console"]
+__all__ = ["as_html", "as_markdown", "for_console", "markdown_table"]
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -39,14 +39,20 @@ def as_markdown(content: Content) -> str:
     for section in content.sections:
         lines += [f"## {_cell(section.title)}", ""]
         match section:
-            case Table(_, headers, rows):
-                lines += [_row(headers), f"|{'---|' * len(headers)}", *(_row(row) for row in rows)]
+            case Table():
+                lines.append(markdown_table(section))
             case Picture(title, file, caption):
                 lines += [f"![{_cell(title)}]({file})", "", f"{_cell(caption)}."]
             case Listing(_, sentences):
                 lines += [f"- {_cell(sentence)}" for sentence in sentences]
         lines.append("")
     return "\n".join(lines)
+
+
+def markdown_table(table: Table) -> str:
+    """The lines of a table, without its title."""
+    headers = table.headers
+    return "\n".join([_row(headers), f"|{'---|' * len(headers)}", *(_row(row) for row in table.rows)])
 
 
 def as_html(content: Content) -> str:

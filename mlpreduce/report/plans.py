@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mlpreduce.edits import Plan, Row
-from mlpreduce.errors import ReductionError, optional
+from mlpreduce.errors import ReductionError
+from mlpreduce.extras import require
 from mlpreduce.graph import Inputs, mlps_or_raise, refuse_wrapped
 from mlpreduce.markup import shortened
 from mlpreduce.reduction import history
@@ -50,7 +51,7 @@ def plot(what: Plan | Sequence[Plan] | nn.Module, *, example_inputs: Inputs | No
         >>> figure.axes[0].get_title()
         'grouped(group=2)'
     """
-    optional("matplotlib.figure", "mlpreduce.plot")
+    require("mlpreduce.plot", "matplotlib")
     if isinstance(what, nn.Module):
         refuse_wrapped(what, "plot")
         calls = ", then ".join(made.call for made in history(what)) or "not reduced"

@@ -11,15 +11,28 @@ from mlpreduce.console import Grid
 from mlpreduce.errors import ReductionError
 from mlpreduce.report import search_points as points
 from mlpreduce.report.content import Content, Listing, Picture, Table
-from mlpreduce.report.pages import as_html, as_markdown, for_console
+from mlpreduce.report.pages import as_html, as_markdown, for_console, markdown_table
 from mlpreduce.report.search_figures import FILES, pictures
 from mlpreduce.report.tables import mean_std
 from mlpreduce.values import flatten
 
-__all__ = ["build_search", "console_table", "front_table"]
+__all__ = ["build_search", "console_table", "front_table", "kept", "kept_text"]
 
 SCHEMA = 1  # of the document
 _CONSOLE_ROWS = 20  # of the front
+_KEPT = (
+    "name",
+    "kind",
+    "number",
+    "steps",
+    "cost",
+    "values",
+    "runs",
+    "state",
+    "front",
+    "feasible",
+    "settings",
+)  # of a point
 _NOT_ON_CONSOLE = ("unique MLPs", "95 % interval", "peak-to-final")
 # A column: header, and what stands there for a point.
 _Column = tuple[str, Callable[[points.Point], str]]
@@ -128,6 +141,22 @@ def console_table(document: dict[str, Any]) -> Grid:
         [[row[number] for number in kept] for row in rows],
     )
     return for_console(short_table, words=2)
+
+
+def kept(document: dict[str, Any]) -> dict[str, Any]:
+    """What of a search is kept with a page: its settings, counts and verdicts, the front and the references."""
+    names = ("schema", "study", "space", "recipe", "objectives", "budgets", "settings", "counts", "verdicts")
+    shown = [
+        {key: point[key] for key in _KEPT} for point in document["points"] if point["front"] or point["kind"] != "trial"
+    ]
+    return {**{name: document[name] for name in names}, "points": shown}
+
+
+def kept_text(document: dict[str, Any]) -> str:
+    """Write what `kept` gives as the front and the references in a table, the counts of trials, and the verdicts."""
+    counts = ", ".join(f"{name} {count:,}" for name, count in document["counts"].items())
+    verdicts = [f"- {verdict}" for verdict in document["verdicts"]]
+    return "\n".join([markdown_table(front_table(document)), "", f"Trials: {counts}.", "", *verdicts])
 
 
 def _check(document: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mlpreduce.extras import require
+
 if TYPE_CHECKING:
     from mlpreduce.search.cli import main
     from mlpreduce.search.driver import run
@@ -37,10 +39,13 @@ if TYPE_CHECKING:
 
 __all__ = ["StudySettings", "list_spaces", "main", "run"]
 
+NEEDED = ("optuna", "mlflow", "matplotlib")  # to search; ray too, unless with workers=0
 _HOME = {"StudySettings": "settings", "list_spaces": "spaces", "main": "cli", "run": "driver"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "run":
+        require("mlpreduce.search.run", *NEEDED)
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -12,9 +12,11 @@ from typing import Any
 from mlpreduce.addresses import hidden
 from mlpreduce.console import Column, Grid, screen, width
 from mlpreduce.errors import ReductionError
+from mlpreduce.extras import require
 from mlpreduce.notation import split_outside
 from mlpreduce.plugins import add_option
 from mlpreduce.pulse import Pulse
+from mlpreduce.search import NEEDED
 
 __all__ = ["main"]
 
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] and arguments[0] in ("show", "export", "compare"):
+            require(f"mlpreduce search {arguments[0]}", "optuna")
             from mlpreduce.search import verbs
 
             status: int = verbs.main(arguments)
@@ -49,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         if options.address:
             os.environ["RAY_ADDRESS"] = options.address
+        require("mlpreduce search", *NEEDED, *([] if options.workers == 0 else ["ray"]))
         with Pulse(screen(), f"search {options.space}: loading Optuna and timm"):  # takes seconds
             from mlpreduce.search.driver import run
 

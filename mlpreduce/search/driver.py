@@ -13,6 +13,7 @@ from mlpreduce.addresses import hidden
 from mlpreduce.complaints import complaint
 from mlpreduce.console import from_here, screen, wrapped
 from mlpreduce.errors import ReductionError, call_text
+from mlpreduce.extras import require
 from mlpreduce.launch import Lost, Pool, pool
 from mlpreduce.recipe import Recipe, changed, load, with_plugins
 from mlpreduce.recipe.running import mlflow_lines
@@ -87,6 +88,8 @@ def run(
     found = load_space(space)
     place = Path(output or f"runs/{found.name}-{recipe.name}").resolve()
     wanted = _settings(found, recipe, settings)
+    if wanted.workers:
+        require(f"workers={wanted.workers}", "ray")
     with Pulse(console, f"{wanted.name}: checking the space and the data"):
         budgets, names = _check(found, recipe, wanted)
     url = storage or f"sqlite:///{place}/optuna.db"

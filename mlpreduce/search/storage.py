@@ -14,6 +14,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from mlpreduce.addresses import hidden, quoted
 from mlpreduce.errors import ReductionError
+from mlpreduce.extras import missing
 
 __all__ = ["claim_problem", "folder_of", "hidden", "opened", "read_only"]
 
@@ -101,7 +102,9 @@ def _shown(error: Exception, url: str) -> Exception | None:
 def _unreachable(url: str, error: Exception) -> ReductionError:
     lines = hidden(str(error), url).strip().splitlines() or [type(error).__name__]
     driver = isinstance(error, (ImportError, NoSuchModuleError))
-    remedy = "; install the driver that the URL names, for instance pip install 'psycopg[binary]'" if driver else ""
+    if isinstance(error, ModuleNotFoundError) and error.name == "psycopg":
+        return missing("psycopg", f"--storage {hidden(url)}")
+    remedy = "; install the driver that the URL names, for instance pip install pymysql" if driver else ""
     return ReductionError(f"--storage {hidden(url)}: {lines[0]}{remedy}")
 
 

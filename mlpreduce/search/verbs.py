@@ -125,9 +125,14 @@ def compare(one: Sequence[optuna.Study], other: Sequence[optuna.Study]) -> list[
 
 
 def _show(options: argparse.Namespace) -> None:
-    from mlpreduce.report.search import console_table
+    from mlpreduce.report import check_page, keep
+    from mlpreduce.report.search import console_table, kept, kept_text
 
+    if options.page is not None:
+        check_page(options.page)
     document = describe(open_study(options.study, options.storage))
+    if options.page is not None:
+        keep(kept(document), options.page, kept_text)
     if options.json:
         print(json.dumps(document, indent=1))
         return
@@ -201,6 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     show = verbs.add_parser("show", help="its front, beside the baseline and the paper's points")
     show.add_argument("study", help="output directory of a study, or with --storage its name")
     show.add_argument("--json", action="store_true", help="all that is known, as JSON")
+    show.add_argument(
+        "--page", type=Path, metavar="FILE.md", help="keep it beside this page as JSON, and its table in it"
+    )
     show.set_defaults(run=_show)
     export = verbs.add_parser("export", help="a trial as a recipe that runs as it is")
     export.add_argument("study", help="output directory of a study, or with --storage its name")

@@ -16,7 +16,7 @@ import torch
 
 from mlpreduce.criteria import unit_weights
 from mlpreduce.edits import Assign, Edit, Scale, Share
-from mlpreduce.errors import ReductionError, check_one_of, did_you_mean, optional
+from mlpreduce.errors import ReductionError, check_one_of, did_you_mean
 from mlpreduce.graph import MLP
 from mlpreduce.parts import Parts
 from mlpreduce.transforms import register
@@ -162,7 +162,8 @@ def _tie_beside(parts: Parts, members: list[MLP], keep: str, roles: Sequence[str
 
 def _matching_factor(parts: Parts, members: list[MLP], keeper: MLP, means: Mapping[str, torch.Tensor]) -> float:
     """The factor with which the shared MLP has the mean output energy of the members on standard normal inputs."""
-    optimize = optional("scipy.optimize", "scale='match_forward'")
+    from scipy import optimize
+
     noise = torch.randn(256, keeper.in_features, device="cpu", generator=torch.Generator().manual_seed(0))
     paths = [
         path
@@ -218,7 +219,8 @@ def _means(parts: Parts, members: list[MLP], *, align: bool) -> Iterator[tuple[s
 
 def _matching(parts: Parts, first: MLP, member: MLP) -> torch.Tensor:
     """Units of `member` in the order in which each comes closest to its unit of `first`, as a linear assignment."""
-    optimize = optional("scipy.optimize", "keep='align_mean'")
+    from scipy import optimize
+
     gain = unit_weights(first, parts.tensor) @ unit_weights(member, parts.tensor).T
     if not gain.isfinite().all():
         raise ReductionError(f"keep='align_mean': the weights of {first.name} or {member.name} are not finite")

@@ -16,7 +16,7 @@ from statistics import fmean
 
 import numpy as np
 
-from mlpreduce.errors import ReductionError, check_one_of, did_you_mean, optional
+from mlpreduce.errors import ReductionError, check_one_of, did_you_mean
 from mlpreduce.graph import MLP
 from mlpreduce.parts import Parts
 
@@ -86,7 +86,8 @@ def _numbers(length: int, group: int, pattern: str, remainder: str) -> list[int]
 
 def _similar(parts: Parts, group: int | str) -> list[list[MLP]]:
     """As many clusters of each chain as `cycle` would leave MLPs."""
-    hierarchy = optional("scipy.cluster.hierarchy", "pattern='similarity'")
+    from scipy.cluster import hierarchy
+
     alike = parts.similarity()
     known = [value for (one, other), value in alike.items() if one != other and not math.isnan(value)]
     if not known:
