@@ -14,18 +14,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_launch import (
+from helpers.launched import (
     ROOT,
     command,
     environment,
+    equal,
     last_state,
     records,
-    same,
     undisturbed,
     wait_for_epochs,
     without_times,
     workers_of,
 )
+from helpers.two_processes import Together
 
 pytestmark = pytest.mark.ray
 
@@ -145,9 +146,9 @@ def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(three_nodes: No
     assert "was written by 2 worker(s), and 1 go on" in stdout
 
 
-def test_two_nodes_give_the_bits_of_one(two_nodes: Nodes, tmp_path: Path) -> None:
+def test_two_nodes_give_the_bits_of_one(together: Together, two_nodes: Nodes, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    whole = undisturbed(tmp_path / "whole", *GROUPED)
+    whole = undisturbed(together, tmp_path / "whole", *GROUPED)
     process = start(two_nodes, *GROUPED, "--output", str(output))
     wait_for_epochs(process, output, "grouped-42", 1)
     workers = workers_of(two_nodes.mark)
@@ -155,7 +156,7 @@ def test_two_nodes_give_the_bits_of_one(two_nodes: Nodes, tmp_path: Path) -> Non
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "Traceback" not in stdout + stderr
-    assert same(last_state(output / "grouped" / "seed42"), last_state(whole))
+    assert equal(last_state(output / "grouped" / "seed42"), last_state(whole))
     assert without_times(records(output)["grouped-42"]["epochs"]) == last_state(whole)["history"]
 
 

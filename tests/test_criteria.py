@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.distributed as dist
+from helpers.two_processes import Together
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -482,37 +482,32 @@ def _broken(data: list[Any]) -> Iterator[Any]:
 
 
 def _plans(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    try:
-        torch.set_num_threads(1)
-        images, labels = examples()
-        mine = [(images[rank::2][:start], labels[rank::2][:start]) for start in (13 + rank,)]
-        mine += [(images[rank::2][13 + rank :], labels[rank::2][13 + rank :])]
-        for config in DISTRIBUTED:
-            made = mlpreduce.plan(lively_vit(), "shallow", ratio=0.25, data=mine, **config)
-            made.save(Path(folder) / f"{DISTRIBUTED.index(config)}-{rank}.json")
-        for config in ({"criterion": "taylor"}, {"criterion": "gate"}, {"repair": "least_squares"}):
-            with pytest.raises(ReductionError if rank == 0 else OSError, match="disk is gone"):
-                mlpreduce.plan(lively_vit(), "shallow", data=mine if rank == 0 else _broken(mine), **config)
-            with pytest.raises(ReductionError, match="process 1: needs calibration data"):
-                mlpreduce.plan(lively_vit(), "shallow", data=None if rank else mine, **config)
+    images, labels = examples()
+    mine = [(images[rank::2][:start], labels[rank::2][:start]) for start in (13 + rank,)]
+    mine += [(images[rank::2][13 + rank :], labels[rank::2][13 + rank :])]
+    for config in DISTRIBUTED:
+        made = mlpreduce.plan(lively_vit(), "shallow", ratio=0.25, data=mine, **config)
+        made.save(Path(folder) / f"{DISTRIBUTED.index(config)}-{rank}.json")
+    for config in ({"criterion": "taylor"}, {"criterion": "gate"}, {"repair": "least_squares"}):
         with pytest.raises(ReductionError if rank == 0 else OSError, match="disk is gone"):
-            Loss().widths(lively_vit(), mine if rank == 0 else _broken(mine))
-        bad = mine if rank == 0 else [(images.fill_(torch.nan), labels)]
-        for config in ({"criterion": "taylor"}, {"criterion": "gate"}, {"repair": "least_squares"}):
-            with pytest.raises(ReductionError, match="process 1: data has an image that is not finite"):
-                mlpreduce.plan(lively_vit(), "shallow", data=bad, **config)
-        with pytest.raises(ReductionError, match="and one is empty, with 1 in all"):
-            mlpreduce.plan(lively_vit(), "shallow", repair="least_squares", data=[examples()[0][: 1 - rank]])
-        made = mlpreduce.plan(lively_vit(), "shallow", repair="least_squares", data=[examples()[0][rank : rank + 1]])
-        assert made.data is not None
-        assert made.data["samples"] == 2
-        few = [] if rank else mine
-        made = mlpreduce.plan(lively_vit(), "shallow", criterion="gate", data=few)
-        assert made.data is not None
-        assert made.data["samples"] == 20
-    finally:
-        dist.destroy_process_group()
+            mlpreduce.plan(lively_vit(), "shallow", data=mine if rank == 0 else _broken(mine), **config)
+        with pytest.raises(ReductionError, match="process 1: needs calibration data"):
+            mlpreduce.plan(lively_vit(), "shallow", data=None if rank else mine, **config)
+    with pytest.raises(ReductionError if rank == 0 else OSError, match="disk is gone"):
+        Loss().widths(lively_vit(), mine if rank == 0 else _broken(mine))
+    bad = mine if rank == 0 else [(images.fill_(torch.nan), labels)]
+    for config in ({"criterion": "taylor"}, {"criterion": "gate"}, {"repair": "least_squares"}):
+        with pytest.raises(ReductionError, match="process 1: data has an image that is not finite"):
+            mlpreduce.plan(lively_vit(), "shallow", data=bad, **config)
+    with pytest.raises(ReductionError, match="and one is empty, with 1 in all"):
+        mlpreduce.plan(lively_vit(), "shallow", repair="least_squares", data=[examples()[0][: 1 - rank]])
+    made = mlpreduce.plan(lively_vit(), "shallow", repair="least_squares", data=[examples()[0][rank : rank + 1]])
+    assert made.data is not None
+    assert made.data["samples"] == 2
+    few = [] if rank else mine
+    made = mlpreduce.plan(lively_vit(), "shallow", criterion="gate", data=few)
+    assert made.data is not None
+    assert made.data["samples"] == 20
 
 
 DISTRIBUTED: list[dict[str, Any]] = [
@@ -521,9 +516,9 @@ DISTRIBUTED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_plan_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_plans, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.processes
+def test_two_processes_make_the_plan_of_one(together: Together, tmp_path: Path) -> None:
+    together(_plans, str(tmp_path))
     for index, config in enumerate(DISTRIBUTED):
         one, other = (Plan.load(tmp_path / f"{index}-{rank}.json") for rank in range(2))
         assert one.to_json() == other.to_json()

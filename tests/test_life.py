@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.distributed as dist
+from helpers.two_processes import Together
 from safetensors.torch import load_file, load_model, save_file, save_model
 from timm.layers import set_reentrant_ckpt
 from timm.utils import CheckpointSaver, ModelEma, ModelEmaV2, ModelEmaV3
@@ -207,11 +207,6 @@ def test_functional_call_needs_tie_weights_false(images: torch.Tensor) -> None:
 # --- several processes ----------------------------------------------------------------------------------------------------
 
 
-def _join(rank: int, folder: str, group: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{group}", rank=rank, world_size=2)
-
-
 def _batch() -> torch.Tensor:
     return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -224,7 +219,6 @@ def _expected() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def _checkpointing(rank: int, folder: str) -> None:
-    _join(rank, folder, "checkpointing")
     for name, options in {
         "plain": {},
         "static": {"static_graph": True},
@@ -237,18 +231,20 @@ def _checkpointing(rank: int, folder: str) -> None:
         wrapped(_batch().chunk(2)[rank]).square().mean().backward()
         torch.save({n: p.grad for n, p in model.named_parameters()}, f"{folder}/{name}{rank}.pt")
     set_reentrant_ckpt(True)
-    model = reduced("tied").double()
-    model.set_grad_checkpointing()
-    assert "checkpoints reentrantly" in str(mlpreduce.verify(model))
-    wrapped = DistributedDataParallel(model)
-    with pytest.raises(RuntimeError, match="mark a variable ready only once"):
-        wrapped(_batch().chunk(2)[rank]).square().mean().backward()
-    dist.destroy_process_group()
+    try:
+        model = reduced("tied").double()
+        model.set_grad_checkpointing()
+        assert "checkpoints reentrantly" in str(mlpreduce.verify(model))
+        wrapped = DistributedDataParallel(model)
+        with pytest.raises(RuntimeError, match="mark a variable ready only once"):
+            wrapped(_batch().chunk(2)[rank]).square().mean().backward()
+    finally:
+        set_reentrant_ckpt(False)
 
 
-@pytest.mark.slow
-def test_checkpointing_in_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_checkpointing, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.processes
+def test_checkpointing_in_two_processes(together: Together, tmp_path: Path) -> None:
+    together(_checkpointing, str(tmp_path))
     _, expected = _expected()
     for name in ("plain", "static", "unused"):
         for rank in range(2):
@@ -277,7 +273,6 @@ def _wrap_groups(model: nn.Module) -> None:  # as docs/life.md says
 
 
 def _sharding(rank: int, folder: str) -> None:
-    _join(rank, folder, "sharding")
     for name, wrap in {"root": _wrap_root, "groups": _wrap_groups}.items():
         model = reduced("tied").double()
         wrap(model)
@@ -299,12 +294,11 @@ def _sharding(rank: int, folder: str) -> None:
         other.load_state_dict(model.state_dict())  # of shards
         assert torch.equal(other(_batch()), model(_batch()))
         torch.save(state, f"{folder}/state_{name}{rank}.pt")
-    dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_fully_shard_in_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_sharding, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.processes
+def test_fully_shard_in_two_processes(together: Together, tmp_path: Path) -> None:
+    together(_sharding, str(tmp_path))
     output, expected = _expected()
     for name in ("root", "groups"):
         for rank in range(2):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_train import digits_run, state
+from helpers.runs import digits_run, state
 from torch import nn
 
 import mlpreduce

@@ -9,8 +9,8 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from helpers.records import make_record
 from PIL import Image
-from test_report import make_record
 
 from mlpreduce import ReductionError, report
 from mlpreduce import recipe as recipes

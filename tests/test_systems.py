@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.distributed as dist
+from helpers.two_processes import Together
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -343,16 +343,14 @@ def _batch() -> torch.Tensor:
 
 
 def _trains(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/join", rank=rank, world_size=2)
     for name, steps in TRAINED.items():
         model = DistributedDataParallel(moved(reduced(steps)).double().train())
         torch.save(_gradients(model, _batch().chunk(2)[rank]), f"{folder}/{name}{rank}.pt")
-    dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_gradients_in_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_trains, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.processes
+def test_gradients_in_two_processes(together: Together, tmp_path: Path) -> None:
+    together(_trains, str(tmp_path))
     for name, steps in TRAINED.items():
         expected = _gradients(moved(reduced(steps)).double().train(), _batch())
         for rank in range(2):
