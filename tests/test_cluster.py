@@ -26,6 +26,7 @@ from helpers.launched import (
     without_times,
     workers_of,
 )
+from helpers.stores import put_store
 from helpers.two_processes import Together
 
 pytestmark = pytest.mark.ray
@@ -123,7 +124,7 @@ def parent(process: int) -> int:
 
 # The first, so that its cluster has gone before the next one comes.
 def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(three_nodes: Nodes, tmp_path: Path) -> None:
-    output = tmp_path / "out"
+    output = put_store(tmp_path / "out")
     elastic = ["launch.workers=4", "launch.min_workers=1", "launch.max_failures=9"]
     elastic += ["train.epochs=500"]  # more than there is time for
     process = start(three_nodes, *GROUPED, *elastic, "--output", str(output))
@@ -147,7 +148,7 @@ def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(three_nodes: No
 
 
 def test_two_nodes_give_the_bits_of_one(together: Together, two_nodes: Nodes, tmp_path: Path) -> None:
-    output = tmp_path / "out"
+    output = put_store(tmp_path / "out")
     whole = undisturbed(together, tmp_path / "whole", *GROUPED)
     process = start(two_nodes, *GROUPED, "--output", str(output))
     wait_for_epochs(process, output, "grouped-42", 1)

@@ -28,6 +28,7 @@ from helpers.launched import (
     without_times,
     workers_of,
 )
+from helpers.stores import put_store
 from helpers.two_processes import Together
 
 from mlpreduce import recipe as recipes
@@ -263,7 +264,7 @@ def test_digits_tiny_on_two_workers(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_interrupt_resume_and_a_lost_worker(tmp_path: Path, whole: Path) -> None:
     mark = uuid.uuid4().hex
-    output = tmp_path / "out"
+    output = put_store(tmp_path / "out")
     arguments = ["digits_tiny", *SETTINGS, "--output", str(output)]
     process = start(mark, *arguments)
     wait_for_epochs(process, output, "grouped-42", 1)
@@ -304,7 +305,7 @@ def test_interrupt_resume_and_a_lost_worker(tmp_path: Path, whole: Path) -> None
 @pytest.mark.ray
 def test_the_driver_is_killed_and_a_worker_outlives_it(tmp_path: Path, whole: Path) -> None:
     marks = uuid.uuid4().hex, uuid.uuid4().hex
-    output = tmp_path / "out"
+    output = put_store(tmp_path / "out")
     arguments = [
         "digits_tiny",
         *SETTINGS,

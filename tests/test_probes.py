@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.records import cells, make_record, write
 from helpers.runs import digits_run, interrupt_after, same, state
+from helpers.stores import put_store
 from helpers.two_processes import Together
 from torch import nn
 from torch.func import functional_call
@@ -514,7 +515,7 @@ def test_records_have_the_probes_and_mlflow_their_numbers(tmp_path: Path, monkey
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = digits_run(tmp_path / "grouped" / "seed42", epochs=2, probes=NAMES, probe_images=8)
-    recorder = Recorder(tmp_path, {"name": "toy"}, [run])
+    recorder = Recorder(put_store(tmp_path), {"name": "toy"}, [run])
     fit(run, Runtime(report=lambda event: None if event["event"] == "progress" else recorder.handle(event)))
     (record,) = read(tmp_path)
     assert "probes" not in record["epochs"][0]

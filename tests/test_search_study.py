@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 import pytest
+from helpers.stores import put_store
 from mlflow import MlflowClient
 from scipy.stats import spearmanr
 
@@ -38,6 +39,8 @@ SMALL = (
 
 
 def search(output: Path, space: Any = "sharing_width", **settings: Any) -> dict[str, Any]:
+    if not (output / "mlflow.db").exists():
+        put_store(output)
     return run(
         space, "digits_tiny", overrides=SMALL, output=output, **{"workers": 0, "trials": 5, "seeds": (1, 2), **settings}
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.records import make_record
+from helpers.stores import put_store
 from PIL import Image
 
 from mlpreduce import ReductionError, report
@@ -84,7 +85,7 @@ def test_dry_run_has_each_point_and_the_sum(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.slow
 def test_a_sweep_from_start_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "out"
+    output = put_store(tmp_path / "out")
     arguments = ["digits_tiny", *SMALL, SWEEP, "--output", str(output)]
     assert recipes.main(arguments) == 0
     told = capsys.readouterr().out
