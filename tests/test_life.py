@@ -132,8 +132,11 @@ def test_built_on_meta(kind: str, images: torch.Tensor) -> None:
 
 # --- compile and export -------------------------------------------------------------------------------------------------
 
+# seconds for each kind
+TIED_FIRST = [pytest.param(kind, marks=[] if kind == "tied" else pytest.mark.slow) for kind in KINDS]
 
-@pytest.mark.parametrize("kind", KINDS)
+
+@pytest.mark.parametrize("kind", TIED_FIRST)
 def test_compile_is_one_graph_and_equal(kind: str, images: torch.Tensor) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -151,7 +154,7 @@ def test_compile_is_one_graph_and_equal(kind: str, images: torch.Tensor) -> None
     assert torch.equal(other._orig_mod(images), model(images))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TIED_FIRST)
 def test_export(kind: str, images: torch.Tensor) -> None:
     model = reduced(kind, embed_dim=96)
     exported = torch.export.export(model, (images,))
@@ -165,7 +168,7 @@ def test_export(kind: str, images: torch.Tensor) -> None:
     assert torch.equal(again.module()(images), model(images))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TIED_FIRST)
 def test_onnx_has_a_tied_weight_once(kind: str, images: torch.Tensor, tmp_path: Path) -> None:
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
