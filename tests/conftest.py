@@ -25,6 +25,11 @@ from mlpreduce.train import fit
 guard.install()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share Ray come last: while it runs, what would start another takes it."""
+    items.sort(key=lambda item: "local_ray" in getattr(item, "fixturenames", ()))
+
+
 PROGRAMS = pytest.StashKey[list[str]]()
 
 
@@ -97,6 +102,18 @@ def together() -> Iterator[Together]:
     """`together(function, *args)` calls `function(rank, *args)` in two processes that stay for all tests."""
     with pair() as call:
         yield call
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """Ray on this machine, for all tests that kill nothing: what would start it takes what is there."""
+    from mlpreduce.launch import LaunchSettings
+    from mlpreduce.launch.cluster import connection
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with connection(LaunchSettings(workers=2)):
+            yield
 
 
 @pytest.fixture(scope="session")
