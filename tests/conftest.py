@@ -25,6 +25,11 @@ from mlpreduce.train import fit
 guard.install()
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """All tests run in two processes; files and tests that are named run in this one."""
+    return 2 if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share Ray come last: while it runs, what would start another takes it."""
     items.sort(key=lambda item: "local_ray" in getattr(item, "fixturenames", ()))

@@ -29,8 +29,6 @@ from helpers.launched import (
 from helpers.stores import put_store
 from helpers.two_processes import Together
 
-pytestmark = pytest.mark.ray
-
 GROUPED = ["seeds=[42]", "train.epochs=8", "variants={grouped=[{transform='grouped', group=2}]}"]
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}
 
@@ -123,6 +121,7 @@ def parent(process: int) -> int:
 
 
 # The first, so that its cluster has gone before the next one comes.
+@pytest.mark.ray
 def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(three_nodes: Nodes, tmp_path: Path) -> None:
     output = put_store(tmp_path / "out")
     elastic = ["launch.workers=4", "launch.min_workers=1", "launch.max_failures=9"]
@@ -147,6 +146,7 @@ def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(three_nodes: No
     assert "was written by 2 worker(s), and 1 go on" in stdout
 
 
+@pytest.mark.ray
 def test_two_nodes_give_the_bits_of_one(together: Together, two_nodes: Nodes, tmp_path: Path) -> None:
     output = put_store(tmp_path / "out")
     whole = undisturbed(together, tmp_path / "whole", *GROUPED)
@@ -161,6 +161,7 @@ def test_two_nodes_give_the_bits_of_one(together: Together, two_nodes: Nodes, tm
     assert without_times(records(output)["grouped-42"]["epochs"]) == last_state(whole)["history"]
 
 
+@pytest.mark.ray
 def test_another_token_is_told(two_nodes: Nodes, tmp_path: Path) -> None:
     process = start(two_nodes, *GROUPED, "--output", str(tmp_path / "out"), token="1" * 32)
     _, stderr = process.communicate(timeout=120)

@@ -111,7 +111,7 @@ def _join_team(rank: int, folder: str) -> None:
         dist.destroy_process_group()  # a process that ends with its group's threads running may be aborted
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_workers_beyond_those_that_share_a_batch_leave_the_group(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_join_team, args=(str(tmp_path),), nprocs=3)
 
@@ -135,6 +135,7 @@ def holder(directory: Path, rank: int, text: str = "") -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.processes
 def test_a_run_has_one_driver(tmp_path: Path) -> None:
     recipe = recipes.load("digits_tiny", ["launch.workers=0", "seeds=[42]"])
     runs = runs_of(recipe, tmp_path)
@@ -147,6 +148,7 @@ def test_a_run_has_one_driver(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.processes
 def test_a_driver_waits_for_the_workers_of_one_that_was_killed(tmp_path: Path) -> None:
     with drive([str(tmp_path)]) as text:
         orphan = holder(tmp_path, 1, text)
@@ -164,6 +166,7 @@ def take_over(directory: Path) -> None:
         pass
 
 
+@pytest.mark.processes
 def test_a_worker_waits_for_the_one_of_a_lost_group(tmp_path: Path) -> None:
     with drive([str(tmp_path)]) as text:
         pass

@@ -785,6 +785,7 @@ def test_timms_export_comes_back_by_its_name(name: str, tmp_path: Path, images: 
             timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=classes)
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("one_thread")  # with more, the order of sums may differ between processes
 def test_the_papers_names_in_a_fresh_process(tmp_path: Path, images: torch.Tensor) -> None:
     script = tmp_path / "train.py"

@@ -164,6 +164,7 @@ def test_a_path_is_a_name_too(tmp_path: Path) -> None:
         recipes.load(str(path))
 
 
+@pytest.mark.processes
 def test_listing_imports_nothing_heavy() -> None:
     code = (
         "import sys; from mlpreduce.recipe import main; main(['--list']);"

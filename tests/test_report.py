@@ -336,6 +336,7 @@ def test_several_runs_need_a_place_of_their_own(tmp_path: Path) -> None:
     assert not (tmp_path / "a" / "results.json").exists()
 
 
+@pytest.mark.processes
 def test_the_command_rebuilds_a_report(output: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mlpreduce", "report", str(output), "--output", str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

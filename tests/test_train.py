@@ -560,6 +560,7 @@ except ReductionError as error:
 """
 
 
+@pytest.mark.processes
 def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
     tests = str(Path(__file__).parent)
     script = FULL.format(tests=tests, folder=str(tmp_path / "run"))
