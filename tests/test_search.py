@@ -102,9 +102,10 @@ class TestSpaces:
             "training",
         } <= set(NAMES)
 
+    @pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("name", NAMES)
-    def test_costs_are_those_of_the_model_that_is_trained(self, name: str, pricer: Pricer) -> None:
-        for _, point in asked(name, pricer, 12):
+    def test_costs_are_those_of_the_model_that_is_trained(self, name: str, count: int, pricer: Pricer) -> None:
+        for _, point in asked(name, pricer, count):
             profile = built(pricer, point)
             assert asdict(point.cost) == {cost: getattr(profile, cost) for cost in COSTS}
 
