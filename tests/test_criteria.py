@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import timm
 import torch
 from helpers.two_processes import Together
+from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -387,24 +389,26 @@ def test_unlike_widths_and_a_uniform_width() -> None:
 # --- kinds ------------------------------------------------------------------------------------------------------------------
 
 PARALLEL = {"block_fn": timm.models.vision_transformer.ParallelScalingBlock, "img_size": 32, "depth": 2}
-KINDS = {
+STAGES = {"depths": (1, 1, 1, 1)}
+KINDS: dict[str, tuple[str | Callable[..., nn.Module], dict[str, Any]]] = {
     "gated": ("vit_tiny_patch16_224", {"mlp_layer": timm.layers.SwiGLU, "img_size": 32, "depth": 2}),
     "packed": ("vit_tiny_patch16_224", {"mlp_layer": timm.layers.GluMlp, "img_size": 32, "depth": 2}),
-    "convolution": ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}),
-    "1 x 1 convolutions": ("convnext_atto", {"depths": (1, 1, 1, 1), "conv_mlp": True}),
-    "response norm": ("convnextv2_atto", {"depths": (1, 1, 1, 1)}),
-    "groups": ("visformer_tiny", {"depth": (1, 1, 1), "img_size": 64}),
-    "hierarchical": ("swin_tiny_patch4_window7_224", {"img_size": 56, "window_size": 7, "depths": (1, 1, 1, 1)}),
-    "tokens": ("mixer_s32_224", {"img_size": 64}),
+    "convolution": ("pvt_v2_b0", {**STAGES, "embed_dims": (8, 16, 24, 32), "num_heads": (1, 1, 1, 1)}),
+    "1 x 1 convolutions": ("convnext_atto", {**STAGES, "dims": (8, 16, 24, 32), "conv_mlp": True}),
+    "response norm": ("convnextv2_atto", {**STAGES, "dims": (8, 16, 24, 32)}),
+    "groups": ("visformer_tiny", {"depth": (1, 1, 1), "img_size": 64, "embed_dim": 96, "init_channels": 8, "num_heads": 3}),
+    "hierarchical": ("swin_tiny_patch4_window7_224", {**STAGES, "img_size": 56, "embed_dim": 16, "num_heads": (1, 2, 2, 4)}),
+    "tokens": (partial(MlpMixer, patch_size=32, num_blocks=2, embed_dim=32), {"img_size": 64}),
     "one token": ("cait_xxs24_224", {"img_size": 32, "depth": 2}),
-    "inner tokens": ("tnt_s_patch16_224", {"img_size": 32, "depth": 2}),
+    "inner tokens": ("tnt_s_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 96, "inner_dim": 16, "num_heads_outer": 3}),
     "fused": ("vit_tiny_patch16_224", PARALLEL),
 }  # fmt: skip
 
 
-def built(name: str, kwargs: dict[str, Any]) -> nn.Module:
+def built(name: str | Callable[..., nn.Module], kwargs: dict[str, Any]) -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, **kwargs).double().eval()
+    make = partial(timm.create_model, name) if isinstance(name, str) else name
+    model = make(num_classes=5, **kwargs).double().eval()
     head = model.get_classifier()
     nn.init.normal_((head[0] if isinstance(head, nn.ModuleList) else head).weight)  # some start from zeros
     return model
