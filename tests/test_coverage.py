@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import timm
+from helpers.marks import slow_but
 
 from mlpreduce.__main__ import main
 from mlpreduce.coverage import PROVED_PARAMS, Entry, Proof, examine, prove, smallest
@@ -55,7 +56,6 @@ PROVED = [
     "tiny_vit_5m_224",
     "vit_dpwee_patch16_reg1_gap_256",
 ]
-QUICK = {"test_vit", "pvt_v2_b0", "convnextv2_atto", "starnet_s050"}
 
 
 def test_the_table_is_of_this_timm() -> None:
@@ -83,9 +83,7 @@ def test_a_row(family: str, count: str, architecture: str, proof: str) -> None:
     assert row in TABLE.splitlines()
 
 
-@pytest.mark.parametrize(
-    "architecture", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in PROVED]
-)
+@pytest.mark.parametrize("architecture", slow_but(PROVED, "test_vit", "pvt_v2_b0", "convnextv2_atto", "starnet_s050"))
 def test_on_real_weights(architecture: str) -> None:
     assert f"`{architecture}`" in TABLE
     assert prove(architecture).failure == ""

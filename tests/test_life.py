@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers.marks import slow_but
 from helpers.two_processes import Together
 from safetensors.torch import load_file, load_model, save_file, save_model
 from timm.layers import set_reentrant_ckpt
@@ -133,7 +134,7 @@ def test_built_on_meta(kind: str, images: torch.Tensor) -> None:
 # --- compile and export -------------------------------------------------------------------------------------------------
 
 # seconds for each kind
-TIED_FIRST = [pytest.param(kind, marks=[] if kind == "tied" else pytest.mark.slow) for kind in KINDS]
+TIED_FIRST = slow_but(KINDS, "tied")
 
 
 @pytest.mark.parametrize("kind", TIED_FIRST)

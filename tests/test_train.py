@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.marks import slow_but
 from helpers.runs import (
     SMALL_VIT,
     Interrupted,
@@ -221,7 +222,7 @@ def test_all_variants_of_a_seed_start_from_the_same_weights(tmp_path: Path) -> N
     assert thin.blocks[0].mlp.fc1.out_features == 32
 
 
-@pytest.mark.parametrize("amp", ["none", "bfloat16", "float16"])
+@pytest.mark.parametrize("amp", slow_but(["none", "bfloat16", "float16"], "none"))
 def test_resumed_run_is_exact(tmp_path: Path, amp: str) -> None:
     whole = digits_run(tmp_path / "whole", amp=amp, mixup=0.5, cutmix=1.0, accum_steps=3, batch_size=66, clip_grad=1.0)
     parted = whole.model_copy(update={"directory": str(tmp_path / "parted")})
@@ -369,6 +370,7 @@ def against_timm(run: Run, tolerance: float) -> None:
     )
 
 
+@pytest.mark.slow
 def test_twenty_updates_equal_the_loop_written_with_timm(tmp_path: Path) -> None:
     recipe = recipes.load("paper_vitb16_tiny", ["train.aug_repeats=0", "train.epochs=1", "train.warmup_epochs=0"])
     train = recipe.train.model_copy(update={"accum_steps": 1, "channels_last": False})
