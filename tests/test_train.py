@@ -610,7 +610,13 @@ def losses(directory: Path, **train: Any) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "option", [{"compile": True}, {"grad_checkpointing": True}, {"deterministic": True}, {"tf32": False}]
+    "option",
+    [
+        pytest.param({"compile": True}, marks=[pytest.mark.slow, pytest.mark.processes]),
+        {"grad_checkpointing": True},
+        {"deterministic": True},
+        {"tf32": False},
+    ],
 )
 def test_options_of_speed_and_memory_change_no_loss(tmp_path: Path, option: dict[str, bool]) -> None:
     before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
