@@ -69,7 +69,7 @@ def test_optuna_alone_trains_what_it_is_given(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("local_ray", "one_thread")
 @pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")  # mlflow's tables
 def test_both_train_the_same_points(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "search", *SMALL, "--trials", "3", "--epochs", "1", "--json"]) == 0

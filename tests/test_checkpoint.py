@@ -28,6 +28,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.processes
 def test_fresh_process(tmp_path: Path, images: torch.Tensor) -> None:
     model = tiny_vit().eval()
     mlpreduce.apply(mlpreduce.apply(model, "grouped", group=4), "shallow", ratio=0.3, criterion="l2")

@@ -14,20 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_launch import (
+from helpers.launched import (
     ROOT,
     command,
     environment,
+    equal,
     last_state,
     records,
-    same,
     undisturbed,
     wait_for_epochs,
     without_times,
     workers_of,
 )
-
-pytestmark = pytest.mark.ray
+from helpers.stores import put_store
+from helpers.two_processes import Together
 
 GROUPED = ["seeds=[42]", "train.epochs=8", "variants={grouped=[{transform='grouped', group=2}]}"]
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}
@@ -121,8 +121,9 @@ def parent(process: int) -> int:
 
 
 # The first, so that its cluster has gone before the next one comes.
+@pytest.mark.ray
 def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(three_nodes: Nodes, tmp_path: Path) -> None:
-    output = tmp_path / "out"
+    output = put_store(tmp_path / "out")
     elastic = ["launch.workers=4", "launch.min_workers=1", "launch.max_failures=9"]
     elastic += ["train.epochs=500"]  # more than there is time for
     process = start(three_nodes, *GROUPED, *elastic, "--output", str(output))
@@ -145,9 +146,10 @@ def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(three_nodes: No
     assert "was written by 2 worker(s), and 1 go on" in stdout
 
 
-def test_two_nodes_give_the_bits_of_one(two_nodes: Nodes, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    whole = undisturbed(tmp_path / "whole", *GROUPED)
+@pytest.mark.ray
+def test_two_nodes_give_the_bits_of_one(together: Together, two_nodes: Nodes, tmp_path: Path) -> None:
+    output = put_store(tmp_path / "out")
+    whole = undisturbed(together, tmp_path / "whole", *GROUPED)
     process = start(two_nodes, *GROUPED, "--output", str(output))
     wait_for_epochs(process, output, "grouped-42", 1)
     workers = workers_of(two_nodes.mark)
@@ -155,10 +157,11 @@ def test_two_nodes_give_the_bits_of_one(two_nodes: Nodes, tmp_path: Path) -> Non
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "Traceback" not in stdout + stderr
-    assert same(last_state(output / "grouped" / "seed42"), last_state(whole))
+    assert equal(last_state(output / "grouped" / "seed42"), last_state(whole))
     assert without_times(records(output)["grouped-42"]["epochs"]) == last_state(whole)["history"]
 
 
+@pytest.mark.ray
 def test_another_token_is_told(two_nodes: Nodes, tmp_path: Path) -> None:
     process = start(two_nodes, *GROUPED, "--output", str(tmp_path / "out"), token="1" * 32)
     _, stderr = process.communicate(timeout=120)

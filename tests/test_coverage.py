@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
+from helpers.marks import slow_but
 
 from mlpreduce.__main__ import main
 from mlpreduce.coverage import PROVED_PARAMS, Entry, Proof, examine, prove, smallest
@@ -16,7 +18,28 @@ from mlpreduce.coverage.table import family_row, markdown
 
 TABLE = (Path(__file__).parents[1] / "docs" / "coverage.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| (\w+) \| (\d+) \| `(\w+)` \|.*\| ([^|]+) \|$", TABLE.partition("## Without")[0], re.MULTILINE)
+KINDS = dict(re.findall(r"^\| \w+ \| \d+ \| `(\w+)` \| (\d+ [^|(]+)", TABLE.partition("## Without")[0], re.MULTILINE))
 WITHOUT = re.findall(r"^\| (\w+) \| (\d+) \| `(\w+)` \| ([^|]+) \|$", TABLE.partition("## Without")[2], re.MULTILINE)
+
+# The smallest architectures that have every kind of MLP between them, which all runs of the tests look at.
+SHOWN = {
+    "test_convnext",
+    "starnet_s050",
+    "efficientvim_m1",
+    "efficientformerv2_s0",
+    "pvt_v2_b0",
+    "eva02_tiny_patch14_224",
+    "gmlp_ti16_224",
+    "vit_dpwee_patch16_reg1_gap_256",
+    "eva02_base_patch14_224",
+    "test_byobnet",
+    "mobilenetv3_small_050",
+}
+
+
+def rows(table: list[tuple[str, ...]]) -> list[Any]:
+    return [pytest.param(*row, id=row[2], marks=[] if row[2] in SHOWN else pytest.mark.slow) for row in table]
+
 
 # every kind of MLP once, on real weights; the command proves all rows
 PROVED = [
@@ -43,7 +66,14 @@ def test_the_table_is_of_this_timm() -> None:
     assert "0 failures" in TABLE
 
 
-@pytest.mark.parametrize(("family", "count", "architecture", "proof"), ROWS, ids=[row[2] for row in ROWS])
+def test_the_rows_that_are_shown_have_every_kind() -> None:
+    every = {architecture: set(re.findall(r"\d+ ([a-z+]+)", text)) for architecture, text in KINDS.items()}
+    shown = [found for architecture, found in every.items() if architecture in SHOWN]
+    assert set.union(*shown) == set.union(*every.values())
+    assert len(shown) == len(set.union(*every.values()))  # and none twice
+
+
+@pytest.mark.parametrize(("family", "count", "architecture", "proof"), rows(ROWS))
 def test_a_row(family: str, count: str, architecture: str, proof: str) -> None:
     entry = examine(architecture)
     assert entry.failure == ""
@@ -53,13 +83,13 @@ def test_a_row(family: str, count: str, architecture: str, proof: str) -> None:
     assert row in TABLE.splitlines()
 
 
-@pytest.mark.parametrize("architecture", PROVED)
+@pytest.mark.parametrize("architecture", slow_but(PROVED, "test_vit", "pvt_v2_b0", "convnextv2_atto", "starnet_s050"))
 def test_on_real_weights(architecture: str) -> None:
     assert f"`{architecture}`" in TABLE
     assert prove(architecture).failure == ""
 
 
-@pytest.mark.parametrize(("family", "count", "architecture", "reason"), WITHOUT, ids=[row[2] for row in WITHOUT])
+@pytest.mark.parametrize(("family", "count", "architecture", "reason"), rows(WITHOUT))
 def test_without_mlps(family: str, count: str, architecture: str, reason: str) -> None:
     assert examine(architecture).reason == reason
 

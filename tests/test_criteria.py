@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.distributed as dist
+from helpers.two_processes import Together
+from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -387,24 +389,26 @@ def test_unlike_widths_and_a_uniform_width() -> None:
 # --- kinds ------------------------------------------------------------------------------------------------------------------
 
 PARALLEL = {"block_fn": timm.models.vision_transformer.ParallelScalingBlock, "img_size": 32, "depth": 2}
-KINDS = {
+STAGES = {"depths": (1, 1, 1, 1)}
+KINDS: dict[str, tuple[str | Callable[..., nn.Module], dict[str, Any]]] = {
     "gated": ("vit_tiny_patch16_224", {"mlp_layer": timm.layers.SwiGLU, "img_size": 32, "depth": 2}),
     "packed": ("vit_tiny_patch16_224", {"mlp_layer": timm.layers.GluMlp, "img_size": 32, "depth": 2}),
-    "convolution": ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}),
-    "1 x 1 convolutions": ("convnext_atto", {"depths": (1, 1, 1, 1), "conv_mlp": True}),
-    "response norm": ("convnextv2_atto", {"depths": (1, 1, 1, 1)}),
-    "groups": ("visformer_tiny", {"depth": (1, 1, 1), "img_size": 64}),
-    "hierarchical": ("swin_tiny_patch4_window7_224", {"img_size": 56, "window_size": 7, "depths": (1, 1, 1, 1)}),
-    "tokens": ("mixer_s32_224", {"img_size": 64}),
+    "convolution": ("pvt_v2_b0", {**STAGES, "embed_dims": (8, 16, 24, 32), "num_heads": (1, 1, 1, 1)}),
+    "1 x 1 convolutions": ("convnext_atto", {**STAGES, "dims": (8, 16, 24, 32), "conv_mlp": True}),
+    "response norm": ("convnextv2_atto", {**STAGES, "dims": (8, 16, 24, 32)}),
+    "groups": ("visformer_tiny", {"depth": (1, 1, 1), "img_size": 64, "embed_dim": 96, "init_channels": 8, "num_heads": 3}),
+    "hierarchical": ("swin_tiny_patch4_window7_224", {**STAGES, "img_size": 56, "embed_dim": 16, "num_heads": (1, 2, 2, 4)}),
+    "tokens": (partial(MlpMixer, patch_size=32, num_blocks=2, embed_dim=32), {"img_size": 64}),
     "one token": ("cait_xxs24_224", {"img_size": 32, "depth": 2}),
-    "inner tokens": ("tnt_s_patch16_224", {"img_size": 32, "depth": 2}),
+    "inner tokens": ("tnt_s_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 96, "inner_dim": 16, "num_heads_outer": 3}),
     "fused": ("vit_tiny_patch16_224", PARALLEL),
 }  # fmt: skip
 
 
-def built(name: str, kwargs: dict[str, Any]) -> nn.Module:
+def built(name: str | Callable[..., nn.Module], kwargs: dict[str, Any]) -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, **kwargs).double().eval()
+    make = partial(timm.create_model, name) if isinstance(name, str) else name
+    model = make(num_classes=5, **kwargs).double().eval()
     head = model.get_classifier()
     nn.init.normal_((head[0] if isinstance(head, nn.ModuleList) else head).weight)  # some start from zeros
     return model
@@ -482,37 +486,32 @@ def _broken(data: list[Any]) -> Iterator[Any]:
 
 
 def _plans(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    try:
-        torch.set_num_threads(1)
-        images, labels = examples()
-        mine = [(images[rank::2][:start], labels[rank::2][:start]) for start in (13 + rank,)]
-        mine += [(images[rank::2][13 + rank :], labels[rank::2][13 + rank :])]
-        for config in DISTRIBUTED:
-            made = mlpreduce.plan(lively_vit(), "shallow", ratio=0.25, data=mine, **config)
-            made.save(Path(folder) / f"{DISTRIBUTED.index(config)}-{rank}.json")
-        for config in ({"criterion": "taylor"}, {"criterion": "gate"}, {"repair": "least_squares"}):
-            with pytest.raises(ReductionError if rank == 0 else OSError, match="disk is gone"):
-                mlpreduce.plan(lively_vit(), "shallow", data=mine if rank == 0 else _broken(mine), **config)
-            with pytest.raises(ReductionError, match="process 1: needs calibration data"):
-                mlpreduce.plan(lively_vit(), "shallow", data=None if rank else mine, **config)
+    images, labels = examples()
+    mine = [(images[rank::2][:start], labels[rank::2][:start]) for start in (13 + rank,)]
+    mine += [(images[rank::2][13 + rank :], labels[rank::2][13 + rank :])]
+    for config in DISTRIBUTED:
+        made = mlpreduce.plan(lively_vit(), "shallow", ratio=0.25, data=mine, **config)
+        made.save(Path(folder) / f"{DISTRIBUTED.index(config)}-{rank}.json")
+    for config in ({"criterion": "taylor"}, {"criterion": "gate"}, {"repair": "least_squares"}):
         with pytest.raises(ReductionError if rank == 0 else OSError, match="disk is gone"):
-            Loss().widths(lively_vit(), mine if rank == 0 else _broken(mine))
-        bad = mine if rank == 0 else [(images.fill_(torch.nan), labels)]
-        for config in ({"criterion": "taylor"}, {"criterion": "gate"}, {"repair": "least_squares"}):
-            with pytest.raises(ReductionError, match="process 1: data has an image that is not finite"):
-                mlpreduce.plan(lively_vit(), "shallow", data=bad, **config)
-        with pytest.raises(ReductionError, match="and one is empty, with 1 in all"):
-            mlpreduce.plan(lively_vit(), "shallow", repair="least_squares", data=[examples()[0][: 1 - rank]])
-        made = mlpreduce.plan(lively_vit(), "shallow", repair="least_squares", data=[examples()[0][rank : rank + 1]])
-        assert made.data is not None
-        assert made.data["samples"] == 2
-        few = [] if rank else mine
-        made = mlpreduce.plan(lively_vit(), "shallow", criterion="gate", data=few)
-        assert made.data is not None
-        assert made.data["samples"] == 20
-    finally:
-        dist.destroy_process_group()
+            mlpreduce.plan(lively_vit(), "shallow", data=mine if rank == 0 else _broken(mine), **config)
+        with pytest.raises(ReductionError, match="process 1: needs calibration data"):
+            mlpreduce.plan(lively_vit(), "shallow", data=None if rank else mine, **config)
+    with pytest.raises(ReductionError if rank == 0 else OSError, match="disk is gone"):
+        Loss().widths(lively_vit(), mine if rank == 0 else _broken(mine))
+    bad = mine if rank == 0 else [(images.fill_(torch.nan), labels)]
+    for config in ({"criterion": "taylor"}, {"criterion": "gate"}, {"repair": "least_squares"}):
+        with pytest.raises(ReductionError, match="process 1: data has an image that is not finite"):
+            mlpreduce.plan(lively_vit(), "shallow", data=bad, **config)
+    with pytest.raises(ReductionError, match="and one is empty, with 1 in all"):
+        mlpreduce.plan(lively_vit(), "shallow", repair="least_squares", data=[examples()[0][: 1 - rank]])
+    made = mlpreduce.plan(lively_vit(), "shallow", repair="least_squares", data=[examples()[0][rank : rank + 1]])
+    assert made.data is not None
+    assert made.data["samples"] == 2
+    few = [] if rank else mine
+    made = mlpreduce.plan(lively_vit(), "shallow", criterion="gate", data=few)
+    assert made.data is not None
+    assert made.data["samples"] == 20
 
 
 DISTRIBUTED: list[dict[str, Any]] = [
@@ -521,9 +520,9 @@ DISTRIBUTED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_plan_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_plans, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.processes
+def test_two_processes_make_the_plan_of_one(together: Together, tmp_path: Path) -> None:
+    together(_plans, str(tmp_path))
     for index, config in enumerate(DISTRIBUTED):
         one, other = (Plan.load(tmp_path / f"{index}-{rank}.json") for rank in range(2))
         assert one.to_json() == other.to_json()

@@ -35,13 +35,18 @@ def test_any_size_and_number(size: int) -> None:
         images[7]
 
 
-def test_an_image_follows_from_split_and_index_in_every_process() -> None:
+def test_an_image_follows_from_split_and_index() -> None:
     images = FractalImages(FRACTALS, "train")
     late = np.asarray(images[321][0])
     assert np.array_equal(late, np.asarray(FractalImages(FRACTALS, "train")[321][0]))  # no image before it was drawn
     assert not np.array_equal(late, np.asarray(images[331][0]))
     val = FractalImages(FRACTALS, "val")
     assert not np.array_equal(np.asarray(images[3][0]), np.asarray(val[3][0]))
+
+
+@pytest.mark.processes
+def test_an_image_is_the_same_in_every_process() -> None:
+    late = np.asarray(FractalImages(FRACTALS, "train")[321][0])
     code = (
         "import hashlib\n"
         "from mlpreduce.data import DataSettings\n"

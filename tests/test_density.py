@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.distributed as dist
-from test_train import digits_run, join, same, state
+from helpers.runs import digits_run, same, state
+from helpers.two_processes import Together
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -128,19 +128,17 @@ def test_wrong_calls_are_told() -> None:
 
 
 def _gradients(rank: int, folder: str) -> None:
-    join(rank, folder, "density")
     model = tiny_vit().double()
     density, replica = DensityLoss(model), DistributedDataParallel(model)
     with density.watching() as found:
         logits = replica(images(8).double()[rank::2])
     (logits.square().mean() + found()).backward()
     torch.save([parameter.grad for parameter in model.parameters()], f"{folder}/grads{rank}.pt")
-    dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_gradients, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.processes
+def test_two_processes_have_the_gradient_of_one(together: Together, tmp_path: Path) -> None:
+    together(_gradients, str(tmp_path))
     model = tiny_vit().double()
     with DensityLoss(model).watching() as found:
         logits = model(images(8).double())

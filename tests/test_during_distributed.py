@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from helpers.two_processes import Together
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -79,23 +79,19 @@ def batch_of(rank: int = 0, world: int = 1) -> Batch:
 
 
 def _train(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    try:
-        torch.set_num_threads(1)
-        for way in WAYS:
-            reduced = way(DistributedDataParallel, batch_of(rank, 2))
-            torch.save(reduced.state_dict(), Path(folder) / f"{way.__name__}-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    for way in WAYS:
+        reduced = way(DistributedDataParallel, batch_of(rank, 2))
+        torch.save(reduced.state_dict(), Path(folder) / f"{way.__name__}-{rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(together: Together, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(_train, args=(str(path),), nprocs=2)
+    together(_train, str(path))
     return path
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_do_what_one_does(way: Callable[..., nn.Module], folder: Path) -> None:
     one, other = (torch.load(folder / f"{way.__name__}-{rank}.pt", weights_only=True) for rank in range(2))

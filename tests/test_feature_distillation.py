@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_finetune
 import timm
 import torch
-import torch.distributed as dist
+from helpers.runs import DIGITS, digits_run, finetune, interrupt_after, same, state, tensors, without_drop_path
+from helpers.two_processes import Together
 from safetensors.torch import load_file
-from test_finetune import finetune, tensors, without_drop_path
-from test_train import DIGITS, digits_run, interrupt_after, join, same, state
 from torch import nn
 
 import mlpreduce
@@ -35,8 +33,6 @@ SPANNING = {"transform": "shallow", "ratio": 0.5, "criterion": "gram_schmidt"}
 GLOBAL = {"transform": "shallow", "target_params": 0.8, "criterion": "nvit", "scope": "global", "round_to": 4}
 REPAIRED = {"transform": "shallow", "ratio": 0.5, "criterion": "activation", "repair": "least_squares"}
 HEAD = ("head.", "fc_norm.")
-
-trained = test_finetune.trained  # a fixture
 
 
 def taught(directory: Path, weights: Path | str, *steps: dict[str, Any], **train: Any) -> Run:
@@ -276,15 +272,14 @@ def test_resumed_runs_give_the_same_bits(trained: Path, tmp_path: Path) -> None:
 
 
 def _fit_taught(rank: int, folder: str, weights: str) -> None:
-    join(rank, folder, "taught")
     run = without_drop_path(taught(Path(folder) / "pair", weights, GLOBAL, epochs=2, ema_decay=0.5))
     run = run.model_copy(update={"workers": 2})
     torch.save(fit(run, Runtime(rank=rank, world=2, threads=1)), f"{folder}/history{rank}.pt")
-    dist.destroy_process_group()
 
 
-def test_two_processes_train_as_one_and_one_goes_on(trained: Path, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_fit_taught, args=(str(tmp_path), str(trained)), nprocs=2)
+@pytest.mark.processes
+def test_two_processes_train_as_one_and_one_goes_on(together: Together, trained: Path, tmp_path: Path) -> None:
+    together(_fit_taught, str(tmp_path), str(trained))
     first, second = (torch.load(tmp_path / f"history{rank}.pt", weights_only=True) for rank in range(2))
     same(first, second)
     run = without_drop_path(taught(tmp_path / "alone", trained, GLOBAL, epochs=2, ema_decay=0.5))
@@ -512,17 +507,16 @@ def kept(model: nn.Module) -> list[list[int]]:
 
 
 def _units(rank: int, folder: str, run: str) -> None:
-    join(rank, folder, "units")
     model = build_model(Run.model_validate_json(run))
     torch.save(kept(model), f"{folder}/units{rank}.pt")
     torch.save(tensors(model), f"{folder}/weights{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("count", [65, 2])
-def test_two_processes_choose_the_units_of_one(trained: Path, tmp_path: Path, count: int) -> None:
+@pytest.mark.processes
+def test_two_processes_choose_the_units_of_one(together: Together, trained: Path, tmp_path: Path, count: int) -> None:
     run = _with_images(finetune(tmp_path, trained, GLOBAL, REPAIRED), count)  # of two, each process has one
-    torch.multiprocessing.spawn(_units, args=(str(tmp_path), run.model_dump_json()), nprocs=2)
+    together(_units, str(tmp_path), run.model_dump_json())
     model = build_model(run)
     assert all(torch.load(tmp_path / f"units{rank}.pt") == kept(model) for rank in range(2))
     ours, theirs = (torch.load(tmp_path / f"weights{rank}.pt") for rank in range(2))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.runs import SMALL_VIT, digits_run, finetune, interrupt_after, last, same, state, tensors, without_drop_path
 from safetensors.torch import load_file, save_file
-from test_train import SMALL_VIT, digits_run, interrupt_after, last, same, state
 from torch import nn
 
 import mlpreduce
@@ -20,7 +20,7 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.recipe.describe import describe
 from mlpreduce.report.gather import differing
 from mlpreduce.testing import tiny_vit
-from mlpreduce.train import Run, Runtime, build_model, fit
+from mlpreduce.train import Runtime, build_model, fit
 from mlpreduce.train.distillation import as_teacher, blend
 from mlpreduce.train.settings import TrainSettings
 from mlpreduce.train.setup import prepare
@@ -31,30 +31,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ALIGNED = {"transform": "grouped", "group": 2, "scale": "none", "keep": "align_mean"}
 SLICED = {"transform": "shallow", "ratio": 0.5, "criterion": "l2"}
 SOFT = {"distillation": "soft", "distill_tau": 2.0}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that has learned the digits, and beside its `model/` a file of its weights."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("runs") / "digits" / "baseline" / "seed42"
-    train = {"epochs": 6, "mixup": 0.0, "lr": 5e-3}
-    history = fit(digits_run(folder, **train).model_copy(update={"steps": (), "variant": "baseline"}))
-    assert max(entry["top1"] for entry in history) > 60
-    shutil.copy(folder / "model" / "model.safetensors", folder / "weights.safetensors")
-    return folder
-
-
-def finetune(directory: Path, weights: Path | str, *steps: dict[str, Any], seed: int = 7, **train: Any) -> Run:
-    """A short run from given weights; its own initial ones would be those of another seed than the trained model's."""
-    settings = {"epochs": 2, "lr": 3e-4, "warmup_epochs": 0, "mixup": 0.0, **train}
-    run = digits_run(directory, **settings)
-    model = run.model.model_copy(update={"weights": str(weights)})
-    return run.model_copy(update={"steps": steps, "model": model, "seed": seed})
-
-
-def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 # --- weights --------------------------------------------------------------------------------------------------------------
@@ -351,11 +327,6 @@ def test_an_unreduced_student_starts_where_its_teacher_is(trained: Path, tmp_pat
     with torch.no_grad():
         parts.core.head.weight.add_(torch.randn(10, 16))
     assert parts.training_loss(images, targets).item() > 1e-3
-
-
-def without_drop_path(run: Run) -> Run:
-    kwargs = {**run.model.kwargs, "drop_path_rate": 0.0}
-    return run.model_copy(update={"model": run.model.model_copy(update={"kwargs": kwargs})})
 
 
 @pytest.mark.parametrize("amp", ["none", "bfloat16"])

@@ -109,11 +109,13 @@ def loaded_after(code: str) -> set[str]:
     return set(result.stdout.split())
 
 
+@pytest.mark.processes
 def test_import_loads_nothing_heavy() -> None:
     assert loaded_after("import mlpreduce") == set()
     assert loaded_after("import mlpreduce, mlpreduce.errors; mlpreduce.ReductionError; dir(mlpreduce)") == set()
 
 
+@pytest.mark.processes
 def test_apply_on_a_users_own_model_loads_no_timm() -> None:
     code = (
         "import torch, mlpreduce\n"

@@ -14,6 +14,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.launched import (
+    ROOT,
+    command,
+    environment,
+    equal,
+    last_state,
+    marked,
+    records,
+    start,
+    undisturbed,
+    wait_for_epochs,
+    without_times,
+    workers_of,
+)
+from helpers.stores import put_store
+from helpers.two_processes import Together
 
 from mlpreduce import recipe as recipes
 from mlpreduce.errors import ReductionError
@@ -26,110 +42,12 @@ from mlpreduce.train.settings import Run, TrainSettings
 # SQLAlchemy about mlflow's own tables
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")
 
-ROOT = Path(__file__).resolve().parents[1]
-MARK = "MLPREDUCE_TEST_MARK"
-
-
-def environment(mark: str) -> dict[str, str]:
-    """That of a user's shell, but never a developer's cluster or tracking server."""
-    without = {"RAY_ADDRESS", "MLFLOW_TRACKING_URI"}
-    kept = {key: value for key, value in os.environ.items() if key not in without}
-    return {**kept, MARK: mark, "PYTHONFAULTHANDLER": "1"}  # a crash at the very end would leave no word
-
-
-def marked(mark: str) -> dict[int, str]:
-    """Ids and command lines of all processes that were started with this mark in their environment."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={mark}".encode() in (path / "environ").read_bytes():
-                found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:  # it ended meanwhile
-            continue
-    return found
-
-
-def start(mark: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(*arguments),
-        cwd=ROOT,
-        env=environment(mark),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_epochs(process: subprocess.Popen[str], output: Path, run: str, count: int) -> None:
-    deadline = time.monotonic() + 300
-    while len(records(output).get(run, {}).get("epochs", [])) < count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "mlpreduce.recipe", *arguments]
-
-
-def records(output: Path) -> dict[str, dict[str, Any]]:
-    found = [json.loads(path.read_text()) for path in output.glob("*/seed*/record.json")]
-    return {f"{record['variant']}-{record['seed']}": record for record in found}
-
-
-def workers_of(mark: str) -> list[int]:
-    return [number for number, line in marked(mark).items() if line.startswith("ray::RayTrainWorker")]
-
-
-TIMES = ("train_seconds", "images_per_s")
-
-
-def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in entry.items() if name not in TIMES} for entry in history]
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether all tensors and values are equal, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(same(*pair) for pair in zip(one, other, strict=True))
-    return bool(one == other)
-
-
-def last_state(run: Path) -> dict[str, Any]:
-    """What the last checkpoint of a run holds, but for times and speeds."""
-    epoch = max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*"))
-    state: dict[str, Any] = torch.load(run / "checkpoints" / str(epoch) / "state.pt", weights_only=True)
-    del state["facts"]
-    return {**state, "history": without_times(state["history"])}
-
-
-def _fit_beside(rank: int, folder: str, run: str) -> None:
-    from mlpreduce.train import Runtime, fit
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    fit(Run.model_validate_json(run), Runtime(rank=rank, world=2, threads=1))
-    dist.destroy_process_group()
-
-
-def undisturbed(folder: Path, *overrides: str) -> Path:
-    """The directory of the last run of digits_tiny, trained by two plain processes, without Ray."""
-    folder.mkdir()
-    run = runs_of(recipes.load("digits_tiny", [*overrides]), folder)[-1]
-    torch.multiprocessing.spawn(_fit_beside, args=(str(folder), run.model_dump_json()), nprocs=2)
-    return Path(run.directory)
-
-
 SETTINGS = ["seeds=[42]", "train.epochs=12"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed(tmp_path_factory.mktemp("undisturbed") / "out", *SETTINGS)
+def whole(together: Together, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return undisturbed(together, tmp_path_factory.mktemp("undisturbed") / "out", *SETTINGS)
 
 
 def test_wrong_address_fails_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +111,7 @@ def _join_team(rank: int, folder: str) -> None:
         dist.destroy_process_group()  # a process that ends with its group's threads running may be aborted
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_workers_beyond_those_that_share_a_batch_leave_the_group(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_join_team, args=(str(tmp_path),), nprocs=3)
 
@@ -217,6 +135,7 @@ def holder(directory: Path, rank: int, text: str = "") -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.processes
 def test_a_run_has_one_driver(tmp_path: Path) -> None:
     recipe = recipes.load("digits_tiny", ["launch.workers=0", "seeds=[42]"])
     runs = runs_of(recipe, tmp_path)
@@ -229,6 +148,7 @@ def test_a_run_has_one_driver(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.processes
 def test_a_driver_waits_for_the_workers_of_one_that_was_killed(tmp_path: Path) -> None:
     with drive([str(tmp_path)]) as text:
         orphan = holder(tmp_path, 1, text)
@@ -246,6 +166,7 @@ def take_over(directory: Path) -> None:
         pass
 
 
+@pytest.mark.processes
 def test_a_worker_waits_for_the_one_of_a_lost_group(tmp_path: Path) -> None:
     with drive([str(tmp_path)]) as text:
         pass
@@ -346,7 +267,7 @@ def test_digits_tiny_on_two_workers(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_interrupt_resume_and_a_lost_worker(tmp_path: Path, whole: Path) -> None:
     mark = uuid.uuid4().hex
-    output = tmp_path / "out"
+    output = put_store(tmp_path / "out")
     arguments = ["digits_tiny", *SETTINGS, "--output", str(output)]
     process = start(mark, *arguments)
     wait_for_epochs(process, output, "grouped-42", 1)
@@ -379,7 +300,7 @@ def test_interrupt_resume_and_a_lost_worker(tmp_path: Path, whole: Path) -> None
     assert [entry["epoch"] for entry in after["grouped-42"]["epochs"]] == list(range(1, 13))
     assert after["grouped-42"]["epochs"][: len(kept)] == kept
     assert after["grouped-42"]["mlflow_run_id"] == before["grouped-42"]["mlflow_run_id"]
-    assert same(last_state(output / "grouped" / "seed42"), last_state(whole))
+    assert equal(last_state(output / "grouped" / "seed42"), last_state(whole))
     assert without_times(after["grouped-42"]["epochs"]) == last_state(whole)["history"]
     assert not list(output.rglob(".ray*"))
 
@@ -387,7 +308,7 @@ def test_interrupt_resume_and_a_lost_worker(tmp_path: Path, whole: Path) -> None
 @pytest.mark.ray
 def test_the_driver_is_killed_and_a_worker_outlives_it(tmp_path: Path, whole: Path) -> None:
     marks = uuid.uuid4().hex, uuid.uuid4().hex
-    output = tmp_path / "out"
+    output = put_store(tmp_path / "out")
     arguments = [
         "digits_tiny",
         *SETTINGS,
@@ -423,6 +344,6 @@ def test_the_driver_is_killed_and_a_worker_outlives_it(tmp_path: Path, whole: Pa
     after = records(output)["grouped-42"]
     assert after["status"] == "finished"
     assert after["mlflow_run_id"] == kept["mlflow_run_id"]
-    assert same(last_state(output / "grouped" / "seed42"), last_state(whole))
+    assert equal(last_state(output / "grouped" / "seed42"), last_state(whole))
     assert without_times(after["epochs"]) == last_state(whole)["history"]
     assert not list(output.rglob(".ray*"))

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.distributed as dist
+from helpers.marks import slow_but
+from helpers.two_processes import Together
 from safetensors.torch import load_file, load_model, save_file, save_model
 from timm.layers import set_reentrant_ckpt
 from timm.utils import CheckpointSaver, ModelEma, ModelEmaV2, ModelEmaV3
@@ -132,8 +133,11 @@ def test_built_on_meta(kind: str, images: torch.Tensor) -> None:
 
 # --- compile and export -------------------------------------------------------------------------------------------------
 
+# seconds for each kind
+TIED_FIRST = slow_but(KINDS, "tied")
 
-@pytest.mark.parametrize("kind", KINDS)
+
+@pytest.mark.parametrize("kind", TIED_FIRST)
 def test_compile_is_one_graph_and_equal(kind: str, images: torch.Tensor) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -151,7 +155,7 @@ def test_compile_is_one_graph_and_equal(kind: str, images: torch.Tensor) -> None
     assert torch.equal(other._orig_mod(images), model(images))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TIED_FIRST)
 def test_export(kind: str, images: torch.Tensor) -> None:
     model = reduced(kind, embed_dim=96)
     exported = torch.export.export(model, (images,))
@@ -165,7 +169,7 @@ def test_export(kind: str, images: torch.Tensor) -> None:
     assert torch.equal(again.module()(images), model(images))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TIED_FIRST)
 def test_onnx_has_a_tied_weight_once(kind: str, images: torch.Tensor, tmp_path: Path) -> None:
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -209,11 +213,6 @@ def test_functional_call_needs_tie_weights_false(images: torch.Tensor) -> None:
 # --- several processes ----------------------------------------------------------------------------------------------------
 
 
-def _join(rank: int, folder: str, group: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{group}", rank=rank, world_size=2)
-
-
 def _batch() -> torch.Tensor:
     return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -226,7 +225,6 @@ def _expected() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def _checkpointing(rank: int, folder: str) -> None:
-    _join(rank, folder, "checkpointing")
     for name, options in {
         "plain": {},
         "static": {"static_graph": True},
@@ -239,18 +237,20 @@ def _checkpointing(rank: int, folder: str) -> None:
         wrapped(_batch().chunk(2)[rank]).square().mean().backward()
         torch.save({n: p.grad for n, p in model.named_parameters()}, f"{folder}/{name}{rank}.pt")
     set_reentrant_ckpt(True)
-    model = reduced("tied").double()
-    model.set_grad_checkpointing()
-    assert "checkpoints reentrantly" in str(mlpreduce.verify(model))
-    wrapped = DistributedDataParallel(model)
-    with pytest.raises(RuntimeError, match="mark a variable ready only once"):
-        wrapped(_batch().chunk(2)[rank]).square().mean().backward()
-    dist.destroy_process_group()
+    try:
+        model = reduced("tied").double()
+        model.set_grad_checkpointing()
+        assert "checkpoints reentrantly" in str(mlpreduce.verify(model))
+        wrapped = DistributedDataParallel(model)
+        with pytest.raises(RuntimeError, match="mark a variable ready only once"):
+            wrapped(_batch().chunk(2)[rank]).square().mean().backward()
+    finally:
+        set_reentrant_ckpt(False)
 
 
-@pytest.mark.slow
-def test_checkpointing_in_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_checkpointing, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.processes
+def test_checkpointing_in_two_processes(together: Together, tmp_path: Path) -> None:
+    together(_checkpointing, str(tmp_path))
     _, expected = _expected()
     for name in ("plain", "static", "unused"):
         for rank in range(2):
@@ -279,7 +279,6 @@ def _wrap_groups(model: nn.Module) -> None:  # as docs/life.md says
 
 
 def _sharding(rank: int, folder: str) -> None:
-    _join(rank, folder, "sharding")
     for name, wrap in {"root": _wrap_root, "groups": _wrap_groups}.items():
         model = reduced("tied").double()
         wrap(model)
@@ -301,12 +300,11 @@ def _sharding(rank: int, folder: str) -> None:
         other.load_state_dict(model.state_dict())  # of shards
         assert torch.equal(other(_batch()), model(_batch()))
         torch.save(state, f"{folder}/state_{name}{rank}.pt")
-    dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_fully_shard_in_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_sharding, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.processes
+def test_fully_shard_in_two_processes(together: Together, tmp_path: Path) -> None:
+    together(_sharding, str(tmp_path))
     output, expected = _expected()
     for name in ("root", "groups"):
         for rank in range(2):
@@ -790,6 +788,7 @@ def test_timms_export_comes_back_by_its_name(name: str, tmp_path: Path, images: 
             timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=classes)
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("one_thread")  # with more, the order of sums may differ between processes
 def test_the_papers_names_in_a_fresh_process(tmp_path: Path, images: torch.Tensor) -> None:
     script = tmp_path / "train.py"

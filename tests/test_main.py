@@ -72,6 +72,7 @@ def run(arguments: list[str], cwd: Path, path: Path | None = None) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, cwd=cwd, env=environment).stdout
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_recipes_are_found_from_a_wheel(tmp_path: Path) -> None:
     build = [
@@ -104,6 +105,7 @@ def test_recipes_are_found_from_a_wheel(tmp_path: Path) -> None:
     assert "joint" in run(["-m", "mlpreduce.search", "--list"], tmp_path, tmp_path / "site")
 
 
+@pytest.mark.processes
 def test_recipes_are_found_from_a_checkout(tmp_path: Path) -> None:
     """Without an install: a copy of the checkout on the path, and nothing else of it."""
     import shutil

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_train import digits_run, state
+from helpers.runs import digits_run, state
 from torch import nn
 
 import mlpreduce
@@ -106,6 +106,7 @@ def in_a_fresh_process(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.processes
 def test_a_fresh_process_loads_it_and_knows_its_name(tmp_path: Path) -> None:
     mlpreduce.save(small(), tmp_path / "model")
     assert (
@@ -116,6 +117,7 @@ def test_a_fresh_process_loads_it_and_knows_its_name(tmp_path: Path) -> None:
     assert in_a_fresh_process(told) == "1000"
 
 
+@pytest.mark.processes
 def test_names_that_another_package_has_taken_are_left_alone() -> None:
     """The published script registers one of them; importing the training loop must not mind."""
     code = """

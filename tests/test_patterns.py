@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.distributed as dist
+from helpers.two_processes import Together
 from torch import nn
 
 import mlpreduce
@@ -142,23 +142,18 @@ def test_a_recipe_and_a_search_know_its_cost_before() -> None:
 
 
 def _plans(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    try:
-        torch.set_num_threads(1)
-        made = mlpreduce.plan(alike_in_turns(), "grouped", pattern="similarity", group=3, data=[images()[rank::2]])
-        made.save(Path(folder) / f"{rank}.json")
-        assert owners(made) == [0, 1, 0, 1, 0, 1]
-        one = mlpreduce.plan(alike_in_turns(), "grouped", pattern="similarity", group=3, data=[] if rank else images())
-        assert owners(one) == [0, 1, 0, 1, 0, 1]
-        with pytest.raises(ReductionError, match="process 1: data is a int"):
-            mlpreduce.plan(alike_in_turns(), "grouped", pattern="similarity", data=3 if rank else [images()])
-    finally:
-        dist.destroy_process_group()
+    made = mlpreduce.plan(alike_in_turns(), "grouped", pattern="similarity", group=3, data=[images()[rank::2]])
+    made.save(Path(folder) / f"{rank}.json")
+    assert owners(made) == [0, 1, 0, 1, 0, 1]
+    one = mlpreduce.plan(alike_in_turns(), "grouped", pattern="similarity", group=3, data=[] if rank else images())
+    assert owners(one) == [0, 1, 0, 1, 0, 1]
+    with pytest.raises(ReductionError, match="process 1: data is a int"):
+        mlpreduce.plan(alike_in_turns(), "grouped", pattern="similarity", data=3 if rank else [images()])
 
 
-@pytest.mark.slow
-def test_two_processes_make_one_plan(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_plans, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.processes
+def test_two_processes_make_one_plan(together: Together, tmp_path: Path) -> None:
+    together(_plans, str(tmp_path))
     one, other = (Plan.load(tmp_path / f"{rank}.json") for rank in range(2))
     assert one.to_json() == other.to_json()
     assert one.data is not None

@@ -93,6 +93,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.processes
 def test_it_is_listed_by_the_name_it_registers(site: Path) -> None:
     assert not {"tie_ends", "cut_last"} & set(mlpreduce.list_transforms())
     text = output(site, "-m", "mlpreduce", "list")
@@ -101,6 +102,7 @@ def test_it_is_listed_by_the_name_it_registers(site: Path) -> None:
     assert "  ends(" not in text
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -113,6 +115,7 @@ def test_its_parameters_are_arguments_of_the_command_line(site: Path, words: lis
     assert line in [" ".join(text.split()) for text in lines]
 
 
+@pytest.mark.processes
 def test_it_keeps_the_contract(site: Path) -> None:
     code = (
         "from mlpreduce.testing import check_transform\n"
@@ -124,6 +127,7 @@ def test_it_keeps_the_contract(site: Path) -> None:
     assert "tie_ends(cout=2): unknown argument 'cout'; did you mean 'count'?" in done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_it_is_a_variant_of_a_recipe(site: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(RECIPE)
@@ -141,6 +145,7 @@ def test_it_is_a_variant_of_a_recipe(site: Path, tmp_path: Path) -> None:
 REGISTERS = "import mlpreduce\n\n\n@mlpreduce.register({!r})\ndef mine(parts, *, ratio=0.5):\n    return ()\n"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("packages", "taken"),
     [
@@ -157,6 +162,7 @@ def test_a_name_that_is_taken_raises(packages: dict[str, tuple[str, str]], taken
     assert f"register({taken!r}): there is a transform of this name already" in done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
@@ -182,12 +188,14 @@ def test_a_package_that_cannot_be_loaded_is_named_each_time(code: str, reason: s
     assert reason in first
 
 
+@pytest.mark.processes
 def test_an_entry_point_may_be_a_module_that_registers(tmp_path: Path) -> None:
     install(tmp_path, "acme", REGISTERS.format("mine"), {})
     (tmp_path / "acme-1.0.dist-info" / "entry_points.txt").write_text("[mlpreduce.transforms]\nanything = acme\n")
     assert "  mine(ratio=0.5)" in output(tmp_path, "-m", "mlpreduce", "list")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("result", "fact"), [("[5]", "the transform gave 5; edits are"), ("None", "nothing would change")]
 )

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from test_report import cells, make_record, write
-from test_train import digits_run, interrupt_after, join, same, state
+from helpers.records import cells, make_record, write
+from helpers.runs import digits_run, interrupt_after, same, state
+from helpers.stores import put_store
+from helpers.two_processes import Together
 from torch import nn
 from torch.func import functional_call
 
@@ -452,16 +453,14 @@ def test_a_resumed_run_probes_the_same_images(tmp_path: Path) -> None:
 
 
 def _fit_probed(rank: int, folder: str) -> None:
-    join(rank, folder, "group")
     for name, names in (("plain", ()), ("probed", NAMES)):
         run = digits_run(Path(folder) / name, epochs=2, probes=names, probe_every=1, probe_images=20)
         fit(run.model_copy(update={"workers": 2}), Runtime(rank=rank, world=2, threads=1))
-    dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_of_two_workers_the_first_probes_and_both_go_on(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_fit_probed, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.processes
+def test_of_two_workers_the_first_probes_and_both_go_on(together: Together, tmp_path: Path) -> None:
+    together(_fit_probed, str(tmp_path))
     probed = state(tmp_path / "probed")
     assert all(set(entry["probes"]) == set(NAMES) for entry in probed["state.pt"]["history"])
     same(state(tmp_path / "plain"), without_probes(probed))
@@ -516,7 +515,7 @@ def test_records_have_the_probes_and_mlflow_their_numbers(tmp_path: Path, monkey
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = digits_run(tmp_path / "grouped" / "seed42", epochs=2, probes=NAMES, probe_images=8)
-    recorder = Recorder(tmp_path, {"name": "toy"}, [run])
+    recorder = Recorder(put_store(tmp_path), {"name": "toy"}, [run])
     fit(run, Runtime(report=lambda event: None if event["event"] == "progress" else recorder.handle(event)))
     (record,) = read(tmp_path)
     assert "probes" not in record["epochs"][0]

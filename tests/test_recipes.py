@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.stores import put_store
 
 from mlpreduce import recipe as recipes
 from mlpreduce.data.settings import AugmentSettings
@@ -163,6 +164,7 @@ def test_a_path_is_a_name_too(tmp_path: Path) -> None:
         recipes.load(str(path))
 
 
+@pytest.mark.processes
 def test_listing_imports_nothing_heavy() -> None:
     code = (
         "import sys; from mlpreduce.recipe import main; main(['--list']);"
@@ -223,7 +225,7 @@ def test_a_recipe_from_start_to_report_in_this_process(tmp_path: Path, capsys: p
 @pytest.mark.slow
 def test_a_diverged_run_is_told_and_the_others_are_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = ["seeds=[1]", "train.lr=1e30", "train.warmup_epochs=0", "train.warmup_lr=1e30", "train.optimizer=sgd"]
-    assert recipes.main(["digits_tiny", *IN_PROCESS, *changes, "--output", str(tmp_path)]) == 1
+    assert recipes.main(["digits_tiny", *IN_PROCESS, *changes, "--output", str(put_store(tmp_path))]) == 1
     text = " ".join(capsys.readouterr().out.split())
     assert text.count("A lower train.lr") == 2
     assert "no run finished" in text

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.stores import put_store
 from scipy.stats import ttest_rel
 
 from mlpreduce.errors import ReductionError
@@ -63,21 +63,11 @@ def record_all(directory: Path, curves: dict[str, dict[int, list[float]]]) -> Re
     return recorder
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated, empty MLflow database: making one takes seconds."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture(autouse=True)
-def _default_store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _default_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    shutil.copy(empty_store, tmp_path / "other.db")
+    put_store(tmp_path)
+    put_store(tmp_path, "other.db")
 
 
 def test_results_follow_the_schema(tmp_path: Path) -> None:

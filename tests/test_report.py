@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.records import COUNTS, HARDWARE, cells, make_record, write
 from PIL import Image
 from rich.console import Console
 
@@ -18,58 +19,7 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.report.overview import beyond_noise
 from mlpreduce.report.published import CELLS, SOURCE
 
-HARDWARE = {"device": "AVX512", "machine": "x86_64", "cpu_cores": 2, "workers": 1}
-COUNTS = {  # ViT-B/16 and its reductions: params, MLP params, unique MLPs, MACs
-    "baseline": (86_567_656, 56_669_184, 12, 16_867_412_736),
-    "grouped": (58_233_064, 28_334_592, 6, 16_867_412_736),
-    "shallow": (58_237_672, 28_339_200, 12, 11_289_717_504),
-    "thin": (58_237_672, 28_339_200, 12, 11_289_717_504),
-}
-SPEED = {"baseline": (1020.4, 1000.0), "grouped": (1017.0, 957.0), "shallow": (1411.0, 710.0)}
-PLAN = {"rows": [["blocks.0.mlp", "plain", 3072, 3072, "blocks.0.mlp", "blocks.0.mlp", 4_722_432, 4_722_432]]}
 TOPS = {"baseline": [81.16, 80.94], "grouped": [81.58, 81.36], "shallow": [81.30, 81.20]}
-
-
-def make_record(variant: str, seed: int, top1: list[float], order: int, recipe: str = "toy", **changes: Any) -> dict:
-    """A record as the recorder writes it, by hand: reports need nothing else."""
-    counts = dict(
-        zip(("params", "mlp_params", "unique_mlps", "macs"), COUNTS.get(variant, COUNTS["baseline"]), strict=True)
-    )
-    throughput, memory = SPEED.get(variant, (None, None))
-    epochs = [{"epoch": n, "top1": value, "top5": value + 5, "val_loss": 1 / n} for n, value in enumerate(top1, 1)]
-    return {
-        "schema": 1,
-        "recipe": {"name": recipe, "train": {"epochs": len(top1)}},
-        "variant": variant,
-        "steps": [] if variant == "baseline" else [{"transform": variant}],
-        "seed": seed,
-        "order": order,
-        "status": "finished",
-        "epochs_planned": len(top1),
-        "train_samples": 2048,
-        "plans": [PLAN] if variant in ("grouped", "shallow") else [],
-        "profile": {
-            **counts,
-            "macs_linear": 1,
-            "macs_with_attention": 3,
-            "batch_size": 32,
-            "throughput": throughput,
-            "latency": 2.0,
-            "peak_memory_mib": memory,
-            "device": "cpu, float32, 1 threads",
-        },
-        "hardware": HARDWARE,
-        "versions": {"mlpreduce": "0.1.0", "torch": "2.15.0", "timm": "1.0.31"},
-        "epochs": epochs,
-        "mlflow_run_id": f"id{order}",
-        **changes,
-    }
-
-
-def write(directory: Path, record: dict) -> None:
-    folder = directory / record["variant"].replace("/", "_") / f"seed{record['seed']}"
-    folder.mkdir(parents=True)
-    (folder / "record.json").write_text(json.dumps(record))
 
 
 def write_record(directory: Path, variant: str, seed: int, top1: list[float], order: int, **changes: Any) -> None:
@@ -86,13 +36,6 @@ def write_all(directory: Path, recipe: str = "toy") -> Path:
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     return write_all(tmp_path / "run")
-
-
-def cells(text: str, title: str) -> dict[tuple[str, str], dict[str, str]]:
-    """The rows of one table of report.md, by variant and source."""
-    lines = text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
-    return {(row[0], row[1]): dict(zip(head, row, strict=True)) for row in rows}
 
 
 class Page(HTMLParser):
@@ -393,6 +336,7 @@ def test_several_runs_need_a_place_of_their_own(tmp_path: Path) -> None:
     assert not (tmp_path / "a" / "results.json").exists()
 
 
+@pytest.mark.processes
 def test_the_command_rebuilds_a_report(output: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mlpreduce", "report", str(output), "--output", str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from test_train import digits_run, interrupt_after, join, same, state, synthetic_run
+from helpers.runs import digits_run, interrupt_after, same, state, synthetic_run
+from helpers.two_processes import Together
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -185,30 +185,27 @@ def test_what_does_not_go_with_it() -> None:
 
 
 def _both(rank: int, folder: str) -> None:
-    join(rank, folder, "sam")
-    try:
-        for sync in (True, False):
-            model = tied()
-            wrapped, batch = DistributedDataParallel(model), batch_of(rank, 2)
-            halves = [((batch[0][part::2], batch[1][part::2]), random_states(torch.device("cpu"))) for part in (0, 1)]
+    for sync in (True, False):
+        model = tied()
+        wrapped, batch = DistributedDataParallel(model), batch_of(rank, 2)
+        halves = [((batch[0][part::2], batch[1][part::2]), random_states(torch.device("cpu"))) for part in (0, 1)]
 
-            def backward(half: tuple[torch.Tensor, torch.Tensor], wrapped: nn.Module = wrapped) -> None:
-                (loss_of(wrapped, half) / 2).backward()
+        def backward(half: tuple[torch.Tensor, torch.Tensor], wrapped: nn.Module = wrapped) -> None:
+            (loss_of(wrapped, half) / 2).backward()
 
-            with wrapped.no_sync():
-                backward(halves[0][0])
-                if not sync:
-                    backward(halves[1][0])
-            if sync:
+        with wrapped.no_sync():
+            backward(halves[0][0])
+            if not sync:
                 backward(halves[1][0])
-            second_pass(model, halves, backward, 0.1, quiet=wrapped.no_sync)
-            torch.save(gradients(model), f"{folder}/{sync}{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        if sync:
+            backward(halves[1][0])
+        second_pass(model, halves, backward, 0.1, quiet=wrapped.no_sync)
+        torch.save(gradients(model), f"{folder}/{sync}{rank}.pt")
 
 
-def test_two_processes_move_together_or_each_by_its_own(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_both, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.processes
+def test_two_processes_move_together_or_each_by_its_own(together: Together, tmp_path: Path) -> None:
+    together(_both, str(tmp_path))
     whole, parts = batch_of(), [batch_of(rank, 2) for rank in range(2)]
     expected: dict[bool, dict[str, torch.Tensor]] = {True: sharp([whole], whole), False: {}}
     own = [sharp([part], part) for part in parts]

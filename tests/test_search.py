@@ -11,6 +11,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from helpers.marks import slow_but
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,13 +103,14 @@ class TestSpaces:
             "training",
         } <= set(NAMES)
 
+    @pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("name", NAMES)
-    def test_costs_are_those_of_the_model_that_is_trained(self, name: str, pricer: Pricer) -> None:
-        for _, point in asked(name, pricer, 12):
+    def test_costs_are_those_of_the_model_that_is_trained(self, name: str, count: int, pricer: Pricer) -> None:
+        for _, point in asked(name, pricer, count):
             profile = built(pricer, point)
             assert asdict(point.cost) == {cost: getattr(profile, cost) for cost in COSTS}
 
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", slow_but(NAMES, *SMALL, "training"))
     def test_its_own_points_can_be_carried_out(self, name: str, pricer: Pricer) -> None:
         assert Walker(load_space(name), pricer).check()
 
@@ -265,7 +267,7 @@ class TestWrongSpaces:
 
 
 class TestBudgets:
-    @pytest.mark.parametrize("name", SMALL)
+    @pytest.mark.parametrize("name", slow_but(SMALL, "width", "sharing"))
     @pytest.mark.parametrize("cost", ["params", "macs"])
     def test_the_smallest_is_found(self, name: str, cost: str) -> None:
         pricer = Pricer(recipes.load("digits_tiny", ["model.kwargs.depth=3", "model.kwargs.embed_dim=16"]))
@@ -286,6 +288,7 @@ class TestBudgets:
         assert len(study.trials) < 2000
         assert getattr(Walker(space, pricer).cheapest(cost)[1].cost, cost) == min(values)
 
+    @pytest.mark.slow
     def test_every_trial_keeps_200_random_budgets(self) -> None:
         pricer = Pricer(recipes.load("digits_tiny", ["model.kwargs.embed_dim=16"]))
         generator = random.Random(7)

@@ -17,6 +17,7 @@ from typing import Any
 
 import optuna
 import pytest
+from helpers.stores import put_store
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
@@ -116,6 +117,8 @@ def settled(drivers: Drivers) -> dict[str, dict[str, Any]]:
 
 
 def scenario(drivers: Drivers, other: str) -> None:
+    for output in {"one", other}:
+        put_store(drivers.folder / output)
     # two begin in the same second: one has the study, the other is told so and changes nothing
     pair = [drivers.start("one", "--resume"), drivers.start(other, "--resume")]
     drivers.wait(lambda: any(process.poll() is not None for process in pair))

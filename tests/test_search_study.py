@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 import pytest
+from helpers.stores import put_store
 from mlflow import MlflowClient
 from scipy.stats import spearmanr
 
@@ -25,7 +26,6 @@ from mlpreduce.train import build_model
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning"),
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.slow,
 ]
 
 SMALL = (
@@ -38,6 +38,8 @@ SMALL = (
 
 
 def search(output: Path, space: Any = "sharing_width", **settings: Any) -> dict[str, Any]:
+    if not (output / "mlflow.db").exists():
+        put_store(output)
     return run(
         space, "digits_tiny", overrides=SMALL, output=output, **{"workers": 0, "trials": 5, "seeds": (1, 2), **settings}
     )
@@ -50,6 +52,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_counts_values_and_front(study: Path) -> None:
     assert open_study(str(study)).metric_names == ["top1", "params"]
     document = json.loads((study / "study.json").read_text())
@@ -79,6 +82,7 @@ def test_counts_values_and_front(study: Path) -> None:
     assert (study / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_optuna_opens_it(study: Path) -> None:
     found = optuna.load_study(study_name="sharing_width-digits_tiny", storage=f"sqlite:///{study}/optuna.db")
     states = [trial.state for trial in found.get_trials()]
@@ -93,6 +97,7 @@ def test_optuna_opens_it(study: Path) -> None:
     assert [direction.name for direction in found.directions] == ["MAXIMIZE", "MINIMIZE"]
 
 
+@pytest.mark.slow
 def test_mlflow_has_a_run_for_the_study_and_nested_ones(study: Path) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{study}/mlflow.db")
     (experiment,) = client.search_experiments(filter_string="name = 'mlpreduce search'")
@@ -112,6 +117,7 @@ def test_mlflow_has_a_run_for_the_study_and_nested_ones(study: Path) -> None:
     assert [metric.step for metric in client.get_metric_history(one.info.run_id, "top1")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_best_are_recipes_that_run(study: Path, tmp_path: Path) -> None:
     document = json.loads((study / "study.json").read_text())
     best = sorted((study / "best").glob("*.toml"))
@@ -122,11 +128,13 @@ def test_the_best_are_recipes_that_run(study: Path, tmp_path: Path) -> None:
     original = recipes.load("digits_tiny", SMALL)
     assert (recipe.model, recipe.data, recipe.train) == (original.model, original.data, original.train)
     assert f"parameters {point['cost']['params']:,}" in dry_run(recipe)
-    assert recipes.main([str(best[0]), "launch.workers=0", "seeds=[1]", "--output", str(tmp_path / "again")]) == 0
+    again_at = put_store(tmp_path / "again")
+    assert recipes.main([str(best[0]), "launch.workers=0", "seeds=[1]", "--output", str(again_at)]) == 0
     again = json.loads((tmp_path / "again" / "results.json").read_text())["variants"]
     assert again[best[0].stem]["runs"][0]["top1"] == point["runs"][0]["top1"]  # the very same training
 
 
+@pytest.mark.slow
 def test_show_export_compare(study: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert command(["search", "show", str(study)]) == 0
     assert "baseline" in capsys.readouterr().out
@@ -148,6 +156,7 @@ def test_show_export_compare(study: Path, capsys: pytest.CaptureFixture[str], tm
     assert "there is no such file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_equal_cost_is_that_of_the_one_that_spent_less(study: Path, tmp_path: Path) -> None:
     search(tmp_path / "random", sampler="random", pruner="none", trials=3, seed=9)
     one, other = open_study(str(study)), open_study(str(tmp_path / "random"))
@@ -163,6 +172,7 @@ def test_equal_cost_is_that_of_the_one_that_spent_less(study: Path, tmp_path: Pa
         compare([one], [open_study(str(tmp_path / "other"))])
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_more_trials_and_with_nothing_else(study: Path) -> None:
     before = {point["key"]: point for point in describe(open_study(str(study)))["points"]}
     with pytest.raises(ReductionError, match="a study lies there; go on with --resume"):
@@ -200,6 +210,7 @@ def test_it_goes_on_with_more_trials_and_with_nothing_else(study: Path) -> None:
     assert stale.exists() == (behind in front)
 
 
+@pytest.mark.slow
 def test_a_space_with_fewer_points_than_trials_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def suggest(trial: optuna.Trial) -> list[tuple[str, dict[str, Any]]]:
         return [("shallow", {"ratio": trial.suggest_categorical("ratio", [0.25, 0.5])})]
@@ -213,6 +224,7 @@ def test_a_space_with_fewer_points_than_trials_ends(tmp_path: Path, capsys: pyte
     assert "no other point of the space was found" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_one_objective_and_optunas_pruner(tmp_path: Path) -> None:
     document = search(
         tmp_path, objectives=("top1",), budgets=("params<=0.9",), pruner="median", trials=8, references=("baseline",)
@@ -224,6 +236,7 @@ def test_one_objective_and_optunas_pruner(tmp_path: Path) -> None:
     assert sum(point["front"] for point in trials) >= 1
 
 
+@pytest.mark.slow
 def test_screening_and_inherited_weights(tmp_path: Path) -> None:
     document = search(tmp_path / "screened", inherit="baseline", screen=64, trials=4, seed=3)
     found = optuna.load_study(
@@ -239,6 +252,7 @@ def test_screening_and_inherited_weights(tmp_path: Path) -> None:
     assert first["runs"]
 
 
+@pytest.mark.slow
 def test_a_supernet_says_what_is_trained(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"supernet": 2, "supernet_points": 30, "references": ("baseline",), "seeds": (1,)}
     document = search(tmp_path, "width_per_block", trials=8, **settings)
@@ -265,6 +279,7 @@ def test_a_supernet_says_what_is_trained(tmp_path: Path) -> None:
         search(tmp_path / "training", "training", **settings)
 
 
+@pytest.mark.slow
 def test_settings_are_searched(tmp_path: Path) -> None:
     document = search(tmp_path, "training", objectives=("top1",), trials=2, references=("baseline",))
     trials = [point for point in document["points"] if point["kind"] == "trial"]
@@ -274,6 +289,8 @@ def test_settings_are_searched(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 def test_on_ray_two_at_a_time(tmp_path: Path) -> None:
     document = search(tmp_path / "ray", workers=2, trials=4, objectives=("top1", "params", "latency"), seeds=(1,))
     assert document["counts"]["trained"] == 4
@@ -285,6 +302,8 @@ def test_on_ray_two_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 def test_a_trial_may_be_trained_by_a_group(tmp_path: Path) -> None:
     document = search(tmp_path, "width", workers=1, trial_workers=2, trials=1, references=(), seeds=(1,))
     (point,) = document["points"]

@@ -12,6 +12,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from helpers.marks import slow_but
 from torch import nn
 
 import mlpreduce
@@ -438,7 +439,9 @@ def candidate(**cost: int) -> Candidate:
 
 class TestSample:
     @pytest.mark.parametrize("budget", [(), ("params<=0.7",)])
-    @pytest.mark.parametrize("name", ["width_per_block", "sharing_partition", "sharing_width"])
+    @pytest.mark.parametrize(
+        "name", slow_but(["width_per_block", "sharing_partition", "sharing_width"], "width_per_block")
+    )
     def test_points_are_distinct_and_within_budgets(self, name: str, budget: tuple[str, ...], pricer: Pricer) -> None:
         walker = Walker(load_space(name), pricer)
         budgets = read_budgets(budget, pricer.price(Suggestion((), {})).cost)

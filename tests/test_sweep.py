@@ -9,8 +9,9 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from helpers.records import make_record
+from helpers.stores import put_store
 from PIL import Image
-from test_report import make_record
 
 from mlpreduce import ReductionError, report
 from mlpreduce import recipe as recipes
@@ -84,7 +85,7 @@ def test_dry_run_has_each_point_and_the_sum(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.slow
 def test_a_sweep_from_start_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "out"
+    output = put_store(tmp_path / "out")
     arguments = ["digits_tiny", *SMALL, SWEEP, "--output", str(output)]
     assert recipes.main(arguments) == 0
     told = capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.distributed as dist
+from helpers.two_processes import Together
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,14 +38,22 @@ def base(**kwargs: Any) -> nn.Module:
         return timm.create_model("vit_base_patch16_224", **kwargs)
 
 
+@functools.cache
+def plain_cost() -> Cost:
+    """That of ViT-B/16 as it is."""
+    return measure(base()).cost
+
+
 def cost_of(steps: Steps, **kwargs: Any) -> Cost:
     """The measured cost of ViT-B/16 after some steps, each of which must cost what its plan says."""
     model = base(**kwargs)
+    found = plain_cost()
     for name, config in steps:
         planned = mlpreduce.plan(model, name, **config).costs()[1]
         mlpreduce.apply(model, name, **config)
-        assert measure(model).cost == planned
-    return measure(model).cost
+        found = measure(model).cost
+        assert found == planned
+    return found
 
 
 def reduced(steps: Steps) -> nn.Module:
@@ -76,7 +85,7 @@ DENSE = 2 * D * H
 
 def test_scheme() -> None:
     """METHODS 5.2: 2 d h / g + h + d parameters and 2 N d h / g MACs a block."""
-    plain = measure(base()).cost
+    plain = plain_cost()
     wide = cost_of([("block_diagonal", {"groups": 4})], mlp_ratio=8)
     same = cost_of([("block_diagonal", {"groups": 2})])
     assert (round(wide.params / 1e6, 2), round(same.params / 1e6, 2)) == (58.29, 58.26)
@@ -91,14 +100,14 @@ def test_scheme() -> None:
 
 @pytest.mark.parametrize("rank", [64, 307, 614])
 def test_low_rank(rank: int) -> None:
-    plain, thin = measure(base()).cost, cost_of([("low_rank", {"rank": rank})])
+    plain, thin = plain_cost(), cost_of([("low_rank", {"rank": rank})])
     assert thin.params == plain.params + BLOCKS * (2 * rank * (D + H) - DENSE)
     assert thin.macs_linear == plain.macs_linear + BLOCKS * TOKENS * (2 * rank * (D + H) - DENSE)
     assert (thin.params < plain.params) == (rank < 614.4)
 
 
 def test_the_highest_rank_for_a_target() -> None:
-    plain = measure(base()).cost
+    plain = plain_cost()
     for target in (0.9, 0.673, 0.5, 60_000_000):
         most = target * plain.params if target < 1 else target
         found = cost_of([("low_rank", {"target_params": target})]).params
@@ -119,8 +128,9 @@ def test_ssf() -> None:
         model = mlpreduce.apply(base(), "ssf", sites=sites)
         held = dict(model.named_parameters())
         assert sum(held[name].numel() for name in adapters(model)) == count
-        assert measure(model).cost.params == measure(base()).cost.params + count
-        assert measure(model).cost.macs_linear == measure(base()).cost.macs_linear
+        cost = measure(model).cost
+        assert cost.params == plain_cost().params + count
+        assert cost.macs_linear == plain_cost().macs_linear
 
 
 def test_what_uses_of_a_tied_mlp_have_of_their_own() -> None:
@@ -137,7 +147,7 @@ def test_what_uses_of_a_tied_mlp_have_of_their_own() -> None:
 
 
 def test_an_mlp_that_is_dropped_saves_all_of_it() -> None:
-    plain, left = measure(base()).cost, cost_of([("drop", {"mlps": ["blocks.3.mlp", "blocks.7.mlp"]})])
+    plain, left = plain_cost(), cost_of([("drop", {"mlps": ["blocks.3.mlp", "blocks.7.mlp"]})])
     assert plain.params - left.params == 2 * (DENSE + H + D)
     assert plain.macs_linear - left.macs_linear == 2 * TOKENS * DENSE
 
@@ -343,16 +353,14 @@ def _batch() -> torch.Tensor:
 
 
 def _trains(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/join", rank=rank, world_size=2)
     for name, steps in TRAINED.items():
         model = DistributedDataParallel(moved(reduced(steps)).double().train())
         torch.save(_gradients(model, _batch().chunk(2)[rank]), f"{folder}/{name}{rank}.pt")
-    dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_gradients_in_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_trains, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.processes
+def test_gradients_in_two_processes(together: Together, tmp_path: Path) -> None:
+    together(_trains, str(tmp_path))
     for name, steps in TRAINED.items():
         expected = _gradients(moved(reduced(steps)).double().train(), _batch())
         for rank in range(2):

@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from helpers.marks import slow_but
+from helpers.runs import (
+    SMALL_VIT,
+    Interrupted,
+    digits_run,
+    interrupt_after,
+    last,
+    same,
+    state,
+    synthetic_run,
+)
+from helpers.two_processes import Failed, Together
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,65 +40,6 @@ from mlpreduce.train.state import checkpoints, seed_everything
 from mlpreduce.train.weight_decay import create_decay_schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SMALL_VIT = {
-    "img_size": 8,
-    "patch_size": 4,
-    "in_chans": 1,
-    "num_classes": 10,
-    "embed_dim": 16,
-    "depth": 4,
-    "num_heads": 2,
-    "class_token": False,
-    "global_pool": "avg",
-    "drop_path_rate": 0.1,
-}
-DIGITS = {"name": "digits", "image_size": 8}
-TIMES = ("train_seconds", "images_per_s")
-
-
-def digits_run(directory: Path, **train: Any) -> Run:
-    """A tied ViT on the digits, small enough for a second an epoch."""
-    settings = {"epochs": 3, "batch_size": 64, "lr": 3e-3, "warmup_epochs": 1, "ema_decay": 0.9, "mixup": 0.5, **train}
-    return Run(
-        recipe="test",
-        variant="grouped",
-        steps=({"transform": "grouped", "group": 2},),
-        model={"name": "vit_tiny_patch16_224", "kwargs": SMALL_VIT},  # type: ignore[arg-type]
-        data=DIGITS,  # type: ignore[arg-type]
-        train=settings,  # type: ignore[arg-type]
-        directory=str(directory),
-    )
-
-
-def same(left: Any, right: Any, path: str = "") -> None:
-    """Assert that two states are equal to the last bit."""
-    assert type(left) is type(right), path
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), path
-    elif isinstance(left, dict):
-        assert list(left) == list(right), path
-        for key in left:
-            if key not in TIMES and key not in ("facts", "config_hash"):
-                same(left[key], right[key], f"{path}.{key}")
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right), path
-        for number, pair in enumerate(zip(left, right, strict=True)):
-            same(*pair, f"{path}[{number}]")
-    else:
-        assert left == right, path
-
-
-def state(directory: Path) -> dict[str, Any]:
-    """All that a run has left, random states included."""
-    found = sorted(last(directory).glob("*.pt"))
-    assert len(found) >= 2
-    return {path.name: torch.load(path, weights_only=True) for path in found}
-
-
-def last(directory: Path) -> Path:
-    """The last checkpoint of a run."""
-    return next(iter(checkpoints(directory).values()))
 
 
 def forge(path: Path, change: Callable[[Any], None]) -> None:
@@ -107,19 +59,6 @@ def forge_manifest(folder: Path, change: Callable[[Any], None]) -> None:
     change(manifest)
     seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": seal}))
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_after(run: Run, epochs: int, **runtime: Any) -> None:
-    def report(event: dict[str, Any]) -> None:
-        if event["event"] == "epoch" and event["epoch"] == epochs:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        fit(run, Runtime(report=report, **runtime))
 
 
 # --- the moving average and the optimizer -----------------------------------------------------------------------------
@@ -283,7 +222,7 @@ def test_all_variants_of_a_seed_start_from_the_same_weights(tmp_path: Path) -> N
     assert thin.blocks[0].mlp.fc1.out_features == 32
 
 
-@pytest.mark.parametrize("amp", ["none", "bfloat16", "float16"])
+@pytest.mark.parametrize("amp", slow_but(["none", "bfloat16", "float16"], "none"))
 def test_resumed_run_is_exact(tmp_path: Path, amp: str) -> None:
     whole = digits_run(tmp_path / "whole", amp=amp, mixup=0.5, cutmix=1.0, accum_steps=3, batch_size=66, clip_grad=1.0)
     parted = whole.model_copy(update={"directory": str(tmp_path / "parted")})
@@ -305,20 +244,6 @@ def test_resumed_run_on_augmented_images_is_exact(tmp_path: Path) -> None:
     interrupt_after(parted, 1)
     fit(parted)
     same(state(tmp_path / "whole"), state(tmp_path / "parted"))
-
-
-def synthetic_run(directory: Path) -> Run:
-    base = digits_run(directory)
-    data = {"name": "synthetic", "image_size": 8, "train_samples": 96, "val_samples": 20, "classes": 10, "workers": 0}
-    augment = {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.5, "cutmix": 1.0, "mixup": 0.8}
-    return Run(
-        **{
-            **base.model_dump(),
-            "model": {"name": base.model.name, "kwargs": {**SMALL_VIT, "in_chans": 3}},
-            "data": data,
-            "train": {**base.train.model_dump(), **augment, "batch_size": 32, "weight_decay_end": 0.3},
-        }
-    )
 
 
 def test_resume_without_the_random_states_would_differ(tmp_path: Path) -> None:
@@ -445,6 +370,7 @@ def against_timm(run: Run, tolerance: float) -> None:
     )
 
 
+@pytest.mark.slow
 def test_twenty_updates_equal_the_loop_written_with_timm(tmp_path: Path) -> None:
     recipe = recipes.load("paper_vitb16_tiny", ["train.aug_repeats=0", "train.epochs=1", "train.warmup_epochs=0"])
     train = recipe.train.model_copy(update={"accum_steps": 1, "channels_last": False})
@@ -480,13 +406,7 @@ def test_one_update_of_vit_base_equals_the_one_written_with_timm(tmp_path: Path)
 # --- several processes ----------------------------------------------------------------------------------------------------
 
 
-def join(rank: int, folder: str, group: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{group}", rank=rank, world_size=2)
-
-
 def _gradients(rank: int, folder: str) -> None:
-    join(rank, folder, "gradients")
     model = tied_double()
     images, labels = batch()
     wrapped = DistributedDataParallel(model)
@@ -495,7 +415,6 @@ def _gradients(rank: int, folder: str) -> None:
         (nn.functional.cross_entropy(wrapped(halves[0][0]), halves[0][1]) / 2).backward()
     (nn.functional.cross_entropy(wrapped(halves[1][0]), halves[1][1]) / 2).backward()
     torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/grad{rank}.pt")
-    dist.destroy_process_group()
 
 
 def tied_double() -> nn.Module:
@@ -511,9 +430,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_gradients, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.processes
+def test_two_processes_give_the_gradient_of_one(together: Together, tmp_path: Path) -> None:
+    together(_gradients, str(tmp_path))
     model = tied_double()
     images, labels = batch()
     nn.functional.cross_entropy(model(images), labels).backward()
@@ -527,8 +446,6 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
 
 
 def _fit_pair(rank: int, folder: str, name: str, stop_after: int) -> None:
-    join(rank, folder, f"{name}{stop_after}")
-
     def report(event: dict[str, Any]) -> None:
         if event["event"] == "epoch" and event["epoch"] == stop_after:
             raise Interrupted
@@ -536,15 +453,14 @@ def _fit_pair(rank: int, folder: str, name: str, stop_after: int) -> None:
     run = digits_run(Path(folder) / name, epochs=2, accum_steps=2).model_copy(update={"workers": 2})
     history = fit(run, Runtime(rank=rank, world=2, threads=1, report=report))
     torch.save(history, f"{folder}/{name}{rank}.pt")
-    dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_two_processes_agree_and_resume_exactly(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_fit_pair, args=(str(tmp_path), "whole", 0), nprocs=2)
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="Interrupted"):
-        torch.multiprocessing.spawn(_fit_pair, args=(str(tmp_path), "parted", 1), nprocs=2)
-    torch.multiprocessing.spawn(_fit_pair, args=(str(tmp_path), "parted", 0), nprocs=2)
+@pytest.mark.processes
+def test_two_processes_agree_and_resume_exactly(together: Together, tmp_path: Path) -> None:
+    together(_fit_pair, str(tmp_path), "whole", 0)
+    with pytest.raises(Failed, match="Interrupted"):
+        together(_fit_pair, str(tmp_path), "parted", 1)
+    together(_fit_pair, str(tmp_path), "parted", 0)
     assert len(list(last(tmp_path / "whole").glob("rng*.pt"))) == 2
     same(state(tmp_path / "whole"), state(tmp_path / "parted"))
     first, second = (torch.load(tmp_path / f"whole{rank}.pt", weights_only=True) for rank in range(2))
@@ -553,20 +469,16 @@ def test_two_processes_agree_and_resume_exactly(tmp_path: Path) -> None:
 
 
 def _fit_alone_or_together(rank: int, folder: str, world: int) -> None:
-    if world > 1:
-        join(rank, folder, f"elastic{world}")
     model = {"name": "vit_tiny_patch16_224", "kwargs": {**SMALL_VIT, "drop_path_rate": 0.0}}
     run = digits_run(Path(folder) / str(world), epochs=2, mixup=0.0)
     run = Run(**{**run.model_dump(), "model": model, "workers": 2})
     fit(run, Runtime(rank=rank, world=world, threads=1))
-    if world > 1:
-        dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_another_number_of_workers_keeps_the_batch(tmp_path: Path) -> None:
+@pytest.mark.processes
+def test_another_number_of_workers_keeps_the_batch(together: Together, tmp_path: Path) -> None:
     """One worker where two were planned: as many images in an update, the same ones, and the same losses."""
-    torch.multiprocessing.spawn(_fit_alone_or_together, args=(str(tmp_path), 2), nprocs=2)
+    together(_fit_alone_or_together, str(tmp_path), 2)
     _fit_alone_or_together(0, str(tmp_path), 1)
     two, one = (state(tmp_path / str(world))["state.pt"] for world in (2, 1))
     assert one["updates"] == two["updates"] == 44
@@ -635,7 +547,10 @@ def test_no_whole_checkpoint_is_told_and_nothing_is_lost(tmp_path: Path) -> None
 FULL = """
 import resource, sys
 sys.path.insert(0, {tests!r})
-from test_train import *
+from pathlib import Path
+from helpers.runs import digits_run
+from mlpreduce import ReductionError
+from mlpreduce.train import Runtime, fit
 run = digits_run(Path({folder!r}), epochs=3, keep_checkpoints=1)
 def report(event):
     if event["event"] == "epoch" and event["epoch"] == 1:
@@ -647,6 +562,7 @@ except ReductionError as error:
 """
 
 
+@pytest.mark.processes
 def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
     tests = str(Path(__file__).parent)
     script = FULL.format(tests=tests, folder=str(tmp_path / "run"))
@@ -694,7 +610,13 @@ def losses(directory: Path, **train: Any) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "option", [{"compile": True}, {"grad_checkpointing": True}, {"deterministic": True}, {"tf32": False}]
+    "option",
+    [
+        pytest.param({"compile": True}, marks=[pytest.mark.slow, pytest.mark.processes]),
+        {"grad_checkpointing": True},
+        {"deterministic": True},
+        {"tf32": False},
+    ],
 )
 def test_options_of_speed_and_memory_change_no_loss(tmp_path: Path, option: dict[str, bool]) -> None:
     before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()

@@ -222,6 +222,7 @@ def test_columns_beside_those_of_attention() -> None:
     assert (ratio[0, inside] < 1 - 1e-6).any()
 
 
+@pytest.mark.processes
 def test_budget_imports_no_optuna() -> None:
     import subprocess
     import sys
