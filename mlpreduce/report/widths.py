@@ -162,7 +162,7 @@ def _draw_row(
 ) -> None:
     """Draw the MLPs at one place of all blocks; `pitch` is the space of a block in inches, `top` the widest MLP."""
     from matplotlib.colors import to_rgb
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     spots = _spots(uses, places)
     strip = 0.17 * top if shared else 0.0  # below the bars: colour and number of the MLP
@@ -188,8 +188,9 @@ def _draw_row(
             middle = (at, -0.625 * strip)
             axis.annotate(number, middle, ha="center", va="center_baseline", fontsize=6.5, color="white", zorder=3)
     axis.set_ylim(-strip, top * (1.16 if pitch >= 0.34 else 1.3))
-    axis.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 0 else ""))
+    steps = MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top)
+    axis.set_yticks([step for step in steps if 0 <= step <= top])
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.set_xticks(list(spots.values()), [places[name].number for name in spots])
     axis.tick_params(axis="x", length=0, labelsize=7, labelcolor=_TEXT)
     axis.tick_params(axis="y", labelsize=7, color=_OUTLINE, labelcolor=_TEXT)
