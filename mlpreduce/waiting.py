@@ -74,7 +74,7 @@ class _Line:
         if now - self._begun < DELAY or (self._progress is not None and now - self._drawn < _EVERY):
             return
         if self._progress is None:
-            self._progress, self._task = _shown(self._what, self._total, self._begun)
+            self._progress, self._task = _shown(self._what, self._total, self._done, self._begun)
         self._drawn = now
         self._progress.update(self._task, completed=self._done)
         self._progress.refresh()
@@ -84,7 +84,7 @@ class _Line:
             self._progress.stop()
 
 
-def _shown(what: str, total: int | None, begun: float) -> tuple[Any, Any]:
+def _shown(what: str, total: int | None, done: int, begun: float) -> tuple[Any, Any]:
     """A line that is drawn, and its task, which began at a time of `time.monotonic`."""
     from rich.console import Console
     from rich.progress import (
@@ -102,7 +102,7 @@ def _shown(what: str, total: int | None, begun: float) -> tuple[Any, Any]:
     progress = Progress(
         *columns, console=Console(stderr=True), get_time=time.monotonic, auto_refresh=False, transient=True
     )
-    task = progress.add_task(what, total=total)
+    task = progress.add_task(what, total=total, completed=done)
     progress.tasks[0].start_time = begun
     progress.start()
     return progress, task

@@ -130,7 +130,8 @@ def _spots(uses: Sequence[Use], places: Mapping[str, _Column]) -> dict[str, floa
         column = places[use.mlp]
         key = (column.number, "") if sum(places[u.mlp] == column for u in uses) == 1 else (column.number, use.mlp)
         order.setdefault(column.stage, {}).setdefault(key, []).append(use.mlp)
-    spots, at = {}, 0.0
+    spots: dict[str, float] = {}
+    at = 0.0
     for stage in order.values():
         for names in stage.values():
             spots |= dict.fromkeys(names, at)
@@ -151,6 +152,14 @@ def _colours(uses: Sequence[Use]) -> dict[str, str]:
     return {owner: _SHARED[number % len(_SHARED)] for number, owner in enumerate(shared)}
 
 
+def _pale(colour: str) -> tuple[float, float, float]:
+    """A colour halfway to white."""
+    from matplotlib.colors import to_rgb
+
+    red, green, blue = (0.5 + 0.5 * part for part in to_rgb(colour))
+    return red, green, blue
+
+
 def _draw_row(
     axis: Axes,
     uses: Sequence[Use],
@@ -161,16 +170,14 @@ def _draw_row(
     shared: bool,
 ) -> None:
     """Draw the MLPs at one place of all blocks; `pitch` is the space of a block in inches, `top` the widest MLP."""
-    from matplotlib.colors import to_rgb
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     spots = _spots(uses, places)
     strip = 0.17 * top if shared else 0.0  # below the bars: colour and number of the MLP
     for use in uses:
         at, colour = spots[use.mlp], colours.get(use.owner, _OWN)
-        pale = tuple(0.5 + 0.5 * part for part in to_rgb(colour))
         axis.bar(at, use.full, 0.84, color=_EMPTY, edgecolor=_OUTLINE, lw=0.7, zorder=1)
-        axis.bar(at, use.hidden, 0.84, color=colour if use.owner == use.mlp else pale, lw=0, zorder=2)
+        axis.bar(at, use.hidden, 0.84, color=colour if use.owner == use.mlp else _pale(colour), lw=0, zorder=2)
         axis.annotate(
             str(use.hidden),
             (at, max(use.full, use.hidden)),
@@ -188,8 +195,9 @@ def _draw_row(
             middle = (at, -0.625 * strip)
             axis.annotate(number, middle, ha="center", va="center_baseline", fontsize=6.5, color="white", zorder=3)
     axis.set_ylim(-strip, top * (1.16 if pitch >= 0.34 else 1.3))
-    axis.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 0 else ""))
+    steps = MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top)
+    axis.set_yticks([step for step in steps if 0 <= step <= top])
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.set_xticks(list(spots.values()), [places[name].number for name in spots])
     axis.tick_params(axis="x", length=0, labelsize=7, labelcolor=_TEXT)
     axis.tick_params(axis="y", labelsize=7, color=_OUTLINE, labelcolor=_TEXT)
@@ -228,7 +236,6 @@ def _legend(uses: Sequence[Use]) -> list[Any]:
     if any(use.hidden < use.full for use in uses):
         handles.append(Patch(facecolor=_EMPTY, edgecolor=_OUTLINE, label="width before"))
     if any(use.owner != use.mlp for use in uses):
-        strong, pale = _SHARED[0], tuple(0.5 + int(_SHARED[0][i : i + 2], 16) / 510 for i in (1, 3, 5))
-        handles.append(Patch(facecolor=strong, label="holds the weights"))
-        handles.append(Patch(facecolor=pale, label="uses the MLP of the block with that number"))
+        handles.append(Patch(facecolor=_SHARED[0], label="holds the weights"))
+        handles.append(Patch(facecolor=_pale(_SHARED[0]), label="uses the MLP of the block with that number"))
     return handles
