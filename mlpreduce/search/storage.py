@@ -76,7 +76,7 @@ def claim_problem(storage: optuna.storages.RDBStorage, study: str, resume: bool)
 def _parse(url: str) -> sqlalchemy.URL:
     try:
         return sqlalchemy.engine.make_url(quoted(url))
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, ValueError):
         raise ReductionError(
             f"--storage {hidden(url)!r}: no URL of a database; for instance sqlite:////home/me/optuna.db or "
             f"postgresql+psycopg://user@host/database"
