@@ -116,7 +116,7 @@ def test_dropped_mlps_are_not_counted() -> None:
     inputs = torch.randn(2, 3, 16, 16)
     model = mlpreduce.apply(Encoder(), "shallow", include="encoder.layers.0*", example_inputs=inputs)
     assert verify(model).mlps == 4  # those that were left out too
-    vit = mlpreduce.apply(tiny_vit(), "drop", include="blocks.1.mlp")
+    vit = mlpreduce.apply(tiny_vit(), "drop", mlps=["blocks.1.mlp"])
     assert verify(vit).mlps == 3
     assert verify(Detector(vit)).mlps == 3
 
