@@ -131,6 +131,14 @@ def test_a_broken_tie_in_a_part_is_not_saved(tmp_path: Path) -> None:
         mlpreduce.save(parent, tmp_path)
 
 
+@pytest.mark.parametrize(("wrap", "inside"), [(torch.compile, "_orig_mod"), (nn.DataParallel, "module")])
+def test_a_wrapped_model_names_what_is_saved(wrap: Any, inside: str, tmp_path: Path) -> None:
+    wrapped = wrap(mlpreduce.apply(tiny_vit(), "grouped"))
+    with pytest.raises(ReductionError, match=rf"save what is inside, mlpreduce.save\(model.{inside}, ...\)"):
+        mlpreduce.save(wrapped, tmp_path)
+    mlpreduce.save(getattr(wrapped, inside), tmp_path)
+
+
 def test_a_whole_is_not_reduced_over_the_history_of_a_part(
     unchanged: Callable[[nn.Module], Callable[[], None]],
 ) -> None:
