@@ -9,7 +9,10 @@ __all__ = ["credentials", "hidden", "quoted", "without_credentials"]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # the last word of the key of a query parameter, or of a `key=value` in what a driver says, that names a secret
-_SECRET_KEY = r"[\w.-]*(?:pass(?:word|wd|phrase)?|pwd|token|secret|credentials?|signature|sig|auth|(?:api|access|account|private)[_-]?key)"
+_SECRET_KEY = (
+    r"[\w.-]*(?:pass(?:word|wd|phrase)?|pwd|token|secret|credentials?|signature|sig|auth"
+    r"|(?:api|access|account|private)[_-]?key)"
+)
 _PAIR = re.compile(rf"(?<![\w.-])({_SECRET_KEY})(\s*=\s*)('[^']*'|\"[^\"]*\"|[^\s&;,'\"]+)", re.IGNORECASE)
 _LOGIN = re.compile(
     r"(?<![\w/])([\w.+-]*):[^\s/@:'\"]+@(?=[\w\[])"

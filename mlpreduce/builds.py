@@ -58,8 +58,8 @@ def build_doubt(model: nn.Module) -> str:
         how_built(model, None, "save")
     except ReductionError as error:
         return (
-            f'{DOUBT} how this {type(model).__name__} was built, and will need build={{"name": ..., "kwargs": {{...}}}} with what '
-            f"timm.create_model was called with; mlpreduce.create_model records it ({error})"
+            f"{DOUBT} how this {type(model).__name__} was built: call it with build={{'name': ..., 'kwargs': {{...}}}}, as "
+            f"timm.create_model was called, or build by mlpreduce.create_model, which records it ({error})"
         )
     return ""
 

@@ -21,7 +21,7 @@ from torch import nn
 from mlpreduce.builds import built, how_built
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import module_at, refuse_wrapped, structural_copy
+from mlpreduce.graph import module_at, refuse_wrapped, structural_copy, unwrapped
 from mlpreduce.reduction import broken_ties, remember
 from mlpreduce.surgery import carry_out
 from mlpreduce.ties import full_state, plans_of, reduced_parts, tangled_parts
@@ -51,6 +51,11 @@ def save(model: nn.Module, directory: str | Path, build: dict[str, Any] | Litera
             reproduce, or the model and a part of it were both reduced, in an order that is not known.
     """
     call = f"save({type(model).__name__}, {str(directory)!r})"
+    if isinstance(model, nn.Module) and unwrapped(model) is not model:
+        inside = next(iter(model._modules))
+        raise ReductionError(
+            f"{call}: the model is wrapped in {type(model).__name__}; save what is inside, mlpreduce.save(model.{inside}, ...)"
+        )
     refuse_wrapped(model, call)
     plans = {
         path: [json.loads(made.to_json()) for made in plans_of(part)] for path, part in _parts(model, call).items()

@@ -160,7 +160,13 @@ def make_plan(
         parts.notes.append(f"{' and '.join(unused)} made no difference: nothing here looks at it")
     if parts.data is not None and (doubt := build_doubt(model)):  # rather now than after training
         parts.notes.append(doubt)
-    notes = (*parts.notes, *draft.notes, *_notes(edits, chosen="criterion" in config), *_look_alikes(found.others))
+    notes = (
+        *parts.notes,
+        *draft.notes,
+        *_notes(edits, chosen="criterion" in config),
+        *_look_alikes(found.others),
+        *_unseen(found.hidden),
+    )
     after = _replaced(model, mlps, draft, example_inputs, call) if draft.of(Replace) else None
     return replace(draft, rows=_rows(scope, mlps, draft, after), notes=notes, replaced=after), found
 
@@ -307,6 +313,12 @@ def _look_alikes(others: Mapping[str, str]) -> tuple[str, ...]:
     for name, reason in others.items():
         return (f"{len(others)} blocks are no MLPs: {name}{', ...' if len(others) > 1 else ''}: {reason}",)
     return ()
+
+
+def _unseen(hidden: Mapping[str, str]) -> tuple[str, ...]:
+    """One note on MLPs that stay as they are since a layer of theirs is no plain one."""
+    more = f", and {len(hidden) - 1} more" if hidden.keys() - [*hidden][:1] else ""
+    return tuple(f"{name}{more} cannot be reduced: {reason}" for name, reason in [*hidden.items()][:1])
 
 
 def plain(value: Any, call: str) -> Any:

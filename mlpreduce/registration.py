@@ -40,7 +40,8 @@ def register_model(name: str, architecture: str, steps: Steps) -> Callable[..., 
         The function that builds it, as timm calls it.
 
     Raises:
-        ReductionError: the name is no identifier or is taken, the architecture or a transform is unknown, or the steps are no pairs.
+        ReductionError: the name is no identifier or is taken, the architecture or a transform is unknown, or the steps
+            are no pairs.
 
     Example:
         >>> build = register_model("vit_tiny_patch16_224_by_3", "vit_tiny_patch16_224", [("grouped", {"group": 3})])

@@ -5,12 +5,13 @@ are alike. Nothing here changes a model.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx, nn
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.graph.altered import as_plain
 from mlpreduce.graph.blocks import block_leaves, leaf_parameters
 from mlpreduce.graph.describe import describe_mlp
 from mlpreduce.graph.flow import Flow
@@ -76,12 +77,14 @@ class Survey:
         others: what looks like an MLP and is none, by name, with the reason.
         advice: what to try if an MLP is missing.
         tree: a structural copy of the model on the meta device, to be used up; None if none was made.
+        hidden: MLPs that an altered layer hides, by name, with the layer and the call that makes it plain.
     """
 
     mlps: list[MLP]
     others: dict[str, str]
     advice: str
     tree: nn.Module | None = None
+    hidden: dict[str, str] = field(default_factory=dict)
 
 
 def find_mlps(model: nn.Module, example_inputs: Inputs | None = None) -> list[MLP]:
@@ -193,12 +196,28 @@ def mlps_or_raise(model: nn.Module, call: str, example_inputs: Inputs | None = N
         ReductionError: no MLP was found.
     """
     found = survey(model, example_inputs)
+    hidden = _hidden(model, found.mlps, example_inputs)
     if not found.mlps:
         looks = "".join(
             f"; {len(found.others)} blocks look like one ({n}: {r})" for n, r in [*found.others.items()][:1]
         )
+        way = "".join(f"; {len(hidden)} are hidden: {reason}" for reason in [*hidden.values()][:1]) or found.advice
         raise ReductionError(
             f"{call}: found no MLP in {type(model).__name__}: two projections with an activation between them, added "
-            f"to a residual stream{looks}{found.advice}"
+            f"to a residual stream{looks}{way}"
         )
-    return found
+    return replace(found, hidden=hidden)
+
+
+def _hidden(model: nn.Module, known: list[MLP], example_inputs: Inputs | None) -> dict[str, str]:
+    """MLPs that would be found if the layers of a model were plain: by name, the first layer in the way."""
+    tree, altered = as_plain(model)
+    if not altered:
+        return {}
+    try:
+        plain = survey(tree, example_inputs).mlps
+    except ReductionError:  # then nothing is known of them
+        return {}
+    names = {mlp.name for mlp in known}
+    ways = ((mlp.name, [altered[leaf.path] for leaf in mlp.leaves if leaf.path in altered]) for mlp in plain)
+    return {name: way[0] for name, way in ways if way and name not in names}

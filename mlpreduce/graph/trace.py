@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.layers import Wrapper
@@ -151,6 +152,10 @@ def refuse_wrapped(model: Any, call: str) -> None:
                 raise ReductionError(f"{where} has no shape yet; run the model once, then reduce it")
             if any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__):
                 raise ReductionError(f"{where} is sharded (DTensor); reduce the model, then call fully_shard")
+            if is_traceable_wrapper_subclass(parameter):
+                raise ReductionError(
+                    f"{where} is a {type(parameter).__name__}; reduce the model, then quantise or convert it"
+                )
 
 
 def structural_copy(model: Model, device: str | None = None) -> Model:
