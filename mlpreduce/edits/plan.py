@@ -168,30 +168,35 @@ class Plan:
 
 def _table(plan: Plan, columns: int | None) -> str:
     """The plan as text: one line per MLP in scope, totals, what is left out and why."""
-    before, after = sum(r.params_before for r in plan.rows), sum(r.params for r in plan.rows)
-    totals = []
-    if plan.rows and before:
-        totals.append(f"MLPs in scope: {before:,} -> {after:,} parameters ({(after - before) / before:+.2%})")
-    if plan.costs is not None:
-        try:
-            totals += costs_text(*plan.costs())
-        except ReductionError as error:  # the input size is not known
-            totals.append(f"MACs are not counted: {error}")
-    totals += [f"left out: {name}: {reason}" for name, reason in plan.left_out.items()]
-    totals += [f"note: {note}" for note in plan.notes]
     head = wrapped(call_text(plan.transform, plan.config), columns)
     rows = first_that_fits(_grids(plan.rows), columns).text(columns)
-    return "\n".join([head, rows, *(wrapped(line, columns) for line in totals)])
+    return "\n".join([head, rows, *(wrapped(line, columns) for line in [*_totals(plan), *_remarks(plan)])])
+
+
+def _totals(plan: Plan) -> list[str]:
+    """Parameters and MACs before and after; those of the whole model are computed where the plan was made."""
+    lines = []
+    before, after = sum(r.params_before for r in plan.rows), sum(r.params for r in plan.rows)
+    if plan.rows and before:
+        lines.append(f"MLPs in scope: {before:,} -> {after:,} parameters ({(after - before) / before:+.2%})")
+    if plan.costs is not None:
+        try:
+            lines += costs_text(*plan.costs())
+        except ReductionError as error:  # the input size is not known
+            lines.append(f"MACs are not counted: {error}")
+    return lines
 
 
 def costs_text(was: Any, now: Any) -> list[str]:
-    """What a model cost, and costs now, in two lines."""
+    """What a model cost before, and costs now, in two lines."""
     change = (now.params - was.params) / was.params
-    macs = f" -> {now.macs_text()}" if now.macs != was.macs else ", unchanged"
-    return [
-        f"model: {was.params:,} -> {now.params:,} parameters ({change:+.2%})",
-        f"       {was.macs_text()}{macs}",
-    ]
+    return [f"model: {was.params:,} -> {now.params:,} parameters ({change:+.2%})", f"       {was.macs_text(now)}"]
+
+
+def _remarks(plan: Plan) -> list[str]:
+    """What is left out and why, and the notes."""
+    left_out = [f"left out: {name}: {reason}" for name, reason in plan.left_out.items()]
+    return left_out + [f"note: {note}" for note in plan.notes]
 
 
 def _grids(rows: Sequence[Row]) -> Iterator[Grid]:
@@ -200,8 +205,8 @@ def _grids(rows: Sequence[Row]) -> Iterator[Grid]:
     number = Column("#", list(places.values()))
     names = Column("MLP", [row.mlp for row in rows], left=True)
     kinds = Column("kind", [row.kind for row in rows], left=True)
-    hidden = Column("hidden", [_change(row.hidden_before, row.hidden) for row in rows])
-    params = Column("parameters", [_change(row.params_before, row.params) for row in rows])
+    hidden = Column("hidden", [_arrow(row.hidden_before, row.hidden) for row in rows])
+    params = Column("parameters", [_arrow(row.params_before, row.params) for row in rows])
     owners = Column("owner", ["" if row.owner == row.mlp else row.owner for row in rows], left=True)
     numbers = Column("owner", [f"#{places[owner]}" if owner in places else owner for owner in owners.cells], left=True)
     left = Column("parameters", [f"{row.params:,}" for row in rows])
@@ -214,5 +219,5 @@ def _grids(rows: Sequence[Row]) -> Iterator[Grid]:
     yield Grid("", [names, number, hidden, left, *shared], ruled=False)
 
 
-def _change(before: int, after: int) -> str:
+def _arrow(before: int, after: int) -> str:
     return f"{before:,}" + (f" -> {after:,}" if after != before else "")
