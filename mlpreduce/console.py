@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -31,6 +32,7 @@ __all__ = [
 _UNLIMITED = 10_000  # columns, where output goes to a file
 _LEAST_TEXT = 24  # columns, below which text is listed under the table
 _GAP = 2  # columns between two others
+_UNIT = re.compile(r"(?<=\d) (?=(?:[GMk%]|MiB|ms|s|min|h)\b|%|±)|(?<=±) ")  # between a number and its unit
 _CLOSED_PIPE = 141  # what a shell reports of a tool whose reader has gone: 128 + SIGPIPE
 
 
@@ -184,7 +186,8 @@ def first_that_fits(grids: Iterable[Grid], width: int | None) -> Grid:
 
 
 def wrapped(text: str, width: int | None, indent: str = "  ") -> str:
-    """Text broken at spaces, its further lines indented. A word that is longer than a line stays whole.
+    """Text broken at spaces, its further lines indented. A word that is longer than a line, and a number with its unit, stay
+    whole.
 
     Example:
         >>> print(wrapped("left out: head: it is not an MLP", 20))
@@ -194,7 +197,7 @@ def wrapped(text: str, width: int | None, indent: str = "  ") -> str:
     if width is None:
         return text
     lines = []
-    for line in text.split("\n"):
+    for line in _UNIT.sub("\N{NO-BREAK SPACE}", text).split("\n"):
         begin = line[: len(line) - len(line.lstrip())]
         broken = textwrap.wrap(
             line.strip(),
@@ -205,7 +208,7 @@ def wrapped(text: str, width: int | None, indent: str = "  ") -> str:
             break_on_hyphens=False,
         )
         lines += broken or [""]
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def command_line(words: Sequence[str], width: int | None) -> str:

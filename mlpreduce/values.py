@@ -64,12 +64,14 @@ def unit_of(count: float) -> tuple[float, str]:
     return next((unit for unit in units if abs(round(count / unit[0], 3)) < 1000), units[-1])
 
 
-def short(count: float) -> str:
-    """A count with three decimals, and the letter that suits its size.
+def short(count: float, like: float | None = None) -> str:
+    """A count with three decimals, and the letter that suits its size, or that of another count.
 
     Example:
         >>> short(16_867_412_736), short(2_184_000), short(136_138), short(512)
         ('16.867 G', '2.184 M', '136.138 k', '512')
+        >>> short(730_993_152, like=1_080_000_000)
+        '0.731 G'
     """
-    size, letter = unit_of(count)
+    size, letter = unit_of(count if like is None else like)
     return f"{count / size:.3f} {letter}" if letter else f"{count:.0f}"

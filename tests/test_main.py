@@ -52,7 +52,7 @@ def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "vit_bse_patch16_224", "grouped"], "no architecture 'vit_bse_patch16_224'; did you mean"),
         (["plan", "vit_tiny_patch16_224", "groupd"], "unknown transform 'groupd'; did you mean 'grouped'?"),
         (["plan", "vit_tiny_patch16_224", "grouped", "group=5"], "grouped(group=5): 12 MLPs do not split"),
-        (["plan", "vit_tiny_patch16_224", "grouped", "shallow"], "2 transforms; give one"),
+        (["plan", "vit_tiny_patch16_224", "depth=4"], "no transform; give one"),
         (["plan", "vit_tiny_patch16_224", "shallow", "criterion=l2"], "the model is on the meta device"),
         (["profile", "vit_tiny_patch16_224", "dept=3"], "timm cannot build vit_tiny_patch16_224 with {'dept': 3}"),
         (["profile", "vit_tiny_patch16_224", "shallow", "=3"], "'=3' is no key=value"),

@@ -67,11 +67,15 @@ class Cost:
     macs: int
     macs_with_attention: int
 
-    def macs_text(self) -> str:
-        """The MACs with their convention, for tables."""
-        return (
-            f"{short(self.macs)} MACs of Linear, Conv and LayerNorm ({short(self.macs_with_attention)} with attention)"
-        )
+    def macs_text(self, after: Cost | None = None) -> str:
+        """The MACs with their convention, for tables; with another cost, before and after in one unit."""
+
+        def told(name: str) -> str:
+            was, now = getattr(self, name), getattr(after or self, name)
+            return short(was) + (f" -> {short(now, like=was)}" if now != was else "")
+
+        macs = f"{told('macs')} MACs of Linear, Conv and LayerNorm ({told('macs_with_attention')} with attention)"
+        return macs + (", unchanged" if after is not None and after.macs == self.macs else "")
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,7 @@ def summary(plan: Plan) -> str:
 def costs_text(was: Any, now: Any) -> list[str]:
     """Write what a model cost, and costs now, in two lines."""
     change = (now.params - was.params) / was.params
-    macs = f" -> {now.macs_text()}" if now.macs != was.macs else ", unchanged"
-    return [
-        f"model: {was.params:,} -> {now.params:,} parameters ({change:+.2%})",
-        f"       {was.macs_text()}{macs}",
-    ]
+    return [f"model: {was.params:,} -> {now.params:,} parameters ({change:+.2%})", f"       {was.macs_text(now)}"]
 
 
 def arrow(before: int, after: int) -> str:
