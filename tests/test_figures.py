@@ -19,11 +19,14 @@ import torch
 import mlpreduce
 from mlpreduce.bench.criteria import page_of
 from mlpreduce.errors import ReductionError
+from mlpreduce.recipe import load, runs
+from mlpreduce.recipe.schema import points
 from mlpreduce.report import check_page, keep, lasting, results_text, with_results
 from mlpreduce.report.power import detectable
 from mlpreduce.report.published import CELLS
 from mlpreduce.report.search import kept, kept_text
 from mlpreduce.report.tables import few, mean_std, short
+from mlpreduce.train.parts import build_model, images_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -190,6 +193,38 @@ def test_a_search() -> None:
     assert with_results(page, kept_text(document)) == page.read_text(encoding="utf-8")
 
 
+def test_the_systems() -> None:
+    """Counts and detectable differences; the accuracies wait for a run whose records are kept, see `UNSTORED`."""
+    page = (RESULTS / "systems.md").read_text(encoding="utf-8")
+    known = load("systems")
+    found = []
+    for point in points(known).values():
+        for run in runs(point, "."):
+            if run.seed == known.seeds[0]:
+                model = build_model(run, device="meta")
+                profile = mlpreduce.profile(model, images_of(run, model))
+                found.append([f"{profile.params:,}", short(profile.macs)])
+    table = rows(page, "| variant | parameters |")
+    assert [row[1:3] for row in table] == found
+    for row in table:
+        low_high = re.findall(r"[-+][\d.]+", row[6])
+        if low_high:
+            low, high = map(float, low_high)
+            assert row[9] == f"{detectable({'ci_low': low, 'ci_high': high, 'df': int(row[8]) - 1}):.2f}"
+            assert float(row[5]) == pytest.approx((low + high) / 2, abs=0.011)
+
+
+# pages with accuracies of runs whose records were not kept; the page says so
+UNSTORED = {"systems"}
+
+
+def test_every_page_of_results_has_its_json() -> None:
+    pages = {page.stem for page in RESULTS.glob("*.md")}
+    assert {name for name in pages if not (RESULTS / f"{name}.json").is_file()} == UNSTORED
+    for name in UNSTORED:
+        assert "records were not kept" in (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+
+
 # ---------------------------------------------------------------- how results are kept
 
 
@@ -257,3 +292,10 @@ def test_a_number_that_is_not_held_is_found() -> None:
     assert rest("A ViT of 4 blocks has 97.36 % and 1,437 images, `x=3`.", "A ViT of 4 blocks") == ["97.36", "1,437"]
     with pytest.raises(AssertionError):
         rest("97.92 %", "97.36 %")
+
+
+def test_the_page_is_checked_before_a_report_is_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlpreduce.__main__ import main
+
+    assert main(["report", str(tmp_path), "--page", str(tmp_path / "none.md")]) == 2
+    assert "none.md: there is no such file" in capsys.readouterr().err
