@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow_but
 from helpers.records import cells, make_record, write
 from helpers.runs import digits_run, interrupt_after, same, state
 from helpers.stores import put_store
@@ -416,7 +417,7 @@ def without_probes(left: Any) -> Any:
     return left
 
 
-@pytest.mark.parametrize("amp", ["none", "bfloat16"])
+@pytest.mark.parametrize("amp", slow_but(["none", "bfloat16"], "none"))
 def test_a_run_with_probes_ends_with_the_weights_of_one_without(tmp_path: Path, amp: str) -> None:
     settings = {"grad_checkpointing": True, "amp": amp, "accum_steps": 2}
     plain = digits_run(tmp_path / "plain", **settings)

@@ -284,6 +284,7 @@ class TestTraining:
         outputs = {tuple(logits.flatten().tolist()) for _ in range(12) for logits in parts.supernet.logits(images)}
         assert len(outputs) == 6  # the whole model is one of the points
 
+    @pytest.mark.slow
     def test_a_resumed_supernet_is_exact(self, tmp_path: Path, trained: Run) -> None:
         class Interrupted(Exception):
             pass
