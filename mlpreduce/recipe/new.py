@@ -155,8 +155,9 @@ def _given(name: str, fitted: dict[str, Any]) -> tuple[ModelSettings, int]:
 
 def _text(path: Path, data: DataSettings, found: Survey, choice: _Choice) -> Iterable[str]:
     batch = 2 ** min(7, max(3, int(math.log2(max(1, found.train / 15)))))
-    batch = min(batch, 2 ** int(math.log2(max(2, found.train))))
-    epochs = min(40, max(10, round(_UPDATES / max(1, found.train // batch))))
+    while batch > 2 and found.train % batch > found.train // 5:  # of few images, an epoch should leave out few
+        batch //= 2
+    epochs = min(100, max(10, round(_UPDATES / max(1, found.train // batch))))
     small = choice.model.kwargs.get("embed_dim") == _SMALL["embed_dim"]
     seeds = [42, 123]
     pictures = f"{found.side} pixels on the shorter side" if found.side else "of unknown size"
