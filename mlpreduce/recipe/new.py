@@ -155,8 +155,9 @@ def _given(name: str, fitted: dict[str, Any]) -> tuple[ModelSettings, int]:
 
 def _text(path: Path, data: DataSettings, found: Survey, choice: _Choice) -> Iterable[str]:
     batch = 2 ** min(7, max(3, int(math.log2(max(1, found.train / 15)))))
-    batch = min(batch, 2 ** int(math.log2(max(2, found.train))))
-    epochs = min(40, max(10, round(_UPDATES / max(1, found.train // batch))))
+    while batch > 2 and found.train % batch > found.train // 5:  # of few images, an epoch should leave out few
+        batch //= 2
+    epochs = min(100, max(10, round(_UPDATES / max(1, found.train // batch))))
     small = choice.model.kwargs.get("embed_dim") == _SMALL["embed_dim"]
     seeds = [42, 123]
     pictures = f"{found.side} pixels on the shorter side" if found.side else "of unknown size"
@@ -175,8 +176,9 @@ def _text(path: Path, data: DataSettings, found: Survey, choice: _Choice) -> Ite
     yield from ("", "[model]")
     origin = "small, as there are few images; a larger one: recipe --new FILE --data DIR --model NAME" if small else ""
     yield from _lines([("name", choice.model.name, origin or "timm's name; random initial weights")])
-    if choice.model.name in _pretrained():
-        yield '# weights = "pretrained"  # downloads timm\'s weights, better for few images; leave out thin and patch_size then'
+    if not small and choice.model.name in _pretrained():
+        yield '# weights = "pretrained"  # starts from timm\'s weights, a download. Take away thin, and img_size and patch_size'
+        yield "#                         below, and set data.image_size to the size that the weights were trained with."
     yield from ("", "[model.kwargs]")
     tokens = (choice.image_size // choice.model.kwargs.get("patch_size", choice.image_size)) ** 2
     notes = {
@@ -193,8 +195,12 @@ def _text(path: Path, data: DataSettings, found: Survey, choice: _Choice) -> Ite
     threads = 1 if small else min(4, os.cpu_count() or 1)
     yield from _lines(
         [
-            ("workers", 0, "in this process; to start Ray takes longer than so few images; 2 or more = Ray workers"),
-            ("threads", threads, "a small model gains nothing from more" if small else "CPU threads of torch"),
+            ("workers", 0, "in this process, without Ray, which takes long to start; 2 or more: Ray workers"),
+            (
+                "threads",
+                threads,
+                "CPU threads of torch; a model of this size fills one" if small else "CPU threads of torch",
+            ),
         ]
     )
     yield from ("", "[variants]")
@@ -236,14 +242,10 @@ def _train(found: Survey, batch: int, epochs: int, small: bool) -> list[Line]:
 
 def _lines(entries: Iterable[Line]) -> Iterable[str]:
     for key, value, comment in entries:
-        text = (
-            " ".join(tomli_w.dumps({key: value}).split("\n")).strip() if isinstance(value, list) else _plain(key, value)
-        )
+        text = tomli_w.dumps({key: value}).rstrip("\n")
+        if isinstance(value, list):  # on one line; none of these holds a text with blanks
+            text = " ".join(text.split()).replace("[ ", "[").replace(", ]", "]")
         yield f"{text}  # {comment}" if comment else text
-
-
-def _plain(key: str, value: Any) -> str:
-    return tomli_w.dumps({key: value}).rstrip("\n")
 
 
 def _pretrained() -> set[str]:

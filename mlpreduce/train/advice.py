@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from mlpreduce.train.parts import create_ema, learning_rates
+from mlpreduce.train.parts import create_ema
 from mlpreduce.train.settings import Run, TrainSettings
 
 __all__ = ["advice", "average_lag"]
@@ -22,7 +22,6 @@ _GOOD_LAG = 0.05  # of the updates: what is recommended
 _FEW_UPDATES = 50  # fewer teach a randomly initialised model next to nothing
 _LEFT_OUT = 0.2  # share of the images that an epoch may leave out
 _LATE = 0.5  # share of the epochs that a warm-up may take
-_LOW = 0.3  # share of `lr` that the schedule must reach
 _CROP = 16  # pixels of a picture: a smaller crop shows no object
 _TOKENS = 9  # patches, fewer of which leave attention nothing to compare
 
@@ -50,7 +49,7 @@ def advice(
     """
     found = [
         *_average(run.train, updates_per_epoch * run.train.epochs),
-        *_warm_up(run.train, updates_per_epoch),
+        *_warm_up(run.train),
         *_batch(run, images, updates_per_epoch),
         *_crop(run, side),
         *([] if model is None else _patches(run, model)),
@@ -116,19 +115,11 @@ def _decay_for(updates: int) -> str:
     return f"train.ema_decay={round(1 - 1 / behind, digits):g}"
 
 
-def _warm_up(train: TrainSettings, updates_per_epoch: int) -> Iterator[str]:
-    shorter = f"train.warmup_epochs={train.epochs // 10}"
+def _warm_up(train: TrainSettings) -> Iterator[str]:
     if train.warmup_epochs > _LATE * train.epochs:
         yield (
             f"train.warmup_epochs={train.warmup_epochs}: the learning rate still rises in {train.warmup_epochs} of "
-            f"{train.epochs} epochs; use {shorter}, or more train.epochs"
-        )
-        return
-    largest = max(learning_rates(train, updates_per_epoch))
-    if largest < _LOW * train.lr:
-        yield (
-            f"train.lr={train.lr:g}: the schedule never comes near it, {largest:.1e} is the largest rate with which an epoch "
-            f"begins; use {shorter}, train.schedule_per_update=true, or more train.epochs"
+            f"{train.epochs} epochs; use train.warmup_epochs={train.epochs // 10}, or more train.epochs"
         )
 
 
