@@ -143,7 +143,7 @@ def _criterion(name: str) -> Description:
 
 def _recipe(name: str) -> Description:
     from mlpreduce.recipe import Recipe, list_recipes, load
-    from mlpreduce.recipe.schema import header
+    from mlpreduce.recipe.shelf import header
     from mlpreduce.values import flatten
 
     recipe, lines = load(name), header(list_recipes()[name])

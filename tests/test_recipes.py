@@ -12,7 +12,7 @@ from mlpreduce import recipe as recipes
 from mlpreduce.data.settings import AugmentSettings
 from mlpreduce.errors import ReductionError
 from mlpreduce.recipe.describe import describe
-from mlpreduce.recipe.schema import find, header
+from mlpreduce.recipe.shelf import find, header
 
 # SQLAlchemy about mlflow's own tables
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")

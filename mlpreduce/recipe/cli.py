@@ -13,7 +13,8 @@ from mlpreduce.console import Column, Grid, screen, width
 from mlpreduce.errors import ReductionError
 from mlpreduce.plugins import add_option
 from mlpreduce.recipe.running import train
-from mlpreduce.recipe.schema import Recipe, find, header, list_recipes, load
+from mlpreduce.recipe.schema import Recipe, load
+from mlpreduce.recipe.shelf import find, header, list_recipes
 
 __all__ = ["main"]
 

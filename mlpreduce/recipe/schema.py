@@ -1,4 +1,4 @@
-"""Recipes: what their keys are, where they lie, how they are read, changed and checked. Nothing heavy is imported."""
+"""Recipes: what their keys are, how they are read, changed and checked. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mlpreduce.launch import LaunchSettings
 from mlpreduce.notation import with_steps
 from mlpreduce.plugins import Plugin, read_plugin, run_plugins
 from mlpreduce.recipe.plugged import plugin_differences, read_key, together
-from mlpreduce.shipped import shipped
+from mlpreduce.recipe.shelf import find
 from mlpreduce.train.settings import FREE, LATER, ModelSettings, Run, Step, TrainSettings
 from mlpreduce.values import flatten, parse_value
 
-__all__ = ["Recipe", "changed", "differences", "find", "header", "list_recipes", "load", "points", "runs"]
+__all__ = ["Recipe", "changed", "differences", "load", "points", "runs"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of variants and points, whose folders have their names
 _SWEPT = ("model", "data", "train", "variants")
@@ -64,37 +64,6 @@ class Recipe(BaseModel):
     variants: dict[str, tuple[Step, ...]] = {"baseline": ()}  # name -> steps {transform=..., **config}, in order
     plugins: tuple[Plugin, ...] = ()  # files of your own code; in a file, their paths, relative to it
     sweep: dict[str, dict[str, Any]] = {}  # name of a point -> tables that are laid over those above; see `points`
-
-
-def list_recipes() -> dict[str, Path]:
-    """The recipes that ship with the library, or lie in `recipes/` beside it in a checkout."""
-    return {path.stem: path for path in sorted(shipped("recipes").glob("*.toml"))}
-
-
-def find(name: str) -> Path:
-    """The file of a recipe: a name of `list_recipes`, or a path to a .toml.
-
-    Raises:
-        ReductionError: there is none; the message has the nearest name.
-    """
-    if name.endswith(".toml"):
-        if not Path(name).is_file():
-            raise ReductionError(f"recipe {name!r}: no such file; names: {', '.join(list_recipes())}")
-        return Path(name)
-    known = list_recipes()
-    if name not in known:
-        raise ReductionError(f"unknown recipe {name!r}{did_you_mean(name, known)}")
-    return known[name]
-
-
-def header(path: Path) -> list[str]:
-    """The first comment lines of a recipe: source, command, cost, expected numbers."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").strip())
-    return lines
 
 
 def load(name: str, overrides: Sequence[str] = (), plugins: Sequence[str | Path] = ()) -> Recipe:
