@@ -103,8 +103,8 @@ def _places(names: Sequence[str]) -> dict[str, _Column]:
     """Where each MLP stands, read off its name: `blocks.3.mlp_tokens` is `mlp_tokens` of block 3 of `blocks`.
 
     Example:
-        >>> _places(["layers.0.blocks.1.mlp"])
-        {'layers.0.blocks.1.mlp': _Column(place='mlp', stage='layers.0.blocks', number='1')}
+        >>> _places(["blocks.3.mlp_tokens", "blocks.3.mlp_channels"])["blocks.3.mlp_tokens"]
+        _Column(place='mlp_tokens', stage='blocks', number='3')
     """
     found = {}
     for name in dict.fromkeys(names):
