@@ -50,17 +50,8 @@ def results_text(document: dict[str, Any]) -> str:
         document: what `results.json` holds, or what `lasting` leaves of it.
     """
     counts = ("variant", "parameters", "MLP parameters", "MACs")
-    headers = (
-        *counts,
-        "top-1 % by seed",
-        "mean ± std",
-        "peak-to-final",
-        "vs baseline",
-        "95 % interval",
-        "p",
-        "n",
-        "detectable",
-    )
+    accuracy = ("top-1 % by seed", "mean ± std", "peak-to-final")
+    headers = (*counts, *accuracy, "vs baseline", "95 % interval", "p", "n", "detectable")
     rows = []
     for name, v in variants_of(document):
         against, top1 = v["vs_baseline"], [run["top1"] for run in v["runs"]]
