@@ -56,7 +56,7 @@ class Column:
     @property
     def width(self) -> int:
         """Characters of the widest cell, or of the widest word of the header."""
-        return max(map(len, [*self.cells, *self.header.split()]), default=0)
+        return max(map(len, [*self.cells, *_words(self.header)]), default=0)
 
     @property
     def word(self) -> int:
@@ -139,6 +139,10 @@ class Grid:
             yield _blocks([names, column], width)
 
 
+def _words(header: str) -> list[str]:
+    return re.split(" (?!%)", header)  # top-1 % stays whole
+
+
 def _drawn(columns: Sequence[Column], ruled: bool, whole: bool = False) -> RenderableType:
     """Columns side by side; text may be broken at spaces, and so may headers, unless they are kept `whole`."""
     from rich import box
@@ -154,7 +158,7 @@ def _drawn(columns: Sequence[Column], ruled: bool, whole: bool = False) -> Rende
     for column in columns:
         cells = max(map(len, column.cells), default=0)
         keep = whole or column.text or len(column.header) <= cells
-        header = column.header if keep else "\n".join(column.header.split())
+        header = column.header if keep else "\n".join(_words(column.header))
         justify: Any = "left" if column.left or column.text else "right"
         table.add_column(Text(header), justify=justify, no_wrap=not column.text, overflow="fold", vertical="top")
     for row in zip(*(column.cells for column in columns), strict=True):
