@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mlpreduce.errors import ReductionError
 
@@ -32,7 +33,7 @@ __all__ = [
 _UNLIMITED = 10_000  # columns, where output goes to a file
 _LEAST_TEXT = 24  # columns, below which text is listed under the table
 _GAP = 2  # columns between two others
-_UNIT = re.compile(r"(?<=\d) (?=(?:[GMk%]|MiB|ms|s|min|h)\b|%|±)|(?<=±) ")  # between a number and its unit
+_UNIT = re.compile(r"(?<=\d) (?=(?:[GMk%]|MiB|ms|s|min|h|images/s)\b|%|±)|(?<=±) ")  # between a number and its unit
 _CLOSED_PIPE = 141  # what a shell reports of a tool whose reader has gone: 128 + SIGPIPE
 
 
@@ -55,7 +56,7 @@ class Column:
     @property
     def width(self) -> int:
         """Characters of the widest cell, or of the widest word of the header."""
-        return max(map(len, [*self.cells, *self.header.split()]), default=0)
+        return max(map(len, [*self.cells, *_words(self.header)]), default=0)
 
     @property
     def word(self) -> int:
@@ -138,6 +139,10 @@ class Grid:
             yield _blocks([names, column], width)
 
 
+def _words(header: str) -> list[str]:
+    return re.split(" (?!%)", header)  # top-1 % stays whole
+
+
 def _drawn(columns: Sequence[Column], ruled: bool, whole: bool = False) -> RenderableType:
     """Columns side by side; text may be broken at spaces, and so may headers, unless they are kept `whole`."""
     from rich import box
@@ -153,7 +158,7 @@ def _drawn(columns: Sequence[Column], ruled: bool, whole: bool = False) -> Rende
     for column in columns:
         cells = max(map(len, column.cells), default=0)
         keep = whole or column.text or len(column.header) <= cells
-        header = column.header if keep else "\n".join(column.header.split())
+        header = column.header if keep else "\n".join(_words(column.header))
         justify: Any = "left" if column.left or column.text else "right"
         table.add_column(Text(header), justify=justify, no_wrap=not column.text, overflow="fold", vertical="top")
     for row in zip(*(column.cells for column in columns), strict=True):
@@ -166,10 +171,11 @@ def _blocks(columns: Sequence[Column], width: int) -> RenderableType:
     from rich.text import Text
 
     names, *others = columns
-    lines = []
+    alone = len(others) == 1 and others[0].text
+    lines = ["", others[0].header] if alone else []
     for number, name in enumerate(names.cells):
-        if len(others) == 1 and others[0].text:
-            lines.append(wrapped(f"{name}: {others[0].cells[number]}", width, "    "))
+        if alone:
+            lines.append(wrapped(f"  {name}: {others[0].cells[number]}", width, "    "))
             continue
         lines.append(name)
         told = [f"  {column.header}: {column.cells[number]}" for column in others if column.cells[number]]
@@ -288,13 +294,19 @@ def _run(body: Callable[[], int]) -> int:
 
 def _silence() -> bool:
     """Let what is left of the output go nowhere, where its reader has gone; whether it has."""
-    gone = False
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            gone = True
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-    return gone
+    gone = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
+    for stream in gone:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    return bool(gone)
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    try:
+        asked = select.poll()
+        asked.register(stream.fileno(), select.POLLOUT)
+    except (OSError, ValueError):  # not a file of the system
+        return False
+    return any(told & (select.POLLERR | select.POLLHUP) for _, told in asked.poll(0))

@@ -83,9 +83,9 @@ def describe(name: str) -> Description:
         ReductionError: nothing has this name; the message has the nearest one.
 
     Example:
-        >>> mlpreduce.describe("thin")
+        >>> describe("thin")
         <transform thin: 1 option; print it>
-        >>> mlpreduce.describe("thin").options[0]
+        >>> describe("thin").options[0]
         Option(name='mlp_ratio', default='2.0', meaning="hidden width over embedding width; timm's ViTs have 4.")
     """
     return described(name)[0]

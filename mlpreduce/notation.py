@@ -190,7 +190,7 @@ def _options(text: str, whole: str) -> Iterator[tuple[str, Any]]:
 
 def _value(text: str, whole: str) -> Any:
     """What Python prints, a call with options as a table with a name, a TOML value, or a word."""
-    if is_call(text) and (call := _CALL.fullmatch(text)):
+    if (call := _CALL.fullmatch(text)) and _KEY.fullmatch(call[1]):
         return {"name": call[1], **dict(_options(call[2], whole))}
     try:
         with warnings.catch_warnings():  # of Python's, about backslashes

@@ -11,6 +11,7 @@ from mlpreduce.console import wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.text import Text
 
 __all__ = ["Pulse"]
 
@@ -33,14 +34,13 @@ class Pulse:
         from rich.console import Group
         from rich.live import Live
         from rich.spinner import Spinner
-        from rich.text import Text
 
         self._console, self._every = console, every
         self._text, self._since, self._timed = text, time.monotonic(), True
         self._told = 0.0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-        self._spinner = Spinner("line", Text(text))
+        self._spinner = Spinner("line", self._shown(text))
         shown = self._spinner if below is None else Group(self._spinner, below)
         self._live = Live(shown, console=console, transient=True, refresh_per_second=8) if console.is_terminal else None
 
@@ -65,9 +65,12 @@ class Pulse:
         if timed and not (self._timed and text == self._text):
             self._since = time.monotonic()
         self._text, self._timed = text, timed
+        self._spinner.update(text=self._shown(text))
+
+    def _shown(self, text: str) -> Text:
         from rich.text import Text
 
-        self._spinner.update(text=Text(text))
+        return Text(wrapped(text, self._console.width - 2), no_wrap=True)  # beside the spinner
 
     def line(self, text: str, style: str | None = None) -> None:
         """Print a line that stays."""

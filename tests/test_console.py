@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -318,6 +319,7 @@ class TestEnds:
 
     @pytest.mark.processes
     @pytest.mark.slow
+    @pytest.mark.parametrize("unbuffered", [False, True])
     @pytest.mark.parametrize(
         "words",
         [
@@ -328,12 +330,17 @@ class TestEnds:
             "mlpreduce",
         ],
     )
-    def test_no_traceback_when_the_reader_has_gone(self, words: str) -> None:
-        command = [sys.executable, "-m", *words.split()]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    def test_no_traceback_when_the_reader_has_gone(self, words: str, unbuffered: bool) -> None:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+        command = [sys.executable, "-u" if unbuffered else "-b", "-m", *words.split()]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process:
             assert process.stdout is not None
             assert process.stderr is not None
             process.stdout.close()  # before anything is printed
             errors = process.stderr.read()
         assert errors == ""
-        assert process.returncode == 141
+        assert process.returncode == 141 or (
+            unbuffered and "list" not in words
+        )  # argparse passes over what it cannot write

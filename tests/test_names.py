@@ -102,7 +102,6 @@ def test_others(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_meanings_come_from_the_docstring() -> None:
-    text = "Do it.\n\nArgs:\n    one: is first,\n        and goes on.\n    two: is\n        `a: b`.\n\n"
-    text += "Raises:\n    Error: always."
+    text = "Do it.\n\nArgs:\n    one: is first,\n        and goes on.\n    two: is\n        `a: b`.\n\nRaises:\n    Error: no."
     assert dict(_arguments(text)) == {"one": "is first, and goes on.", "two": "is `a: b`."}
     assert dict(_arguments("Do it.")) == {}

@@ -219,7 +219,7 @@ def test_console_shows_one_table(output: Path) -> None:
     console.print(report.console_table(report.build(output)))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "[-0.56, +0.96]" in text
-    for words in ("86,567,656", "16.867 G", "81.47 ± 0.16", "+0.42", "peak-to-final"):
+    for words in ("86.568 M", "16.867 G", "81.47 ± 0.16", "+0.42", "peak-to-final"):
         assert words in text
 
 
