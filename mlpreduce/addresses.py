@@ -32,7 +32,7 @@ def hidden(text: str, *addresses: str) -> str:
     Example:
         >>> hidden("postgresql://me:p@ss@host/study"), hidden("mysql://host/study?user=me&password=x&charset=utf8")
         ('postgresql://me:***@host/study', 'mysql://host/study?user=me&password=***&charset=utf8')
-        >>> hidden('cannot reach "ss@host"', "postgresql://me:p@ss@host/study")
+        >>> hidden('cannot reach "word@host"', "postgresql://me:pass@word@host/study")
         'cannot reach "***@host"'
     """
     text = re.sub(rf"{_SCHEME.pattern}\S*", lambda found: _shown(found[0]), text)
