@@ -30,7 +30,7 @@ def hidden(text: str, *addresses: str) -> str:
         addresses: addresses whose passwords may stand in the text apart from them, as in what a driver says.
 
     Example:
-        >>> hidden("postgresql://me:p@ss@host/study"), hidden("mysql://host/study?user=me&password=x&charset=utf8")
+        >>> hidden("postgresql://me:pass@word@host/study"), hidden("mysql://host/study?user=me&password=x&charset=utf8")
         ('postgresql://me:***@host/study', 'mysql://host/study?user=me&password=***&charset=utf8')
         >>> hidden('cannot reach "word@host"', "postgresql://me:pass@word@host/study")
         'cannot reach "***@host"'
