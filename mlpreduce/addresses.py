@@ -30,9 +30,9 @@ def hidden(text: str, *addresses: str) -> str:
         addresses: addresses whose passwords may stand in the text apart from them, as in what a driver says.
 
     Example:
-        >>> hidden("postgresql://me:p@ss@host/study"), hidden("mysql://host/study?user=me&password=x&charset=utf8")
+        >>> hidden("postgresql://me:pass@word@host/study"), hidden("mysql://host/study?user=me&password=x&charset=utf8")
         ('postgresql://me:***@host/study', 'mysql://host/study?user=me&password=***&charset=utf8')
-        >>> hidden('cannot reach "ss@host"', "postgresql://me:p@ss@host/study")
+        >>> hidden('cannot reach "word@host"', "postgresql://me:pass@word@host/study")
         'cannot reach "***@host"'
     """
     text = re.sub(rf"{_SCHEME.pattern}\S*", lambda found: _shown(found[0]), text)

@@ -210,11 +210,8 @@ _READ: dict[str, Callable[[Any], Any]] = _EVERY | {
 
 def settings_of(model: nn.Module) -> dict[str, Any]:
     """The arguments of `timm.create_model` that can be read off a model. A guess: compare what it builds."""
-    takes = {
-        name
-        for cls in type(model).__mro__
-        for name in inspect.signature(vars(cls).get("__init__", object.__init__)).parameters
-    } | {*_EVERY}
+    made_by = [vars(cls)["__init__"] for cls in type(model).__mro__ if "__init__" in vars(cls)]
+    takes = {name for function in made_by for name in inspect.signature(function).parameters} | {*_EVERY}
     found = {}
     for name, read in _READ.items():
         try:

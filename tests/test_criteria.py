@@ -414,6 +414,7 @@ def built(name: str | Callable[..., nn.Module], kwargs: dict[str, Any]) -> nn.Mo
     return model
 
 
+@pytest.mark.filterwarnings("ignore:save cannot tell how")  # which is true of these builds
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_mlps(kind: str) -> None:
     """The changes at fc2 are those of its columns, whatever the MLP; and a slice by them, repaired, is no worse."""
