@@ -63,7 +63,8 @@ def _behind(document: dict[str, Any]) -> Iterator[str]:
         f"the averaged weights of {name} have {average:.2f} %, the trained weights {raw:.2f} %"
         for name, average, raw in behind
     )
-    averaged, trained = ([row[0] for row in sorted(known, key=lambda row: -row[at])] for at in (1, 2))
+    averaged = [name for name, _, _ in sorted(known, key=lambda row: -row[1])]
+    trained = [name for name, _, _ in sorted(known, key=lambda row: -row[2])]
     order = (
         f" The ranking depends on it: from best to worst {', '.join(averaged)} by the average, {', '.join(trained)} by the "
         f"trained weights."

@@ -147,7 +147,7 @@ def _batch(run: Run, images: int, updates_per_epoch: int) -> Iterator[str]:
 def _batch_for(images: int, run: Run) -> int:
     """A power of two that gives about 15 updates an epoch, and splits evenly over workers and accumulation steps."""
     parts = run.workers * run.train.accum_steps
-    return parts * 2 ** max(1, int(math.log2(max(2, images / 15 / parts))))
+    return parts << max(1, int(math.log2(max(2, images / 15 / parts))))
 
 
 def _crop(run: Run, side: int | None) -> Iterator[str]:
