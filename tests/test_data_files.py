@@ -223,5 +223,5 @@ def test_torchvision_data_that_is_not_there(tmp_path: Path) -> None:
         ReductionError, match=r"data.name='torch/cifar10'.*'train' cannot be opened \(Dataset not found"
     ):
         load(settings(tmp_path, name="torch/cifar10"), STILL, micro_batch=4)
-    with pytest.raises(ReductionError, match=r"cannot be opened \(Unknown torchvision dataset imagnet\)"):
+    with pytest.raises(ReductionError, match=r"no such data set of torchvision; did you mean 'imagenet'"):
         load(settings(tmp_path, name="torch/imagnet"), STILL, micro_batch=4)

@@ -77,18 +77,19 @@ def test_results_follow_the_schema(tmp_path: Path) -> None:
     }
     record_all(tmp_path, curves)
     document = results(tmp_path)
-    assert list(document) == ["schema", "recipe", "variants"]
+    assert list(document) == ["schema", "recipe", "warnings", "variants"]
     assert list(document["variants"]) == ["baseline", "grouped"]
     grouped = document["variants"]["grouped"]
     assert set(grouped) == {
         *("params", "mlp_params", "unique_mlps", "macs_linear", "macs", "macs_with_attention"),
         *("throughput", "peak_memory_mib", "runs"),
-        *("top1_mean", "top1_std", "top5_mean", "peak_to_final_mean", "vs_baseline"),
+        *("top1_mean", "top1_std", "raw_top1_mean", "top5_mean", "peak_to_final_mean", "vs_baseline"),
     }
     assert {key: value for key, value in grouped["runs"][1].items() if key != "mlflow_run_id"} == {
         "seed": 2,
         "top1": 79.0,
         "top5": 1.5,
+        "raw_top1": None,
         "peak_epoch": 2,
         "final_top1": 78.5,
         "peak_to_final": 0.5,

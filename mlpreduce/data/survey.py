@@ -71,6 +71,6 @@ def survey(data: DataSettings) -> Survey | None:
     if source.set_epoch is not None:
         return Survey(source.train_samples, source.val_samples, source.num_classes)
     side, gray = source.train.pictures()
-    classes = [label for _, label in getattr(getattr(source.train.images, "reader", None), "samples", ())]
-    smallest = min(Counter(classes).values(), default=None)
+    of_each = [label for _, label in getattr(getattr(source.train.images, "reader", None), "samples", ())]
+    smallest = min(Counter(of_each).values(), default=None)
     return Survey(source.train_samples, source.val_samples, source.num_classes, side, gray, smallest)

@@ -41,7 +41,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _raw_top1(record: dict[str, Any]) -> float | None:
-    if not record["recipe"].get("train", {}).get("ema_decay"):
+    if not record.get("recipe", {}).get("train", {}).get("ema_decay"):
         return None
     return max((entry["raw_top1"] for entry in record["epochs"] if "raw_top1" in entry), default=None)
 

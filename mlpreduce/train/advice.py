@@ -146,7 +146,7 @@ def _batch(run: Run, images: int, updates_per_epoch: int) -> Iterator[str]:
 
 def _batch_for(images: int, run: Run) -> int:
     """A power of two that gives about 15 updates an epoch, and splits evenly over workers and accumulation steps."""
-    parts: int = run.workers * run.train.accum_steps
+    parts = run.workers * run.train.accum_steps
     return parts << max(1, int(math.log2(max(2, images / 15 / parts))))
 
 
