@@ -99,20 +99,20 @@ def _answers(workers: list[tuple[BaseProcess, Connection]], task: tuple[Any, ...
 
 
 def _serve(rank: int, pipe: Connection) -> None:
-    while True:
-        try:
+    try:
+        while True:
             function, args, file = pipe.recv()
             torch.set_num_threads(1)
             torch.manual_seed(0)
             limit = timedelta(seconds=DEADLINE)
             dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=limit)
-            try:
-                answer = ("", function(rank, *args))
-            finally:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-        except EOFError:  # the parent has closed its end, or is gone
-            return
-        except BaseException:
-            answer = (traceback.format_exc(), None)
-        pipe.send(answer)
+            result = function(rank, *args)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            pipe.send(("", result))
+    except EOFError:  # the parent has closed its end, or is gone
+        return
+    except BaseException:
+        pipe.send((traceback.format_exc(), None))
+        # The group stays until the parent ends both, or the other would fail as well, and might be heard first.
+        time.sleep(DEADLINE)
