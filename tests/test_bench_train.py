@@ -102,6 +102,7 @@ def test_a_class_has_an_image_in_both_folders(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("data/val/*"))) == 70
 
 
+@pytest.mark.processes
 def test_the_peer_is_skipped_with_the_reason(tmp_path: Path, stand_in: str, capsys: pytest.CaptureFixture[str]) -> None:
     absent = str(tmp_path / "train.py")
     assert main([*SHORT, "--timm-train", absent]) == 0
@@ -113,6 +114,7 @@ def test_the_peer_is_skipped_with_the_reason(tmp_path: Path, stand_in: str, caps
     assert "train.lr=0.001" in text
 
 
+@pytest.mark.processes
 def test_a_run_without_the_script_says_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SHORT, "--runs", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -129,6 +131,7 @@ def test_a_run_without_the_script_says_where_it_is(capsys: pytest.CaptureFixture
     assert found["settings"]["train.batch_size"] == 8
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
@@ -152,6 +155,7 @@ def test_a_script_that_fails_is_told_why(tmp_path: Path, script: str, reason: st
     assert f"not run\n    peer not run: {reason}" in row
 
 
+@pytest.mark.processes
 def test_another_model_is_no_peer(stand_in: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SHORT, "--timm-train", stand_in, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -159,6 +163,7 @@ def test_another_model_is_no_peer(stand_in: str, capsys: pytest.CaptureFixture[s
     assert found["peer"]["failure"].startswith("it trained 3 parameters, and the model has ")
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_two_workers_train_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SHORT, "--workers", "2", "--json"]) == 0
@@ -168,6 +173,7 @@ def test_two_workers_train_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["settings"]["train.aug_repeats"] == 3
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_beside_the_real_script(workers: int, capsys: pytest.CaptureFixture[str]) -> None:

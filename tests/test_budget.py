@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers.marks import slow_but
 from torch import nn
 
 import mlpreduce
@@ -63,7 +64,7 @@ def random_case(number: int) -> tuple[str, str, str, int, float]:
     return name, scope, draw.choice(["params", "macs"]), draw.choice([1, 1, 4, 8, 16]), draw.random()
 
 
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", slow_but(range(6), 0))
 def test_three_hundred_random_budgets(part: int) -> None:
     """The cost is no more than the target, and no step more would fit: of the fraction of all, or of any MLP."""
     for number in range(50 * part, 50 * part + 50):

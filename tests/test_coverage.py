@@ -133,6 +133,8 @@ def test_a_wrong_slice_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "sliced differs from masked" in prove("test_vit").failure
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys) -> None:
     output = tmp_path / "table.md"
     assert (

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers.marks import slow_but
 from helpers.runs import DIGITS, digits_run, finetune, interrupt_after, same, state, tensors, without_drop_path
 from helpers.two_processes import Together
 from safetensors.torch import load_file
@@ -239,7 +240,7 @@ def test_labels_are_not_looked_at(trained: Path, tmp_path: Path) -> None:
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("amp", ["none", "bfloat16"])
+@pytest.mark.parametrize("amp", slow_but(["none", "bfloat16"], "none"))
 def test_features_repair_a_reduced_model(trained: Path, tmp_path: Path, amp: str) -> None:
     events: list[dict[str, Any]] = []
     settings: dict[str, Any] = {"epochs": 5, "lr": 3e-3, "amp": amp, "grad_checkpointing": amp != "none"}

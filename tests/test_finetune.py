@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.marks import slow_but
 from helpers.runs import SMALL_VIT, digits_run, finetune, interrupt_after, last, same, state, tensors, without_drop_path
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -329,7 +330,7 @@ def test_an_unreduced_student_starts_where_its_teacher_is(trained: Path, tmp_pat
     assert parts.training_loss(images, targets).item() > 1e-3
 
 
-@pytest.mark.parametrize("amp", ["none", "bfloat16"])
+@pytest.mark.parametrize("amp", slow_but(["none", "bfloat16"], "none"))
 def test_alpha_0_trains_the_same_weights_as_no_teacher(trained: Path, tmp_path: Path, amp: str) -> None:
     settings: dict[str, Any] = {"mixup": 0.5, "accum_steps": 2, "amp": amp}
     for kind in ("none", "soft", "hard"):

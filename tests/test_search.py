@@ -372,6 +372,7 @@ class TestStudy:
         assert told["duplicate"] > 0
         assert not study.study.get_trials(states=[optuna.trial.TrialState.RUNNING])
 
+    @pytest.mark.slow
     def test_a_study_ends_when_nearly_every_point_within_the_budget_was_trained(self, pricer: Pricer) -> None:
         space, axes = load_space("sharing_width"), ("none", "sequence", "cycle", "cycle_reverse")
         grid = itertools.product(axes, range(2, 7), [eighth / 8 for eighth in range(1, 9)], ("first", "l2"))

@@ -6,6 +6,7 @@ import atexit
 import functools
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -22,5 +23,9 @@ def put_store(directory: Path, name: str = "mlflow.db") -> Path:
 def _empty() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="mlflow"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").search_experiments()
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "The ..noload.. loader strategy is deprecated"
+        )  # SQLAlchemy, of MLflow's tables
+        MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").search_experiments()
     return folder / "mlflow.db"

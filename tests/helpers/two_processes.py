@@ -36,11 +36,14 @@ def pair(deadline: float = DEADLINE) -> Iterator[Together]:
     workers: list[tuple[BaseProcess, Connection]] = []
 
     def together(function: Callable[..., Any], *args: Any) -> list[Any]:
-        if not workers:
-            workers.extend(_start(rank) for rank in range(2))
         try:
+            if not workers:
+                workers.extend(_start(rank) for rank in range(2))
+                _answers(workers, DEADLINE)  # that they have started
             with tempfile.TemporaryDirectory() as folder:
-                return _answers(workers, (function, args, f"{folder}/group"), deadline)
+                for _, pipe in workers:
+                    pipe.send((function, args, f"{folder}/group"))
+                return _answers(workers, deadline)
         except BaseException:
             _end(workers, kill=True)
             raise
@@ -74,9 +77,7 @@ def _end(workers: list[tuple[BaseProcess, Connection]], kill: bool = False) -> N
     workers.clear()
 
 
-def _answers(workers: list[tuple[BaseProcess, Connection]], task: tuple[Any, ...], deadline: float) -> list[Any]:
-    for _, pipe in workers:
-        pipe.send(task)
+def _answers(workers: list[tuple[BaseProcess, Connection]], deadline: float) -> list[Any]:
     end = time.monotonic() + deadline
     found: dict[int, Any] = {}
     while len(found) < len(workers):
@@ -99,20 +100,21 @@ def _answers(workers: list[tuple[BaseProcess, Connection]], task: tuple[Any, ...
 
 
 def _serve(rank: int, pipe: Connection) -> None:
-    while True:
-        try:
+    try:
+        pipe.send(("", None))
+        while True:
             function, args, file = pipe.recv()
             torch.set_num_threads(1)
             torch.manual_seed(0)
             limit = timedelta(seconds=DEADLINE)
             dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=limit)
-            try:
-                answer = ("", function(rank, *args))
-            finally:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-        except EOFError:  # the parent has closed its end, or is gone
-            return
-        except BaseException:
-            answer = (traceback.format_exc(), None)
-        pipe.send(answer)
+            result = function(rank, *args)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            pipe.send(("", result))
+    except EOFError:  # the parent has closed its end, or is gone
+        return
+    except BaseException:
+        pipe.send((traceback.format_exc(), None))
+        # The group stays until the parent ends both, or the other would fail as well, and might be heard first.
+        time.sleep(DEADLINE)
