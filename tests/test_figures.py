@@ -6,6 +6,7 @@ the page; no other number may be, except those that a test names as given.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import tomllib
@@ -17,7 +18,7 @@ import timm
 import torch
 
 import mlpreduce
-from mlpreduce.bench.criteria import page_of
+from mlpreduce.bench.criteria import corrected, page_of
 from mlpreduce.errors import ReductionError
 from mlpreduce.recipe import load, runs
 from mlpreduce.recipe.schema import points
@@ -299,3 +300,40 @@ def test_the_page_is_checked_before_a_report_is_built(tmp_path: Path, capsys: py
 
     assert main(["report", str(tmp_path), "--page", str(tmp_path / "none.md")]) == 2
     assert "none.md: there is no such file" in capsys.readouterr().err
+
+
+def test_p_values_are_corrected_for_the_choice_of_the_best() -> None:
+    import numpy as np
+
+    drawn = np.random.default_rng(0).normal(size=(5, 6)) + np.array([2, 0, 0, 0, 0])[:, None]
+
+    def t(values: np.ndarray) -> np.ndarray:
+        found: np.ndarray = abs(values.mean(1)) / (values.std(1, ddof=1) / 6**0.5)
+        return found
+
+    largest = np.array([t(drawn * signs).max() for signs in itertools.product([1, -1], repeat=6)])
+    expected = [(largest >= value * (1 - 1e-9)).mean() for value in t(drawn)]
+    found = corrected(drawn)
+    assert found is not None
+    np.testing.assert_allclose(found, expected)
+    assert found[0] == 2 / 2**6  # the least that six models can give
+    alone = corrected(drawn[:1])
+    assert alone is not None
+    assert alone[0] <= found[0]
+    assert corrected(drawn[:, :1]) is None
+    assert corrected(np.zeros((2, 3))).tolist() == [1.0, 1.0]  # type: ignore[union-attr]
+
+
+def test_criteria_are_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlpreduce.__main__ import main
+
+    words = ["bench", "criteria", "--read", str(RESULTS / "criteria.json"), "--write", str(tmp_path / "page.md")]
+    assert main(words) == 0
+    for suffix in ("md", "json"):
+        assert (tmp_path / f"page.{suffix}").read_text() == (RESULTS / f"criteria.{suffix}").read_text()
+    (tmp_path / "bad.json").write_text("{}")
+    capsys.readouterr()
+    assert main(["bench", "criteria", "--read", str(tmp_path / "bad.json")]) == 2
+    assert "bad.json: not the JSON that --write stores: KeyError" in capsys.readouterr().err
+    assert main(["bench", "criteria", "--write", str(tmp_path / "page.json")]) == 2
+    assert "that is the name of the JSON beside the page" in capsys.readouterr().err

@@ -22,7 +22,19 @@ __all__ = ["build_search", "console_table", "front_table", "kept", "kept_text"]
 
 SCHEMA = 1  # of the document
 _CONSOLE_ROWS = 20  # of the front
-_KEPT = ("name", "kind", "number", "steps", "cost", "values", "runs", "state", "front", "feasible", "settings")  # of a point
+_KEPT = (
+    "name",
+    "kind",
+    "number",
+    "steps",
+    "cost",
+    "values",
+    "runs",
+    "state",
+    "front",
+    "feasible",
+    "settings",
+)  # of a point
 _NOT_ON_CONSOLE = ("unique MLPs", "95 % interval", "peak-to-final")
 # A column: header, and what stands there for a point.
 _Column = tuple[str, Callable[[points.Point], str]]
