@@ -103,6 +103,7 @@ def counts(name: str) -> tuple[int, float]:
     return profile.params, profile.macs
 
 
+@pytest.mark.slow
 def test_counts_of_vit_b_in_the_readme() -> None:
     table = rows(README, "| name | what it does |")
     assert [name for name, *_ in table] == list(REDUCTIONS)
@@ -197,6 +198,7 @@ def test_a_page_has_the_results_of_its_json(name: str) -> None:
     assert with_results(page, TEXTS[name](document)) == page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("systems" not in UNSTORED, reason="the page is held to its JSON")
 def test_the_systems() -> None:
     """Counts and detectable differences; the accuracies wait for a run whose records are kept, see `UNSTORED`."""
