@@ -38,7 +38,7 @@ NUMBER = re.compile(r"(?<!top-)(?<!Top-)(?<![\w.])\d[\d,]*(?:\.\d+)?(?![\w])")
 
 TEXTS = {"digits": results_text, "search": kept_text, "systems": results_text}
 # Pages with accuracies of runs whose records were not kept; the page says so. Their commands store those of the next run.
-UNSTORED = {"search", "systems"}
+UNSTORED = {"systems"}
 
 
 def stored(name: str) -> dict[str, Any]:
