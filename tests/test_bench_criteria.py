@@ -50,7 +50,7 @@ def test_the_claims_are_counted_from_the_table() -> None:
     assert "without repair the best criterion, `taylor`, is 1.00 ± 1.00 points from `random`, ahead for 2 of 3" in best
     # taylor is ahead by 2, 0, 1 points and fisher by 0, -1, -2, with equal |t|: 6 of the 8 sign flips reach it, those in which
     # models 1 and 3 keep the same sign, or models 2 and 3
-    assert best.endswith("models; p = 0.75 for the best of 2")
+    assert best.endswith("models; p = 0.750 for the best of 2")
     assert "repaired the best criterion, `fisher`, is 4.00 ± 0.00 points" in repaired
     facts = {"seeds": [1, 2, 3], "samples": 8, "images": 50, "scope": "uniform"}
     text = page(table, [95.0, 96.0, 97.0], {**facts, "command": "COMMAND", "recipe": "recipe digits"})
