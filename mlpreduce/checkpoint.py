@@ -22,6 +22,7 @@ from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import refuse_wrapped, structural_copy
 from mlpreduce.reduction import broken_ties, history, remember
+from mlpreduce.registry import origin
 from mlpreduce.surgery import carry_out
 from mlpreduce.ties import full_state
 
@@ -59,6 +60,9 @@ def save(model: nn.Module, directory: str | Path, build: dict[str, Any] | Litera
         "build": _how_built(model, build, call),
         "plans": [json.loads(made.to_json()) for made in history(model)],
     }
+    source = origin("model", description["build"]["name"]) if description["build"] else None
+    if source is not None and source.kind == "plug-in":
+        description["plugin"] = f"{Path(source.name).name} (sha256 {source.digest[:12]})"
     tensors, aliases = _unique_tensors(model, call)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -90,7 +94,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     call = f"load({str(directory)!r})"
     description, plans = read_saved(directory, call)
     if model is None:
-        model = _build(description["build"], call)
+        model = _build(description["build"], call, plugin=description.get("plugin"))
     elif history(model):
         raise ReductionError(f"{call}: the given model is reduced already; give one as it was built")
     refuse_wrapped(model, call)
@@ -321,7 +325,7 @@ def _checked(build: Any, call: str) -> dict[str, Any]:
     return build
 
 
-def _build(build: Any, call: str, device: str = "cpu") -> nn.Module:
+def _build(build: Any, call: str, device: str = "cpu", plugin: object = None) -> nn.Module:
     if build is None:
         raise ReductionError(f"{call}: how the model was built is not recorded; build it and give it as model=")
     build = _checked(build, call)
@@ -330,7 +334,8 @@ def _build(build: Any, call: str, device: str = "cpu") -> nn.Module:
     from mlpreduce.models import is_model
 
     if not is_model(build["name"]):
-        raise ReductionError(f"{call}: timm {timm.__version__} has no architecture {build['name']!r}")
+        own = f": it is of the plug-in {plugin}; run that first by mlpreduce.plugins.load_plugins" if plugin else ""
+        raise ReductionError(f"{call}: timm {timm.__version__} has no architecture {build['name']!r}{own}")
     forbidden = [key for key in build["kwargs"] if key in ("pretrained", *NOT_RECORDED)]
     if forbidden:
         raise ReductionError(
