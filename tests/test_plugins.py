@@ -61,8 +61,8 @@ def own_norm(units):
 def own_vit(pretrained=False, **kwargs):
     """A small ViT."""
     small = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    kwargs = {key: value for key, value in kwargs.items() if key not in ("pretrained_cfg", "pretrained_cfg_overlay")}
-    return timm.models.vision_transformer.VisionTransformer(**small | kwargs)
+    build = timm.models.vision_transformer._create_vision_transformer
+    return build("own_vit", pretrained=pretrained, **{**small, **kwargs})
 
 
 mlpreduce.register_model("own_half", "vit_tiny_patch16_224", [("shallow", {"ratio": 0.5})])
@@ -85,6 +85,7 @@ class Doubled(StandIn):
         super().__init__()
         self.weight = nn.Parameter(like.weight.detach().clone())
         self.bias = nn.Parameter(like.bias.detach().clone())
+        self.out_features, self.in_features = like.weight.shape
 
     @classmethod
     def in_place_of(cls, module):
@@ -100,7 +101,8 @@ def own_layer(parts, *, count=1):
     for mlp in list(parts)[:count]:
         for leaf in mlp.leaves:
             if leaf.role == "fc2":
-                yield Replace(leaf.path, "own_doubled", {})
+                tensors = parts.module(leaf.path)._parameters
+                yield Replace(leaf.path, "own_doubled", {}, {name: t.detach() for name, t in tensors.items()})
 '''
 
 RECIPE = """
@@ -326,8 +328,8 @@ def test_dry_run_names_the_file(toml: Path, mine: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("line", "fact"),
     [
-        ("yield Share(source.path, target.path)", "own_ends(count=1): the transform, of {plugin}, raised NameError"),
-        ("return timm.models.vision_transformer.VisionTransformer(**small | kwargs)", "variant baseline.*NameError"),
+        ("yield Share(source.path, target.path)", "own_ends(count=1): the transform"),
+        ('return build("own_vit", pretrained=pretrained, **{**small, **kwargs})', "variant baseline"),
     ],
 )
 def test_code_that_fails_when_it_is_used_is_found_before_the_first_epoch(
@@ -337,6 +339,7 @@ def test_code_that_fails_when_it_is_used_is_found_before_the_first_epoch(
     found = recipe.load(str(toml))
     with pytest.raises(ReductionError, match="NameError: name 'undefined' is not defined") as caught:
         running.train(found, tmp_path / "out")
+    assert fact in str(caught.value)
     assert str(found.plugins[0]) in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -360,7 +363,7 @@ def test_a_transform_of_this_process_does_not_reach_ray(tmp_path: Path, monkeypa
 def test_a_model_of_this_process_does_not_reach_ray(toml: Path, mine: Path, tmp_path: Path) -> None:
     load_plugins([mine])
     found = recipe.load(str(toml), ["plugins=[]", "launch.workers=2", "variants={baseline=[]}"])
-    with pytest.raises(ReductionError, match="the model 'own_vit' is of the plug-in .*mine.py .*does not name"):
+    with pytest.raises(ReductionError, match=r"the model 'own_vit' is of the plug-in .*mine.py .*does not name"):
         running.train(found, tmp_path / "out")
 
 
@@ -387,6 +390,7 @@ def test_a_changed_file_is_another_recipe_and_a_moved_one_is_not(toml: Path, min
     assert bare.config_hash == bare.model_copy(update={"directory": "/elsewhere"}).config_hash != run.config_hash
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_records_and_resumes_with_its_plugin(
     toml: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -549,3 +553,73 @@ def test_an_exported_recipe_carries_its_plugins(toml: Path, mine: Path, tmp_path
         export.originals(found)
     mine.write_text(CODE)
     assert export.originals(found) == [str(mine)]
+
+
+# on Ray
+
+SPACE = """
+def suggest(trial):
+    return [("own_ends", {"count": trial.suggest_int("count", 1, 2)})]
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_recipe_trains_under_ray_with_two_workers(toml: Path, tmp_path: Path) -> None:
+    found = recipe.load(str(toml), ["launch.workers=2", "train.batch_size=32"])
+    toml.with_name("mine.py").unlink()  # workers are sent its text
+    assert running.train(found, tmp_path / "out") == 0
+    variants = json.loads((tmp_path / "out" / "results.json").read_text())["variants"]
+    assert set(variants) == {"baseline", "ends", "narrow"}
+    assert (variants["baseline"]["unique_mlps"], variants["ends"]["unique_mlps"]) == (2, 1)
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/seed1/record.json")]
+    assert [{entry["workers"] for entry in record["epochs"]} for record in records] == [{2}] * 3
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_what_workers_cannot_run_is_refused_before_the_first_epoch(toml: Path, mine: Path, tmp_path: Path) -> None:
+    """The file asks for what is in this process only, so only a worker can tell."""
+    mine.write_text(f"import sys\n\nassert hasattr(sys, 'only_here')\n{CODE}")
+    sys.only_here = True  # type: ignore[attr-defined]
+    try:
+        found = recipe.load(str(toml), ["launch.workers=2"])
+        with pytest.raises(ReductionError, match="plug-in .*mine.py, line 3: AssertionError"):
+            running.train(found, tmp_path / "out")
+    finally:
+        del sys.only_here  # type: ignore[attr-defined]
+    assert not list((tmp_path / "out").glob("*/seed*/record.json"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_uses_a_plugin(toml: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlpreduce.search import run
+
+    (tmp_path / "space.py").write_text(SPACE)
+    overrides = ["model.kwargs={num_classes=10, depth=4}", "variants={baseline=[]}"]
+    settings: dict[str, Any] = {"trials": 2, "references": ("baseline",), "seeds": (1,)}
+    output = tmp_path / "study"
+    document = run(tmp_path / "space.py", str(toml), overrides=overrides, output=output, workers=1, **settings)
+    assert f"plug-in {read_plugin(mine)}" in capsys.readouterr().out
+    trials = [point for point in document["points"] if point["kind"] == "trial"]
+    assert {point["steps"][0]["transform"] for point in trials} == {"own_ends"}
+    assert all(point["values"]["top1"] >= 0 for point in trials)
+    exported = next((output / "best").glob("*.toml"))
+    moved = tmp_path / "moved"
+    (output / "best").rename(moved)
+    assert recipe.load(str(moved / exported.name)).plugins[0].digest == read_plugin(mine).digest
+    mine.write_text(f"{CODE}# changed\n")
+    with pytest.raises(ReductionError, match="plugins: was .*mine.py .*, is .*mine.py"):
+        run(tmp_path / "space.py", str(toml), overrides=overrides, output=output, workers=0, resume=True, **settings)
+
+
+def test_a_space_with_a_transform_of_this_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlpreduce import transforms
+    from mlpreduce.search import run
+
+    monkeypatch.setattr(transforms, "_TRANSFORMS", dict(transforms._TRANSFORMS))
+    (tmp_path / "space.py").write_text(CODE.partition("@register_criterion")[0] + SPACE)
+    with pytest.raises(ReductionError, match="Ray's workers do not run that; put the code into a file"):
+        run(tmp_path / "space.py", "digits_tiny", output=tmp_path / "study", workers=1, references=("baseline",))
+    assert not (tmp_path / "study").exists()

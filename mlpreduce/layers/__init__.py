@@ -72,8 +72,8 @@ LayerClass = TypeVar("LayerClass", bound=type[nn.Module])
 def register_layer(name: str) -> Callable[[LayerClass], LayerClass]:
     """Add a layer class under `name`, for `Replace` edits of your own transforms.
 
-    The class extends `StandIn` or `Wrapper`. Its class method `in_place_of(module, **config)` makes the layer that takes the place
-    of a module. A saved model names its layers: to load it, the same name must be registered.
+    The class extends `StandIn` or `Wrapper`. Its class method `in_place_of(module, **config)` makes the layer that takes the
+    place of a module. A saved model names its layers: to load it, the same name must be registered.
 
     Raises:
         ReductionError: the name is taken or not a string, or the class is not such a layer.
