@@ -87,6 +87,13 @@ class Doubled(StandIn):
         self.bias = nn.Parameter(like.bias.detach().clone())
         self.out_features, self.in_features = like.weight.shape
 
+    outputs = (("weight", 0), ("bias", 0))
+    inputs = (("weight", 1),)
+
+    @property
+    def macs(self):
+        return self.weight.numel(), 0
+
     @classmethod
     def in_place_of(cls, module):
         return cls(module)
@@ -584,7 +591,7 @@ def test_what_workers_cannot_run_is_refused_before_the_first_epoch(toml: Path, m
     sys.only_here = True  # type: ignore[attr-defined]
     try:
         found = recipe.load(str(toml), ["launch.workers=2"])
-        with pytest.raises(ReductionError, match="plug-in .*mine.py, line 3: AssertionError"):
+        with pytest.raises(ReductionError, match=r"plug-in .*mine.py, line 3: AssertionError"):
             running.train(found, tmp_path / "out")
     finally:
         del sys.only_here  # type: ignore[attr-defined]
@@ -610,7 +617,7 @@ def test_a_search_uses_a_plugin(toml: Path, mine: Path, tmp_path: Path, capsys: 
     (output / "best").rename(moved)
     assert recipe.load(str(moved / exported.name)).plugins[0].digest == read_plugin(mine).digest
     mine.write_text(f"{CODE}# changed\n")
-    with pytest.raises(ReductionError, match="plugins: was .*mine.py .*, is .*mine.py"):
+    with pytest.raises(ReductionError, match=r"plugins: was .*mine.py .*, is .*mine.py"):
         run(tmp_path / "space.py", str(toml), overrides=overrides, output=output, workers=0, resume=True, **settings)
 
 
