@@ -562,6 +562,31 @@ def test_an_exported_recipe_carries_its_plugins(toml: Path, mine: Path, tmp_path
     assert export.originals(found) == [str(mine)]
 
 
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_run_needs_no_file_in_another_process(toml: Path, mine: Path, tmp_path: Path) -> None:
+    runs = recipe.runs(recipe.load(str(toml)), tmp_path / "out")
+    (tmp_path / "runs.json").write_text(json.dumps([run.model_dump(mode="json") for run in runs]))
+    mine.unlink()
+    script = (
+        "import json\n"
+        "from mlpreduce.launch.execution import train_all\n"
+        "from mlpreduce.plugins import run_plugins\n"
+        "from mlpreduce.train import Runtime\n"
+        "from mlpreduce.train.names import check_known, names_of\n"
+        "from mlpreduce.train.settings import Run\n"
+        "runs = [Run.model_validate(run) for run in json.load(open('runs.json'))]\n"
+        "for run in runs:\n"
+        "    run_plugins(run.plugins)\n"
+        "check_known([name for run in runs for name in names_of(run)])\n"
+        "train_all(runs, Runtime(report=lambda e: print(e['event'], e['variant']), threads=1))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {f"end {variant}" for variant in ("baseline", "ends", "narrow")} <= set(done.stdout.splitlines())
+
+
 # on Ray
 
 SPACE = """
@@ -598,16 +623,18 @@ def test_what_workers_cannot_run_is_refused_before_the_first_epoch(toml: Path, m
     assert not list((tmp_path / "out").glob("*/seed*/record.json"))
 
 
-@pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_uses_a_plugin(toml: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.ray)])
+def test_a_search_uses_a_plugin(
+    workers: int, toml: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from mlpreduce.search import run
 
     (tmp_path / "space.py").write_text(SPACE)
     overrides = ["model.kwargs={num_classes=10, depth=4}", "variants={baseline=[]}"]
     settings: dict[str, Any] = {"trials": 2, "references": ("baseline",), "seeds": (1,)}
     output = tmp_path / "study"
-    document = run(tmp_path / "space.py", str(toml), overrides=overrides, output=output, workers=1, **settings)
+    document = run(tmp_path / "space.py", str(toml), overrides=overrides, output=output, workers=workers, **settings)
     assert f"plug-in {read_plugin(mine)}" in capsys.readouterr().out
     trials = [point for point in document["points"] if point["kind"] == "trial"]
     assert {point["steps"][0]["transform"] for point in trials} == {"own_ends"}
