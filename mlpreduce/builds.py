@@ -131,8 +131,8 @@ def _checked(build: Any, call: str) -> dict[str, Any]:
     return build
 
 
-def built(build: Any, call: str, device: str = "cpu") -> nn.Module:
-    """Build a model of timm as a saved description says.
+def built(build: Any, call: str, device: str = "cpu", plugin: object = None) -> nn.Module:
+    """Build a model of timm as a saved description says; `plugin` names the file that its architecture came from, if any.
 
     Raises:
         ReductionError: nothing is recorded, it is no build, names what would read other files, or timm cannot build it.
@@ -145,7 +145,8 @@ def built(build: Any, call: str, device: str = "cpu") -> nn.Module:
     from mlpreduce.models import is_model
 
     if not is_model(build["name"]):
-        raise ReductionError(f"{call}: timm {timm.__version__} has no architecture {build['name']!r}")
+        own = f": it is of the plug-in {plugin}; run that first by mlpreduce.plugins.load_plugins" if plugin else ""
+        raise ReductionError(f"{call}: timm {timm.__version__} has no architecture {build['name']!r}{own}")
     forbidden = [key for key in build["kwargs"] if key in ("pretrained", *NOT_RECORDED)]
     if forbidden:
         raise ReductionError(

@@ -23,6 +23,7 @@ from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import module_at, refuse_wrapped, structural_copy, unwrapped
 from mlpreduce.reduction import broken_ties, remember
+from mlpreduce.registry import origin
 from mlpreduce.surgery import carry_out
 from mlpreduce.ties import full_state, plans_of, reduced_parts, tangled_parts
 
@@ -70,6 +71,9 @@ def save(model: nn.Module, directory: str | Path, build: dict[str, Any] | Litera
         "plans": whole,
         **({"parts": plans} if plans else {}),
     }
+    source = origin("model", description["build"]["name"]) if description["build"] else None
+    if source is not None and source.kind == "plug-in":
+        description["plugin"] = f"{Path(source.name).name} (sha256 {source.digest[:12]})"
     tensors, aliases = _unique_tensors(model, call)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -101,7 +105,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     call = f"load({str(directory)!r})"
     description, plans = read_saved(directory, call)
     if model is None:
-        model = built(description["build"], call)
+        model = built(description["build"], call, plugin=description.get("plugin"))
     elif reduced := reduced_parts(model):
         which = f"{next(iter(reduced))} of the given model" if "" not in reduced else "the given model"
         raise ReductionError(f"{call}: {which} is reduced already; give one as it was built")

@@ -8,7 +8,7 @@ from typing import Any
 from mlpreduce.report.content import Table
 from mlpreduce.report.tables import RAW, comparison, mean_std, raw_top1, short
 
-__all__ = ["beyond_noise", "cautions", "overview"]
+__all__ = ["beyond_noise", "cautions", "overview", "variants_of"]
 
 RATE = 0.05  # of false discoveries
 LEAST = 3  # seeds, below which nothing is concluded
@@ -32,12 +32,12 @@ def overview(document: dict[str, Any]) -> Table:
 
     Where top-1 is that of a moving average, that of the trained weights is beside it.
     """
-    averaged = any(v.get("raw_top1_mean") is not None for _, v in _variants(document))
+    averaged = any(v.get("raw_top1_mean") is not None for _, v in variants_of(document))
     headers = [*HEADERS]
     if averaged:
         headers.insert(headers.index("top-1 %") + 1, RAW)
     rows = []
-    for name, v in _variants(document):
+    for name, v in variants_of(document):
         speed = "" if v["throughput"] is None else f"{v['throughput']:,.0f}"
         top1 = mean_std([run["top1"] for run in v["runs"]])
         compared = comparison(v["vs_baseline"]) if v["vs_baseline"] else [""] * 5
@@ -55,7 +55,7 @@ def cautions(document: dict[str, Any]) -> list[str]:
 
 def _behind(document: dict[str, Any]) -> Iterator[str]:
     """Which moving averages hide what was learned, and whether the ranking of the variants hangs on it."""
-    known = [(name, v["top1_mean"], v["raw_top1_mean"]) for name, v in _variants(document) if v.get("raw_top1_mean")]
+    known = [(name, v["top1_mean"], v["raw_top1_mean"]) for name, v in variants_of(document) if v.get("raw_top1_mean")]
     behind = [(name, average, raw) for name, average, raw in known if raw - average > BEHIND]
     if not behind:
         return
@@ -82,7 +82,7 @@ def beyond_noise(document: dict[str, Any]) -> str:
     """
     from scipy.stats import false_discovery_control
 
-    compared = [(name, v["vs_baseline"]) for name, v in _variants(document) if v["vs_baseline"]]
+    compared = [(name, v["vs_baseline"]) for name, v in variants_of(document) if v["vs_baseline"]]
     tested = [(name, v) for name, v in compared if v["p_value"] is not None and v["n"] >= LEAST]
     if len(compared) < 2:
         return ""
@@ -104,7 +104,7 @@ def beyond_noise(document: dict[str, Any]) -> str:
     return f"{'; '.join(parts)} (paired t-tests; {chance}: Benjamini-Hochberg)."
 
 
-def _variants(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def variants_of(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for point, part in document.get("points", {"": document}).items():
         for name, variant in part["variants"].items():
             yield f"{point} {name}".strip(), variant

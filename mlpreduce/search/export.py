@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,12 @@ def copy_plugins(recipe: Recipe, folder: Path) -> list[str]:
     names = []
     for plugin in recipe.plugins:
         stem = f"{Path(plugin.path).stem}-{plugin.digest[:8]}"
-        numbered = (f"{stem}{number}.py" for number in ("", *(f"-{n}" for n in count(2))))
-        name = next(name for name in numbered if not (folder / name).exists() or _has(folder / name, plugin))
+        numbered = (f"{stem}-{number}.py" for number in count(2))
+        name = next(
+            name
+            for name in chain([f"{stem}.py"], numbered)
+            if not (folder / name).exists() or _has(folder / name, plugin)
+        )
         (folder / name).write_bytes(plugin.source.encode())
         names.append(name)
     return names

@@ -132,7 +132,9 @@ def check_classes(model: nn.Module, run: Run, classes: int) -> None:
 def images_of(run: Run, model: nn.Module, batch: int = 1) -> torch.Tensor:
     """Zeros of the shape that a run trains on, (batch, channels, size, size), where the model lies."""
     like, size = next(model.parameters(), torch.empty(0)), run.data.image_size
-    shape = (batch, run.model.kwargs.get("in_chans", 3), size, size)
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = 3 if first is None else first.in_channels  # an architecture may have a number of its own
+    shape = (batch, run.model.kwargs.get("in_chans", channels), size, size)
     return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
