@@ -16,6 +16,7 @@ from mlpreduce.criteria.gram_schmidt import pivots
 TINY = ["train.epochs=1", "train.warmup_epochs=0", "model.kwargs.embed_dim=16", "model.kwargs.depth=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["uniform", "global"])
 def test_accuracy_of_every_criterion(scope: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--seeds", "1", "2", "--ratios", "0.5", "--samples", "40", "--scope", scope]

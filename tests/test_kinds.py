@@ -47,7 +47,13 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "kinds", "left_out"), KINDS, ids=[row[0] for row in KINDS])
+SLOW = ("gemma4_vit_167m", "coat_tiny")  # their kinds are those of others above
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "left_out"),
+    [pytest.param(*row, id=row[0], marks=[pytest.mark.slow] if row[0] in SLOW else []) for row in KINDS],
+)
 def test_kinds(name: str, kinds: dict[str, int], left_out: int) -> None:
     model = build(name)
     mlps = find_mlps(model)
