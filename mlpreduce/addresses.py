@@ -35,10 +35,11 @@ def hidden(text: str, *addresses: str) -> str:
         >>> hidden('cannot reach "word@host"', "postgresql://me:pass@word@host/study")
         'cannot reach "***@host"'
     """
-    text = re.sub(rf"{_SCHEME.pattern}\S*", lambda found: _shown(found[0]), text)
+    parts = re.split(rf"({_SCHEME.pattern}\S*)", text)  # every second one is an address
+    text = "".join(_shown(part) if odd % 2 else _LOGIN.sub(rf"\1:{_HIDDEN}@", part) for odd, part in enumerate(parts))
     for secret in sorted({part for address in addresses for part in _secrets_in(address)}, key=len, reverse=True):
         text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", _HIDDEN, text)
-    return _PAIR.sub(rf"\1\2{_HIDDEN}", _LOGIN.sub(rf"\1:{_HIDDEN}@", text))
+    return _PAIR.sub(rf"\1\2{_HIDDEN}", text)
 
 
 def _secrets_in(address: str) -> set[str]:

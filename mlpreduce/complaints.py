@@ -13,6 +13,7 @@ __all__ = ["complaint", "expected"]
 _EXPECTED = {
     "bool_parsing": "it must be true or false",
     "bool_type": "it must be true or false",
+    "dataclass_type": "it must be a table: {key = value}",
     "dict_type": "it must be a table: {key = value}",
     "finite_number": "it must be a finite number",
     "float_parsing": "it must be a number",

@@ -224,8 +224,9 @@ def cover(data: Path, marks: str | None) -> int:
         "-p",
         "mutation_contexts",
     ]
-    command += ["-p", "no:cacheprovider", "-n", "0", f"--junitxml={place / 'times.xml'}", "-o", "junit_family=xunit1"]
+    command += ["-p", "no:cacheprovider", f"--junitxml={place / 'times.xml'}", "-o", "junit_family=xunit1"]
     command += ["-m", marks] if marks else []
+    command += ["-n", "0"] if marks and "ray" in marks else []
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     status = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
     combine = [sys.executable, "-m", "coverage", "combine", "--quiet", f"--rcfile={settings}"]

@@ -832,7 +832,7 @@ def test_the_papers_names_in_a_fresh_process(tmp_path: Path, images: torch.Tenso
         ("vit_base_patch16_224", "vit_tiny_patch16_224", STEPS["tied"], "there is a model or function of this name"),
         ("test_life_tied", "vit_tiny_patch16_224", STEPS["tied"], "there is a model or function of this name"),
         ("create_model", "vit_tiny_patch16_224", STEPS["tied"], "there is a model or function of this name"),
-        ("a.b", "vit_tiny_patch16_224", STEPS["tied"], "it is letters, digits and _"),
+        ("a.b", "vit_tiny_patch16_224", STEPS["tied"], "a name is letters, digits and _"),
         (
             "unused",
             "vit_tiny_patch16_22",

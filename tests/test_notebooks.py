@@ -284,9 +284,6 @@ def test_progress_is_for_those_who_look(terminal: Terminal, monkeypatch: pytest.
     assert line_of(io.StringIO()) == ""
     monkeypatch.setattr(waiting, "DELAY", 1000.0)
     assert line_of(Terminal()) == ""
-    monkeypatch.setattr(waiting, "DELAY", 0.0)
-    monkeypatch.setattr(waiting.importlib.util, "find_spec", lambda name: None)  # without rich
-    assert line_of(Terminal()) == ""
 
 
 def test_work_within_work_shows_one_line(terminal: Terminal) -> None:

@@ -497,7 +497,7 @@ def test_the_keys_may_differ_when_a_run_goes_on() -> None:
     before = recipes.load("digits_tiny")
     assert before.train.probes == ()
     assert differences(before.model_dump(mode="json"), now.model_dump(mode="json")) == []
-    with pytest.raises(ReductionError, match=r"train\.probes.*'gradients', 'similarity', 'sharpness' or 'density'"):
+    with pytest.raises(ReductionError, match=r"train\.probes.*'gradients', 'similarity', 'sharpness', 'density'"):
         recipes.load("digits_tiny", ['train.probes=["norms"]'])
 
 

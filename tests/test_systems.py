@@ -486,10 +486,10 @@ def test_a_lack_of_memory_for_layers_changes_nothing(monkeypatch: pytest.MonkeyP
     model = tiny_vit()
     before, make = copy.deepcopy(model), surgery.make_layer
 
-    def scarce(name: str, module: nn.Module, config: dict[str, Any]) -> nn.Module:
+    def scarce(name: str, module: nn.Module, *others: Any) -> nn.Module:
         if not next(module.parameters()).is_meta:
             raise torch.OutOfMemoryError("out of memory")
-        return make(name, module, config)
+        return make(name, module, *others)
 
     monkeypatch.setattr(surgery, "make_layer", scarce)
     with pytest.raises(torch.OutOfMemoryError):

@@ -43,7 +43,7 @@ def overview(document: dict[str, Any]) -> Table:
         compared = comparison(v["vs_baseline"]) if v["vs_baseline"] else [""] * 5
         delta, interval, p, n, _ = compared
         raw = [raw_top1(v)] if averaged else []
-        cells = [f"{v['params']:,}", short(v["macs"]), speed, top1, *raw, f"{v['peak_to_final_mean']:.2f}"]
+        cells = [short(v["params"]), short(v["macs"]), speed, top1, *raw, f"{v['peak_to_final_mean']:.2f}"]
         rows.append([name, *cells, delta, interval, p, n])
     return Table(str(document["recipe"]), headers, rows)
 
