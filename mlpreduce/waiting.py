@@ -1,8 +1,8 @@
 """Progress of work that takes long: one line on stderr, for someone who is looking.
 
-Nothing is shown where stderr is not a terminal or notebook, in the first two seconds, in workers, within another such line,
-or where rich is not installed. There is no thread: the line is drawn when a step ends, between two steps, so that nothing that
-is timed or computed is disturbed.
+Nothing is shown where stderr is not a terminal or notebook, in the first two seconds, in workers, or within another such line.
+There is no thread: the line is drawn when a step ends, between two steps, so that nothing that is timed or computed is
+disturbed.
 """
 
 from __future__ import annotations

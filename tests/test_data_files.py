@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow_but
 from PIL import Image
 
 from mlpreduce.data import AugmentSettings, DataSettings, check, load
@@ -127,7 +128,7 @@ def damage(root: Path, split: str) -> tuple[Path, Path]:
     return first, second
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", slow_but([0, 1], 0))
 def test_a_damaged_image_stops_training_and_is_named(root: Path, workers: int) -> None:
     damaged = damage(root, "train")
     loaders = load(settings(root, workers=workers), STILL, micro_batch=8)
@@ -139,7 +140,7 @@ def test_a_damaged_image_stops_training_and_is_named(root: Path, workers: int) -
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip"])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", slow_but([0, 1], 0))
 def test_a_damaged_image_always_stops_validation(root: Path, workers: int, policy: str) -> None:
     damaged = damage(root, "val")
     loaders = load(settings(root, workers=workers, on_bad_image=policy), STILL, micro_batch=8)

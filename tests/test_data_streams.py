@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.marks import slow_but
 from PIL import Image
 
 from mlpreduce.data import AugmentSettings, DataSettings, Loaders, check, load, sources
@@ -150,7 +151,7 @@ class TestShards:
         assert epoch(again, 1) == second
 
     @pytest.mark.parametrize("world", [1, 2, 3])
-    @pytest.mark.parametrize("workers", [0, 1])
+    @pytest.mark.parametrize("workers", slow_but([0, 1], 0))
     def test_validation_counts_each_image_once_over_all_workers(self, root: Path, world: int, workers: int) -> None:
         shares = [
             load(settings(root, workers=workers), STILL, micro_batch=4, rank=r, world=world) for r in range(world)
@@ -183,7 +184,7 @@ class TestShards:
         with pytest.raises(ReductionError, match=r"train.aug_repeats=3.*is a stream"):
             load(settings(root), AugmentSettings(aug_repeats=3), micro_batch=4, world=2)
 
-    @pytest.mark.parametrize("workers", [0, 1])
+    @pytest.mark.parametrize("workers", slow_but([0, 1], 0))
     def test_damaged_images(self, root: Path, workers: int) -> None:
         shards(root, "train", [6, 6, 6, 6], damaged=(7,))
         with pytest.raises(ReductionError, match=r"train-1.tar: 0007: an image of the training set.*'skip'") as caught:
@@ -205,7 +206,7 @@ class TestShards:
         with pytest.raises(ReductionError, match=r"train-2.tar: a shard of split 'train' is damaged.*copy it anew"):
             numbers(load(settings(root, on_bad_image="skip"), STILL, micro_batch=4).train)
 
-    @pytest.mark.parametrize("workers", [0, 1])
+    @pytest.mark.parametrize("workers", slow_but([0, 1], 0))
     def test_a_validation_shard_that_was_cut_between_images(self, root: Path, workers: int) -> None:
         shard = root / "validation-0.tar"
         shard.write_bytes(shard.read_bytes()[: 3 * 2048])  # three samples of five, each of two members of 1,024 bytes
