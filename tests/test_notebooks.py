@@ -195,7 +195,7 @@ def test_completion_imports_nothing_heavy() -> None:
     code = (
         "import sys, mlpreduce\n"
         "names = [name for name in dir(mlpreduce) if name.startswith('p')]\n"
-        "assert names == ['plan', 'plot', 'profile'], names\n"
+        "assert names == ['plan', 'plot', 'plugins', 'profile'], names\n"
         "assert 'budget' in dir(mlpreduce)\n"
         "heavy = {'torch', 'timm', 'numpy', 'matplotlib', 'pydantic', 'rich', 'ray'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -17,7 +17,7 @@ from mlpreduce.graph import Inputs, call_with, example_inputs, find_mlps, map_te
 
 __all__ = ["Proof", "prove", "sliced_against_masked", "tied_is_copied"]
 
-TOLERANCE = 1e-5  # of the largest output, float32
+TOLERANCE = 1e-5  # of the largest output
 LARGE = 400  # pixels; larger images are given smaller if the architecture allows it
 
 
@@ -64,7 +64,7 @@ def _prove(architecture: str) -> Proof:
     model, kwargs = _real(architecture)
     generator = torch.Generator().manual_seed(1)
     inputs = map_tensors(example_inputs(model, 2), lambda x: torch.randn(x.shape, generator=generator))
-    gap, effect = sliced_against_masked(model, inputs)
+    gap, effect = _sliced_exactly(model, inputs)
     reduced = copy.deepcopy(model)
     try:
         grouped = tied_is_copied(model, inputs)
@@ -80,6 +80,19 @@ def _prove(architecture: str) -> Proof:
         trains=_idle(reduced, inputs) <= _idle(model, inputs),
         saved=_comes_back(reduced, inputs, {"name": architecture, "kwargs": kwargs}),
     )
+
+
+def _sliced_exactly(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
+    """`sliced_against_masked` in float64, where the model runs in it.
+
+    With random weights some models multiply rounding errors: Visformer has 5e-5 of its output in float32 with one thread,
+    2e-6 with two, and 0 in float64.
+    """
+    exact = map_tensors(inputs, lambda x: x.double() if x.is_floating_point() else x)
+    try:
+        return sliced_against_masked(copy.deepcopy(model).double(), exact)
+    except RuntimeError:  # it makes tensors of its own in float32
+        return sliced_against_masked(model, inputs)
 
 
 def sliced_against_masked(model: nn.Module, inputs: Inputs) -> tuple[float, float]:

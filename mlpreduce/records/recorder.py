@@ -267,6 +267,7 @@ def _connected(home: Path, name: str) -> tuple[MlflowClient, str]:
     Raises:
         ReductionError: MLflow's server or database cannot be reached.
     """
+    require("a record in MLflow", "mlflow")
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -286,7 +287,6 @@ def _client(address: str) -> MlflowClient:
     """The client of a tracking server or database. MLflow prints its address and names it in errors, so the client does not
     have the password in it: of a server, MLflow reads user and password from the environment at each request."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    require("a record in MLflow", "mlflow")
     if (known := credentials(address)) is not None:
         os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = known
         address = without_credentials(address)
