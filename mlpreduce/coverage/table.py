@@ -18,7 +18,8 @@ Every architecture of timm is built on the meta device. Its MLPs are found witho
 (`group=2, remainder="own"`) and sliced (`ratio=0.5`); after each, parameters and MACs, counted by running it, are those
 that the plan's formulas gave before. Of each family and kind of MLP the smallest architecture also runs with random
 weights on the CPU, unless it has more than 150 million parameters:
-sliced equals masked (the whole model, in which the units that go have no weight), to 1e-5 of the largest output, in float64 where the model runs in it; tied
+sliced equals masked (the whole model, in which the units that go have no weight), to 1e-5 of the largest output,
+in float64 where the model runs in it; tied
 with `scale="none"` equals, bit for bit, the model with copied values; every parameter that had a gradient still has
 one; saved and loaded, it gives the same output, bit for bit.
 
