@@ -29,7 +29,9 @@ from mlpreduce.testing import check_transform, tiny_vit
 # SQLAlchemy about mlflow's own tables
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.use_\\w+. is deprecated:DeprecationWarning"),  # Ray, when it copies its own settings
+    pytest.mark.filterwarnings(
+        "ignore:.use_\\w+. is deprecated:DeprecationWarning"
+    ),  # Ray, when it copies its own settings
     pytest.mark.usefixtures("one_thread"),
 ]
 
