@@ -19,7 +19,7 @@ from mlpreduce.plugins import add_option, load_plugins
 if TYPE_CHECKING:
     from torch import nn
 
-_OWN = ("bench", "recipe", "search", "report", "coverage")  # commands that are rooms with a `main` of their own
+_OWN = ("bench", "recipe", "search", "report", "coverage")  # commands whose room has its own `main`
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.abc
+import importlib.machinery
 import importlib.util
 import sys
 import traceback
@@ -148,9 +149,8 @@ def _run(plugin: Plugin) -> None:
 
     import mlpreduce.registration  # noqa: F401  (before: what a plug-in registers by it is the plug-in's)
 
-    spec = importlib.util.spec_from_loader(plugin.module, _Loader(plugin), origin=plugin.path)
-    assert spec is not None
-    assert spec.loader is not None
+    loader = _Loader(plugin)
+    spec = importlib.machinery.ModuleSpec(plugin.module, loader, origin=plugin.path)
     spec.has_location = True
     module = importlib.util.module_from_spec(spec)
     before = set(timm.list_models())
@@ -159,7 +159,7 @@ def _run(plugin: Plugin) -> None:
         with registering(plugin.origin, plugin.module), warnings.catch_warnings():
             warnings.filterwarnings("error", "Overwriting .* in registry")  # timm would replace a model of its own
             try:
-                spec.loader.exec_module(module)
+                loader.exec_module(module)
             finally:
                 for name in set(timm.list_models()) - before:
                     if origin("model", name) is None:
