@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # cores take ten times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # what Ray writes down for all of a machine, the clusters of each worker for themselves
+    os.environ["RAY_TMPDIR"] = f"{tempfile.gettempdir()}/ray-{os.environ['PYTEST_XDIST_WORKER']}-{os.getppid()}"
 
 import pytest
 import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from mlpreduce.__main__ import main
 from mlpreduce.bench.criteria import CHOICES, _claims, page
 from mlpreduce.bench.gram_schmidt import plain_loop
+from mlpreduce.bench.layers import layers_text
 from mlpreduce.criteria import choose, list_criteria
 from mlpreduce.criteria.gram_schmidt import pivots
 
@@ -73,10 +75,14 @@ def test_the_loop_beside_gram_schmidt_does_the_same(capsys: pytest.CaptureFixtur
     assert "--units 0: it must be at least 1" in capsys.readouterr().err
 
 
-def test_layers_are_timed_beside_dense_ones(capsys: pytest.CaptureFixture[str]) -> None:
+def test_layers_are_timed_beside_dense_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--batch", "2", "--tokens", "5", "--features", "16", "--hidden", "32", "--runs", "1", "--ratios", "0.5"]
-    assert main(["bench", "layers", *small]) == 0
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results: page.json -->\n<!-- end of results -->\n")
+    assert main(["bench", "layers", *small, "--page", str(page)]) == 0
     text = capsys.readouterr().out
+    assert text in page.read_text()
+    assert layers_text(json.loads((tmp_path / "page.json").read_text())) == text.rstrip("\n")
     assert "2 x 5 tokens, 16 x 32, float32, cpu" in text
     for what in ("projections", "MLP"):
         for name, part in (
@@ -85,7 +91,7 @@ def test_layers_are_timed_beside_dense_ones(capsys: pytest.CaptureFixture[str]) 
             ("low_rank 0.5", "0.469"),
             ("svft", "1.000"),
         ):
-            assert re.search(rf"{what}, {name} +{part} +[\d.]+ \([\d.]+ to [\d.]+\) +[\d.]+ .* \d+%", text)
+            assert re.search(rf"{what}, {name} \| {part} \| [\d.]+ \([\d.]+ to [\d.]+\) \| [\d.]+ .* \d+ %", text)
     assert main(["bench", "layers", *small, "--groups", "3"]) == 2
     assert "groups must divide both widths" in capsys.readouterr().err
 

@@ -18,8 +18,9 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.recipe.describe import describe as dry_run
 from mlpreduce.search import main, run
 from mlpreduce.search.answer import describe, history
+from mlpreduce.search.comparison import compare, comparison_text
 from mlpreduce.search.export import as_toml
-from mlpreduce.search.verbs import compare, open_study
+from mlpreduce.search.verbs import open_study
 from mlpreduce.train import build_model
 
 # SQLAlchemy about mlflow's own tables
@@ -150,8 +151,13 @@ def test_show_export_compare(study: Path, capsys: pytest.CaptureFixture[str], tm
     assert "shallow of the study sharing_width-digits_tiny: not of its front" in capsys.readouterr().out
     assert main(["export", str(study), "999"]) == 2
     assert "no such trial was trained; there are" in capsys.readouterr().err
-    assert main(["compare", str(study), str(study)]) == 0
-    assert "| 1.000 |" in capsys.readouterr().out
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results: page.json -->\n<!-- end of results -->\n")
+    assert main(["compare", str(study), str(study), str(study), "--page", str(page)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("| 1.000 |") == 2  # each with the first
+    assert text in page.read_text()
+    assert comparison_text(json.loads((tmp_path / "page.json").read_text())) == text.rstrip("\n")
     assert main(["show", str(tmp_path)]) == 2
     assert "there is no such file" in capsys.readouterr().err
 

@@ -11,15 +11,21 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from mlpreduce.bench.rounds import at_least_one, ratio_text, ratios, turns, value_text
+from mlpreduce.console import width
 from mlpreduce.errors import ReductionError
 from mlpreduce.layers import BlockDiagonalLinear, LowRankLinear, SvftLinear, block_orders, macs_of
+from mlpreduce.report.content import Table
+from mlpreduce.report.pages import for_console, markdown_table
+from mlpreduce.report.stored import check_page, keep
 
-__all__ = ["main"]
+__all__ = ["layers_text", "main"]
 
 Pair = tuple[nn.Module, nn.Module]
 
@@ -36,14 +42,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=7, help="turns of all layers (default: 7)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE.md", help="keep it beside this page as JSON, and its table in it"
+    )
     options = parser.parse_args(argv)
     try:
         at_least_one(options, ["batch", "tokens", "features", "hidden", "runs", "threads"], "layers")
+        if options.page is not None:
+            check_page(options.page)
         torch.set_num_threads(options.threads)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             pairs = _pairs(options.features, options.hidden, options.groups, options.ratios)
-        _measure(pairs, options)
+        document = _measure(pairs, options)
+        if options.page is not None:
+            keep(document, options.page, layers_text)
+        print(layers_text(document, width()))
     except ReductionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,17 +85,17 @@ def _pairs(features: int, hidden: int, groups: Sequence[int], parts: Sequence[fl
 
 
 @torch.inference_mode()
-def _measure(pairs: dict[str, Pair], options: argparse.Namespace) -> None:
-    """Time all in turns, and print what each needs beside the dense one."""
+def _measure(pairs: dict[str, Pair], options: argparse.Namespace) -> dict[str, Any]:
+    """Time all in turns; the MACs of a token, and the milliseconds of every turn."""
     device = torch.device(options.device)
     x = torch.randn(options.batch, options.tokens, options.features, device=device)
     h = torch.randn(options.batch, options.tokens, options.hidden, device=device)
     jobs: dict[tuple[str, str], Callable[[], object]] = {}
     for name, (fc1, fc2) in pairs.items():
         first, second = fc1.to(device), fc2.to(device)
-        jobs[name, "projections"] = partial(_both, (first, x), (second, h))
-        jobs[name, "MLP"] = partial(nn.Sequential(first, nn.GELU(), second), x)
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
+        jobs["projections", name] = partial(_both, (first, x), (second, h))
+        jobs["MLP", name] = partial(nn.Sequential(first, nn.GELU(), second), x)
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
     for job in jobs.values():
         job()
     for key in turns(options.runs, list(jobs)):
@@ -89,22 +103,37 @@ def _measure(pairs: dict[str, Pair], options: argparse.Namespace) -> None:
         start = time.perf_counter()
         jobs[key]()
         _wait(device)
-        seconds[key].append(time.perf_counter() - start)
+        taken[key].append(1e3 * (time.perf_counter() - start))
     macs = {name: sum(macs_of(layer)[0] for layer in pair) for name, pair in pairs.items()}
     threads = f", {options.threads} threads" if device.type == "cpu" else ""
-    print(
-        f"{options.batch} x {options.tokens} tokens, {options.features} x {options.hidden}, float32, {device}{threads}"
-    )
-    print(f"  {'':<32} {'MACs':>6}  {'ms, median (min to max)':<30} {'times as fast':<24} of the promise")
-    for what in ("projections", "MLP"):
-        dense = seconds["dense", what]
-        for name in pairs:
-            taken = seconds[name, what]
-            promise, faster = macs["dense"] / macs[name], ratios(dense, taken)
-            print(
-                f"  {f'{what}, {name}':<32} {1 / promise:>6.3f}  {value_text([1e3 * s for s in taken], '', digits=1):<30} "
-                f"{ratio_text(faster):<24} {faster[0] / promise:.0%}"
-            )
+    size = f"{options.batch} x {options.tokens} tokens, {options.features} x {options.hidden}"
+    return {
+        "schema": 1,
+        "conditions": f"{size}, float32, {device}{threads}",
+        "layers": [
+            {"of": of, "name": name, "macs": macs[name], "ms": [round(ms, 3) for ms in taken[of, name]]}
+            for of in ("projections", "MLP")
+            for name in pairs
+        ],
+    }
+
+
+def layers_text(document: dict[str, Any], columns: int | None = None) -> str:
+    """Write what was measured as a table, each layer beside the dense one: markdown, or for a console so many columns wide."""
+    dense = {row["of"]: row for row in document["layers"] if row["name"] == "dense"}
+    rows = []
+    for row in document["layers"]:
+        whole = dense[row["of"]]
+        promise, faster = whole["macs"] / row["macs"], ratios(whole["ms"], row["ms"])
+        rows.append(
+            [
+                *(f"{row['of']}, {row['name']}", f"{1 / promise:.3f}", value_text(row["ms"], "", digits=1)),
+                *(ratio_text(faster), f"{faster[0] / promise:.0%}".replace("%", " %")),
+            ]
+        )
+    headers = ["layer", "MACs", "ms, median (min to max)", "times as fast", "of the promise"]
+    table = Table(f"{document['conditions']}, {len(document['layers'][0]['ms'])} turns", headers, rows)
+    return f"{table.title}\n\n{markdown_table(table)}" if columns is None else for_console(table).text(columns)
 
 
 def _both(*calls: tuple[nn.Module, torch.Tensor]) -> None:
