@@ -10,8 +10,9 @@ that is off by one, a statement that is left out, or two arguments that have cha
 (a folder of it, or the modules beside them) has at least one. Faults listed in `mutation_equivalent.json` change nothing that
 can be observed; each has its reason there, and the next fault is drawn instead.
 
-For each fault the tests that execute its line run until the first failure, the quickest first: those of the default selection,
-and only if none of them fails, the others.
+For each fault the tests that execute its line run until the first failure, the quickest first: those of the default
+selection, and only if none of them fails, the others. A test counts only if it passes without the fault. Faults are put into
+copies of what is committed, so nothing else may have changed, and what is known of another commit is not used.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +62,7 @@ _SIGNS: dict[type[ast.operator], type[ast.operator]] = {
     ast.FloorDiv: ast.Mult,
 }
 _DROPPED = (ast.Expr, ast.AugAssign, ast.Raise, ast.Continue, ast.Break)
+_PHASE = re.compile(r" \((setup|call|teardown)\)$")  # of a test, which its name ends with
 _ANY_ORDER = ("max", "min")  # the order of their arguments does not matter
 _ONE_ORDER = ("isinstance", "issubclass", "getattr", "setattr", "hasattr", "cast")  # any other one fails at once
 
@@ -181,15 +184,23 @@ def draw(count: int, seed: int, covered: dict[str, set[int]], equivalent: set[st
     every: dict[str, dict[str, list[Fault]]] = {}  # by room and operator
     for path in sorted(covered):
         for found in faults(ROOT / path, covered[path]):
-            every.setdefault(found.room, {}).setdefault(found.operator, []).append(found)
+            if found.name not in equivalent:
+                every.setdefault(found.room, {}).setdefault(found.operator, []).append(found)
     chosen: list[Fault] = []
-    rooms = sorted(every)
-    while len(chosen) < count:
-        room = rooms[len(chosen)] if len(chosen) < len(rooms) else chance.choice(rooms)
+    waiting = sorted(every, reverse=True)
+    while len(chosen) < count and every:
+        room = waiting[-1] if waiting else chance.choice(sorted(every))
         operator = chance.choice(sorted(every[room]))
-        found = chance.choice(every[room][operator])
-        if found not in chosen and found.name not in equivalent and _parses(found):
+        places = every[room][operator]
+        found = places.pop(chance.randrange(len(places)))
+        if not places:
+            del every[room][operator]
+        if _parses(found):
             chosen.append(found)
+            waiting = waiting[:-1]
+        if not every[room]:
+            del every[room]
+            waiting = [one for one in waiting if one != room]
     return chosen
 
 
@@ -206,7 +217,8 @@ def cover(data: Path, marks: str | None) -> int:
     """Run tests once and note which executes which line, and how long each takes."""
     name = marks or DEFAULT
     place = data / name.replace(" ", "_")
-    place.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
     settings = place / "coveragerc"
     settings.write_text(
         f"[run]\nsource = {PACKAGE}\ndata_file = {place / 'coverage'}\nparallel = true\npatch = subprocess\n"
@@ -235,7 +247,7 @@ def cover(data: Path, marks: str | None) -> int:
     tests = sorted({test for found in lines.values() for contexts in found.values() for test in contexts})
     number = {test: index for index, test in enumerate(tests)}
     short = {p: {line: [number[t] for t in contexts] for line, contexts in found.items()} for p, found in lines.items()}
-    document = {"tests": tests, "lines": short, "seconds": _times(place / "times.xml")}
+    document = {"commit": commit(), "tests": tests, "lines": short, "seconds": _times(place / "times.xml")}
     (data / f"{place.name}.json").write_text(json.dumps({"selection": name, **document}))
     print(f"{name}: {sum(map(len, lines.values()))} lines executed; pytest ended with {status}")
     return status
@@ -251,7 +263,7 @@ def _lines(file: Path) -> dict[str, dict[int, list[str]]]:
         path = str(Path(name).relative_to(ROOT))
         by_line = data.contexts_by_lineno(name)
         found[path] = {
-            line: sorted({context.partition(" (")[0] for context in contexts})
+            line: sorted({_PHASE.sub("", context) for context in contexts})
             for line, contexts in sorted(by_line.items())
         }
     return found
@@ -277,19 +289,11 @@ def reaching(fault: Fault, covered: dict[str, Any]) -> list[str]:
 
 def run(chosen: list[Fault], selections: list[dict[str, Any]], results: Path, jobs: int, limit: int) -> list[Outcome]:
     """Run the tests that reach each fault, until the first failure."""
-    known = {entry["fault"]["path"] + str(entry["fault"]): entry for entry in _read(results)}
+    known = {json.dumps(entry["fault"]): entry for entry in _read(results)}
     copies: Queue[Path] = Queue()
-    scratch = Path(tempfile.mkdtemp(prefix="mutation"))
-    for number in range(jobs):
-        folder = scratch / str(number)
-        clone = ["git", "clone", "--quiet", str(ROOT), str(folder)]
-        subprocess.run(clone, check=True)
-        copies.put(folder)
-    outcomes = []
 
     def one(fault: Fault) -> Outcome:
-        key = asdict(fault)
-        if (entry := known.get(fault.path + str(key))) is not None:
+        if (entry := known.get(json.dumps(asdict(fault)))) is not None:
             return Outcome(fault, **{name: value for name, value in entry.items() if name != "fault"})
         folder = copies.get()
         try:
@@ -301,65 +305,85 @@ def run(chosen: list[Fault], selections: list[dict[str, Any]], results: Path, jo
         print(f"{outcome.caught_by or 'SURVIVED':<60} {fault.path}:{fault.line} {fault.operator}", flush=True)
         return outcome
 
-    try:
+    with tempfile.TemporaryDirectory(prefix="mutation", ignore_cleanup_errors=True) as scratch:
+        for number in range(jobs):
+            folder = Path(scratch) / str(number)
+            subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+            copies.put(folder)
         with ThreadPoolExecutor(jobs) as pool:
-            outcomes = list(pool.map(one, chosen))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return outcomes
+            return list(pool.map(one, chosen))
 
 
 def _try(fault: Fault, folder: Path, selections: list[dict[str, Any]], limit: int) -> Outcome:
     outcome, begun = Outcome(fault), time.monotonic()
     file = folder / fault.path
     whole = file.read_text(encoding="utf-8")
-    file.write_text(changed_text(fault, folder), encoding="utf-8")
-    try:
-        for covered in selections:
-            tests = reaching(fault, covered)
-            outcome.tests[covered["selection"]] = len(tests)
-            if tests and (found := _first_failure(tests[:limit], folder)):
+    faulty = changed_text(fault, folder)
+    for covered in selections:
+        tests = reaching(fault, covered)[:limit]
+        outcome.tests[covered["selection"]] = len(tests)
+        while tests:
+            file.write_text(faulty, encoding="utf-8")
+            try:
+                found = _first_failure(tests, folder)
+            finally:
+                file.write_text(whole, encoding="utf-8")
+            if not found:
+                break
+            if found not in tests or not _first_failure(
+                [found], folder
+            ):  # all of them, or one that passes without the fault
                 outcome.caught_by, outcome.selection = found, covered["selection"]
                 break
-    finally:
-        file.write_text(whole, encoding="utf-8")
-        outcome.seconds = round(time.monotonic() - begun, 1)
+            print(f"{found} fails without a fault too, and does not count", flush=True)
+            tests.remove(found)
+        if outcome.caught_by:
+            break
+    outcome.seconds = round(time.monotonic() - begun, 1)
     return outcome
 
 
 def _first_failure(tests: list[str], folder: Path) -> str:
-    """The first test that fails, or ""."""
+    """The first test that fails; "collection" if the package no longer imports, "timeout" if it never ends, "" if all pass."""
     report = folder / "failure.xml"
     report.unlink(missing_ok=True)
     listed = folder / "tests.txt"
     listed.write_text("\n".join(tests))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-n",
-        "0",
-        "-m",
-        "",
-        "-p",
-        "no:cacheprovider",
-        "--timeout=300",
-    ]
-    command += [f"--junitxml={report}", "-o", "junit_family=xunit1", f"@{listed}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-m", "", "-p", "no:cacheprovider"]
+    command += ["--timeout=300", f"--junitxml={report}", "-o", "junit_family=xunit1", f"@{listed}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "tests")])}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=3600
+        )
+    except subprocess.TimeoutExpired:
+        return "timeout"
     if done.returncode == 0:
         return ""
+    if done.returncode == 5 or "ERROR: not found:" in done.stdout + done.stderr:
+        raise SystemExit(f"tests are not as they were; run `cover` again:\n{(done.stdout + done.stderr)[-2000:]}")
     if report.is_file():
         for case in ElementTree.parse(report).getroot().iter("testcase"):
             if case.find("failure") is not None or case.find("error") is not None:
-                return f"{case.get('file') or case.get('classname')}::{case.get('name')}"
-    if done.returncode in (2, 3, 4):  # it could not even collect: the package does not import
-        return "collection"
-    return "timeout"
+                name = f"{case.get('file') or case.get('classname')}::{case.get('name')}"
+                return name if name in tests else "collection"
+    return "collection" if done.returncode in (2, 3, 4) else "timeout"
+
+
+def commit() -> str:
+    """The commit that is checked out; nothing else may lie in the package or the tests.
+
+    Raises:
+        SystemExit: something was changed since.
+    """
+    found = subprocess.run(
+        ["git", "status", "--porcelain", "mlpreduce", "tests"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    if found:
+        raise SystemExit(f"commit these first, or take them back:\n{found}")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
+    return head.stdout.strip()
 
 
 def _read(results: Path) -> list[dict[str, Any]]:
@@ -376,9 +400,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time")
     parser.add_argument("--limit", type=int, default=10**6, help="tests of a selection that are run at most")
     options = parser.parse_args()
+    data = options.data.resolve()
+    head = commit()
     if options.verb == "cover":
-        return cover(options.data, options.marks)
-    selections = [json.loads(path.read_text()) for path in options.data.glob("*.json")]
+        return cover(data, options.marks)
+    selections = [json.loads(path.read_text()) for path in data.glob("*.json")]
+    selections = [covered for covered in selections if covered["commit"] == head]
     selections.sort(key=lambda covered: covered["selection"] != DEFAULT)
     if not selections or selections[0]["selection"] != DEFAULT:
         parser.error("run `cover` first")
@@ -389,7 +416,8 @@ def main() -> int:
         for fault in chosen:
             print(f"{fault.path}:{fault.line} {fault.operator}: {fault.before!r} -> {fault.after!r}")
         return 0
-    outcomes = run(chosen, selections, options.data / f"outcomes_{options.seed}.jsonl", options.jobs, options.limit)
+    results = data / f"outcomes_{head[:12]}_{options.seed}.jsonl"
+    outcomes = run(chosen, selections, results, options.jobs, options.limit)
     quick = sum(outcome.selection == DEFAULT for outcome in outcomes)
     whole = sum(bool(outcome.caught_by) for outcome in outcomes)
     print(f"\n{len(outcomes)} faults: {quick} caught by the default selection, {whole} by all tests")
