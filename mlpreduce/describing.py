@@ -137,6 +137,8 @@ def _criterion(name: str) -> Description:
         "images": "calibration images",
         "loss": "calibration images and a loss",
         "gates": "gates that are learned on calibration images",
+        "moments": "means and variances of the units on calibration images",
+        "pairs": "second moments of all pairs of units on calibration images",
     }[criterion.needs]
     return _of_function(name, "criterion", criterion.function, criterion.options, [("looks at", looks)])
 

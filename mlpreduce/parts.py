@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from mlpreduce.budget import Baseline, counted, measure
 from mlpreduce.calibration import Answers, Loss
-from mlpreduce.criteria import as_order, choose
+from mlpreduce.criteria import Ranking, as_order, choose
 from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import (
@@ -70,6 +70,7 @@ class Parts(Sequence[MLP]):
         data: calibration data, for criteria that look at it.
         loss: of what the model gives and labels; by default the cross entropy.
         example_inputs: what the model is called with, to count MACs.
+        refitted: whether what stays is refitted, so that the bias of fc2 takes up the means of what goes.
     """
 
     def __init__(
@@ -81,9 +82,10 @@ class Parts(Sequence[MLP]):
         data: Any = None,
         loss: Loss | None = None,
         example_inputs: Inputs | None = None,
+        refitted: bool = False,
     ) -> None:
         self._model, self._mlps, self._every = model, list(mlps), list(every or mlps)
-        self._answers, self._inputs = Answers(model, self._every, data, loss), example_inputs
+        self._answers, self._inputs = Answers(model, self._every, data, loss, refitted=refitted), example_inputs
         self.chains = chains(self._mlps)
         self.notes: list[str] = []
 
@@ -249,6 +251,8 @@ class Parts(Sequence[MLP]):
             ReductionError: as `order`; the criterion gives an order alone.
         """
         answer = self._answers.of(mlp, choose(criterion), seed)
+        if isinstance(answer, Ranking):
+            answer = answer.scores
         if not answer.is_floating_point():
             raise ReductionError(
                 f"criterion {choose(criterion)} orders the units of each MLP, and gives no scores to compare MLPs by; use "

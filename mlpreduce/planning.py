@@ -122,7 +122,8 @@ def make_plan(
         if not scope:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
             raise ReductionError(f"none of {len(mlps)} MLPs is in scope ({reasons})")
-        parts = Parts(model, scope, mlps, data=data, loss=loss, example_inputs=example_inputs)
+        refitted = config.get("repair", "none") != "none"
+        parts = Parts(model, scope, mlps, data=data, loss=loss, example_inputs=example_inputs, refitted=refitted)
         edits = tuple(entry.function(parts, **config) or ())
         strange = [edit for edit in edits if not isinstance(edit, Slice | Share | Replace | Assign | Scale)]
         if strange:

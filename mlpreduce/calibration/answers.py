@@ -12,7 +12,8 @@ from mlpreduce.calibration.learn import measure_gates
 from mlpreduce.calibration.measure import Loss, Measured, measure_scores
 from mlpreduce.calibration.moments import measure_moments
 from mlpreduce.calibration.similarity import measure_similarity
-from mlpreduce.criteria import Choice, HiddenUnits, derived_seed
+from mlpreduce.calibration.units import UnitSums, measure_units
+from mlpreduce.criteria import Choice, HiddenUnits, Moments, Ranking, derived_seed
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at
 from mlpreduce.layers import merged
@@ -28,11 +29,23 @@ class Answers:
         mlps: its MLPs, all uses.
         data: calibration data, if there is any.
         loss: of what the model gives and labels; by default the cross entropy.
+        refitted: whether what is chosen is refitted, so that the bias of fc2 takes up the means of what goes.
     """
 
-    def __init__(self, model: nn.Module, mlps: Sequence[MLP], data: Any = None, loss: Loss | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mlps: Sequence[MLP],
+        data: Any = None,
+        loss: Loss | None = None,
+        *,
+        refitted: bool = False,
+    ) -> None:
         self._model, self._mlps, self._data, self._loss = model, mlps, data, loss
+        self._refitted = refitted
         self._measured: dict[tuple[str, int], Measured] = {}
+        self._sums: dict[tuple[bool, bool], dict[str, UnitSums]] = {}  # by whether of pairs, and of a loss
+        self._of_moments: dict[tuple[str, str], torch.Tensor | Ranking] = {}  # by criterion and owner
         self._moments: dict[str, torch.Tensor] | None = None
         self._used: set[str] = set()
 
@@ -66,30 +79,46 @@ class Answers:
             module = merged(module)
         return _with_values(held if module is None else getattr(module, name, held), path)
 
-    def of(self, mlp: MLP, choice: Choice, seed: int = 0, wanted: int | None = None) -> torch.Tensor:
-        """Scores of the units of an MLP, or their order, (hidden units,): see `mlpreduce.criteria`.
+    def of(self, mlp: MLP, choice: Choice, seed: int = 0, wanted: int | None = None) -> torch.Tensor | Ranking:
+        """Scores of the units of an MLP, or their order, (hidden units,), or both: see `mlpreduce.criteria`.
 
         Raises:
             ReductionError: the criterion needs weights or data and there are none, or gives what is neither.
         """
         criterion = choice.criterion
+        if criterion.needs in ("moments", "pairs"):
+            key = str(choice), mlp.owner
+            if key not in self._of_moments:
+                self._of_moments[key] = _checked(choice, mlp, choice.values(self._moments_of(mlp, choice, seed)))
+            return self._of_moments[key]
         if criterion.of_data:
             if (key := (str(choice), seed)) not in self._measured:
                 self._measured[key] = self._measure(choice, seed)
             return self._measured[key].scores[mlp.owner]
-        units = HiddenUnits(mlp, self._plain, derived_seed(seed, mlp.owner), wanted)
-        answer = choice.values(units)
-        if tuple(answer.shape) != (len(units),) or not answer.isfinite().all():
-            raise ReductionError(
-                f"criterion {choice} gave {tuple(answer.shape)} values for the {len(units)} hidden units of {mlp.name}, or "
-                f"some that are not finite; are its weights?"
-            )
-        if not answer.is_floating_point() and sorted(answer.tolist()) != list(range(len(units))):
-            raise ReductionError(
-                f"criterion {choice} gave whole numbers for {mlp.name} that are no order of its {len(units)} hidden units; "
-                f"give each unit once, or scores in floating point"
-            )
-        return answer
+        return _checked(choice, mlp, choice.values(self._units(mlp, seed, wanted)))
+
+    def _units(self, mlp: MLP, seed: int = 0, wanted: int | None = None) -> HiddenUnits:
+        return HiddenUnits(mlp, self._plain, derived_seed(seed, mlp.owner), wanted)
+
+    def _moments_of(self, mlp: MLP, choice: Choice, seed: int) -> Moments:
+        """What a criterion of moments or pairs looks at; the data is read once for all MLPs."""
+        kind = choice.criterion.needs == "pairs", choice.needs_loss
+        if kind not in self._sums:
+            self._used |= {"data", "loss"} if choice.needs_loss else {"data"}
+            found = measure_units(self._model, self._mlps, self._data, choice, self._loss)
+            self._sums[kind], self._measured[str(choice), seed] = found
+        sums, units = self._sums[kind][mlp.owner], self._units(mlp, seed)
+        wanted = None if sums.wanted is None else sums.wanted / sums.examples
+        return Moments(
+            units,
+            units.weights("fc2.weight").double().T.to(sums.total.device),
+            sums.rows,
+            sums.total,
+            sums.squares,
+            sums.pairs,
+            wanted,
+            folded=self._refitted and sums.biased,
+        )
 
     def similarity(self) -> dict[tuple[str, str], float]:
         """Linear CKA of what MLPs give on the data, for each pair of names: see `measure_similarity`."""
@@ -109,6 +138,27 @@ class Answers:
         if choice.criterion.needs == "gates":
             return measure_gates(self._model, self._mlps, choice, self._data, self._loss)
         return measure_scores(self._model, self._mlps, choice, self._data, self._loss, seed)
+
+
+def _checked(choice: Choice, mlp: MLP, answer: torch.Tensor | Ranking) -> torch.Tensor | Ranking:
+    """What a criterion gave, if it is of all units and finite.
+
+    Raises:
+        ReductionError: it is not.
+    """
+    size = mlp.hidden_features
+    for values in (answer.order, answer.scores) if isinstance(answer, Ranking) else (answer,):
+        if tuple(values.shape) != (size,) or not values.isfinite().all():
+            raise ReductionError(
+                f"criterion {choice} gave {tuple(values.shape)} values for the {size} hidden units of {mlp.name}, or "
+                f"some that are not finite; are its weights?"
+            )
+        if not values.is_floating_point() and sorted(values.tolist()) != list(range(size)):
+            raise ReductionError(
+                f"criterion {choice} gave whole numbers for {mlp.name} that are no order of its {size} hidden units; "
+                f"give each unit once, or scores in floating point"
+            )
+    return answer
 
 
 def _with_values(value: Any, path: str) -> torch.Tensor:

@@ -19,7 +19,7 @@ from mlpreduce.calibration.quiet import (
 )
 from mlpreduce.calibration.samples import Samples
 from mlpreduce.calibration.taps import Gates, Taps
-from mlpreduce.criteria import Choice, Seen, derived_seed
+from mlpreduce.criteria import Choice, Ranking, Seen, derived_seed
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, tensor_of
 
@@ -97,6 +97,8 @@ def _sums(
                     seen = _changes(taps, objective, images, signs, criterion.name)
             for owner, what in seen.items():
                 value = choice.values(what)
+                if isinstance(value, Ranking):
+                    raise ReductionError(f"criterion {choice} gave a Ranking for a few examples; give values of each")
                 if tuple(value.shape) != (len(images), len(sums[owner])):
                     raise ReductionError(
                         f"criterion {choice} gave values of shape {tuple(value.shape)} for {len(images)} examples and "

@@ -7,6 +7,8 @@ A criterion is a function of one MLP. Its keyword parameters are its options, wr
   important) or their order (integers, the most important first);
 - `Seen`, if it needs images or a loss: what the units did for a few examples. It returns a value of each unit for each
   example; the score is the mean over all examples;
+- `Moments`, if it needs moments or pairs: means and variances of what the units give over all examples. It returns scores,
+  an order, or a `Ranking`, which is both;
 - gates of the units, learned on data, if it needs gates.
 
 An order serves every width, so narrower choices are nested. Only scores can be compared between MLPs.
@@ -34,6 +36,8 @@ __all__ = [
     "Choice",
     "Criterion",
     "HiddenUnits",
+    "Moments",
+    "Ranking",
     "Seen",
     "as_order",
     "choose",
@@ -44,7 +48,7 @@ __all__ = [
     "unit_weights",
 ]
 
-Needs = Literal["nothing", "weights", "images", "loss", "gates"]
+Needs = Literal["nothing", "weights", "images", "loss", "gates", "moments", "pairs"]
 Objective = Callable[["nn.Module", "torch.Tensor"], "torch.Tensor"]
 
 # where a unit is looked at, and the leaves at which that is: what comes out of fc1, or goes into fc2
@@ -63,6 +67,7 @@ class Criterion:
         objective: `(model, images) -> scalar`, the mean over the images, where its loss needs no labels; else None.
         probes: random sign vectors along which it looks at the second derivative of the loss; 0 for none.
         draws: whether it draws random numbers by `HiddenUnits.seed`, so that the runs of a recipe each draw their own.
+        with_loss: `(options) -> bool`: whether one that needs pairs also looks at the loss.
     """
 
     name: str
@@ -71,6 +76,7 @@ class Criterion:
     objective: Objective | None = None
     probes: int = 0
     draws: bool = False
+    with_loss: Callable[[Mapping[str, Any]], bool] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -81,7 +87,7 @@ class Criterion:
     @property
     def of_data(self) -> bool:
         """Whether it looks at calibration data."""
-        return self.needs in ("images", "loss", "gates")
+        return self.needs in ("images", "loss", "gates", "moments", "pairs")
 
 
 @dataclass(frozen=True)
@@ -95,14 +101,20 @@ class Choice:
         return call_text(self.criterion.name, self.options)
 
     @property
+    def needs_loss(self) -> bool:
+        """Whether it looks at a loss."""
+        asked = self.criterion.with_loss
+        return self.criterion.needs == "loss" or (asked is not None and asked(self.criterion.options | self.options))
+
+    @property
     def sites(self) -> tuple[str, ...]:
         """Leaves at which it looks."""
         site = (self.criterion.options | self.options).get("site", "act")
         check_one_of(f"criterion {self}: site", site, SITES)
         return SITES[site]
 
-    def values(self, given: Any) -> torch.Tensor:
-        """What the criterion makes of units, of what they did, or of their gates.
+    def values(self, given: Any) -> torch.Tensor | Ranking:
+        """What the criterion makes of units, of what they did, of their moments, or of their gates.
 
         Raises:
             ReductionError: it raises whatever it may, or gives no tensor.
@@ -115,7 +127,7 @@ class Choice:
             raise
         except Exception as error:  # whatever a user's criterion raises
             raise ReductionError(f"criterion {self} raised {type(error).__name__}: {error}") from error
-        if not isinstance(found, torch.Tensor):
+        if not isinstance(found, torch.Tensor | Ranking):
             raise ReductionError(f"criterion {self} gave a {type(found).__name__}; give a tensor")
         return found
 
@@ -165,6 +177,68 @@ class Seen:
         return sum(self.change[leaf] for leaf in SITES[site])  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Units in an order, with scores that do not rise along it and may be equal.
+
+    Attributes:
+        order: (hidden units,) whole numbers, the most important first.
+        scores: (hidden units,) in floating point, which can be compared between MLPs.
+    """
+
+    order: torch.Tensor
+    scores: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What fc2 of one MLP is given over all calibration data, all positions and, of a tied MLP, all uses; in float64.
+
+    Attributes:
+        units: the hidden units.
+        weight: fc2's, (outputs, hidden units).
+        rows: positions in each half of the examples, (2,).
+        total: sums of a in each half, (2, hidden units).
+        squares: sums of a^2, (2, hidden units).
+        pairs: sums of a a^T, (2, hidden units, hidden units), if the criterion needs pairs.
+        wanted: the mean over the examples of sums of g g^T, (outputs, outputs), g the gradient of an example's loss by what fc2
+            gives at a position, if it looks at a loss.
+        folded: whether a repair follows and fc2 has a bias, which then takes up the means of the units that go.
+    """
+
+    units: HiddenUnits
+    weight: torch.Tensor
+    rows: torch.Tensor
+    total: torch.Tensor
+    squares: torch.Tensor
+    pairs: torch.Tensor | None = None
+    wanted: torch.Tensor | None = None
+    folded: bool = False
+
+    def mean_square(self, *, centred: bool) -> torch.Tensor:
+        """Of each unit over all positions; about its mean where centred."""
+        found = self.squares.sum(0) / self.rows.sum()
+        if centred:
+            found = found - (self.total.sum(0) / self.rows.sum()).square()
+        return found.clamp(min=0)
+
+    def products(self, *, centred: bool, half: int | None = None) -> torch.Tensor:
+        """Means of a a^T, (hidden units, hidden units), of all or of one half; of a without its mean where centred.
+
+        Raises:
+            ReductionError: the criterion is not registered with needs="pairs".
+        """
+        if self.pairs is None:
+            raise ReductionError('pairs of units were not looked at; register the criterion with needs="pairs"')
+        some = slice(None) if half is None else slice(half, half + 1)
+        rows = self.rows[some].sum()
+        found = self.pairs[some].sum(0) / rows
+        if centred:
+            mean = self.total[some].sum(0) / rows
+            found = found - mean.outer(mean)
+        return found
+
+
 UNIT_WEIGHTS = ("fc1.weight", "fc1.bias", "fc2.weight")
 
 _CRITERIA: dict[str, Criterion] = {}
@@ -177,6 +251,7 @@ def register_criterion(
     objective: Objective | None = None,
     probes: int = 0,
     draws: bool = False,
+    with_loss: Callable[[Mapping[str, Any]], bool] | None = None,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Add a criterion under `name`.
 
@@ -185,11 +260,12 @@ def register_criterion(
     Args:
         name: what users write in `criterion=`.
         needs: `nothing` (it then works on the meta device), `weights`, `images`, `loss` (images, their labels unless
-            there is an `objective`, and a backward pass), or `gates` (the same; its options are `coefficient`, `lr` and
-            `epochs`).
+            there is an `objective`, and a backward pass), `gates` (the same; its options are `coefficient`, `lr` and
+            `epochs`), `moments` (means and variances of the units on images), or `pairs` (also of all pairs).
         objective: `(model, images) -> scalar`: a loss that needs no labels.
         probes: random sign vectors along which the second derivative is estimated.
         draws: whether it draws random numbers by `HiddenUnits.seed`; in a recipe each run then gives its own seed.
+        with_loss: `(options) -> bool`: whether one that needs pairs also looks at the loss.
 
     Raises:
         ReductionError: the name is no identifier or is taken, or an option has no default.
@@ -200,7 +276,7 @@ def register_criterion(
         if name in _CRITERIA:
             raise ReductionError(f"register_criterion({name!r}): there is a criterion of this name already")
         check_one_of(f"register_criterion({name!r}): needs", needs, get_args(Needs))
-        criterion = Criterion(name, function, needs, objective, probes, draws)
+        criterion = Criterion(name, function, needs, objective, probes, draws, with_loss)
         missing = [] if needs != "gates" else [key for key in GATE_OPTIONS if key not in criterion.options]
         if missing:
             raise ReductionError(
@@ -273,10 +349,12 @@ def list_criteria() -> list[str]:
     return sorted(_CRITERIA)
 
 
-def as_order(answer: torch.Tensor) -> list[int]:
+def as_order(answer: torch.Tensor | Ranking) -> list[int]:
     """Units by importance from what a criterion returns; where scores are equal, the lower index first."""
     import torch
 
+    if isinstance(answer, Ranking):
+        answer = answer.order
     if answer.is_floating_point():
         answer = torch.sort(answer, descending=True, stable=True).indices
     order: list[int] = answer.tolist()
@@ -329,6 +407,7 @@ def unit_weights(mlp: MLP, tensor: Callable[[str], torch.Tensor], names: Sequenc
 
 from mlpreduce.criteria import (  # noqa: E402, F401  (they register themselves)
     activation,
+    energy,
     entropy_taylor,
     first,
     fisher,
@@ -340,5 +419,6 @@ from mlpreduce.criteria import (  # noqa: E402, F401  (they register themselves)
     last,
     nvit,
     random,
+    reconstruction,
     taylor,
 )

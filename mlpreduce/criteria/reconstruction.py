@@ -1,0 +1,80 @@
+"""`reconstruction`: the units without which fc2, refitted, can still give nearly what it gave.
+
+Source: the optimal brain surgeon (Hassibi and Stork, 1993), for hidden units of transformers as in ZipLM (arXiv 2302.04089) and
+SlimGPT (arXiv 2412.18110): backward elimination with exact updates, see `mlpreduce.elimination`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mlpreduce.criteria import Moments, Ranking, register_criterion
+from mlpreduce.elimination import eliminate, refit_error
+from mlpreduce.errors import ReductionError, check_number, check_one_of
+
+METRICS = ("output", "loss")
+_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of a unit
+
+
+def _at_the_loss(options: Mapping[str, Any]) -> bool:
+    return bool(options["metric"] == "loss")
+
+
+@register_criterion("reconstruction", needs="pairs", with_loss=_at_the_loss)
+def reconstruction(seen: Moments, *, metric: str = "output", ridge: float | None = None) -> Ranking:
+    """Units in the order in which they are missed, when all others make up for them as well as they can.
+
+    The scores of the units that go add up to the squared error of what the MLP gives at a position, after a refit of fc2 and
+    its bias; with `metric="loss"` they are weighed by how much the loss hangs on each output, and compare between MLPs.
+
+    Args:
+        seen: the moments.
+        metric: `output`, which needs images only, or `loss`.
+        ridge: added to the mean squares of the units, as a part of their mean: the larger, the less is made of how units
+            correlate on few data. By default the one with which half of the units, on half of the examples, come nearest to
+            what the MLP gives on the other half.
+
+    Raises:
+        ReductionError: fewer positions than units and a ridge of 0.
+    """
+    check_one_of("criterion reconstruction: metric", metric, METRICS)
+    if ridge is not None:
+        check_number("criterion reconstruction: ridge", ridge)
+    square = seen.products(centred=seen.folded)
+    scale = float(square.diagonal().mean())
+    if not scale:  # no unit ever does anything
+        return Ranking(torch.arange(len(square)), square.new_zeros(len(square)))
+    weight = seen.weight
+    if metric == "loss":
+        if seen.wanted is None:
+            raise ReductionError("criterion reconstruction: no gradients were measured")
+        weight = _root(seen.wanted) @ weight
+    share = _chosen(seen, weight) if ridge is None else ridge
+    found = eliminate(weight, square, share * scale, groups=seen.units.mlp.groups)
+    return Ranking(found.order, found.scores)
+
+
+def _root(wanted: torch.Tensor) -> torch.Tensor:
+    """R with R^T R = G."""
+    values, vectors = torch.linalg.eigh(wanted)
+    return values.clamp(min=0).sqrt()[:, None] * vectors.T
+
+
+def _chosen(seen: Moments, weight: torch.Tensor) -> float:
+    """The ridge with which the half of the units of most energy does best on examples that it was not fitted on."""
+    if not seen.rows.all():
+        return 1e-2
+    energy = seen.mean_square(centred=seen.folded) * weight.square().sum(0)
+    kept = energy.argsort(descending=True, stable=True)[: max(len(energy) // 2, 1)]
+    halves = [seen.products(centred=seen.folded, half=half) for half in range(2)]
+    errors = [
+        sum(
+            refit_error(weight, here, share * float(here.diagonal().mean()), kept, there)
+            for here, there in (halves, halves[::-1])
+        )
+        for share in _RIDGES
+    ]
+    return _RIDGES[errors.index(min(errors))]
