@@ -193,7 +193,7 @@ def _undo(plugin: Plugin) -> None:
 
     tables: dict[str, dict[str, Any]] = {
         "transform": transforms._TRANSFORMS,
-        "criterion": criteria._CRITERIA,
+        "criterion": criteria.registry._CRITERIA,
         "layer": layers.LAYERS,
     }
     for kind, names in forget(plugin.origin).items():

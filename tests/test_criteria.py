@@ -537,7 +537,7 @@ def test_two_processes_make_the_plan_of_one(together: Together, tmp_path: Path) 
 
 
 def test_what_a_criterion_gives_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
+    monkeypatch.setattr(criteria.registry, "_CRITERIA", dict(criteria.registry._CRITERIA))
 
     @register_criterion("without_examples", needs="images")
     def without_examples(seen: Seen) -> torch.Tensor:

@@ -216,7 +216,7 @@ def test_of_groups_as_many_stay_as_the_fullest_needs() -> None:
     try:
         made = mlpreduce.plan(model, "shallow", criterion="given_for_test", min_score=0.5)
     finally:
-        del criteria._CRITERIA["given_for_test"]
+        del criteria.registry._CRITERIA["given_for_test"]
     (edit,) = (edit for edit in made.of(Slice) if edit.mlp == mlp.name)
     assert len(edit.units) == size // 2 * mlp.groups
     assert set(range(size // 2)) <= set(edit.units)

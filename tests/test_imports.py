@@ -17,7 +17,7 @@ PACKAGE = Path(mlpreduce.__file__).parent
 ORDER = [
     ["errors"],
     ["complaints", "console", "extras", "markup", "shipped", "values", "waiting"],
-    ["addresses", "edits", "layers", "notation", "pulse", "registry"],
+    ["addresses", "edits", "elimination", "layers", "notation", "pulse", "registry"],
     ["graph"],
     ["criteria", "slicing", "ties"],
     ["calibration", "budget"],

@@ -358,7 +358,7 @@ def test_a_transform_of_this_process_does_not_reach_ray(tmp_path: Path, monkeypa
     from mlpreduce import criteria, transforms
 
     monkeypatch.setattr(transforms, "_TRANSFORMS", dict(transforms._TRANSFORMS))
-    monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
+    monkeypatch.setattr(criteria.registry, "_CRITERIA", dict(criteria.registry._CRITERIA))
     mlpreduce.register("here_only")(lambda parts, *, ratio=0.5: ())
     register_criterion("here_norm")(lambda units: units.weights().norm(dim=1))
     for variant in ('{transform="here_only"}', '{transform="shallow", criterion="here_norm"}'):

@@ -209,7 +209,7 @@ def test_a_criterion_that_draws_nothing_gets_no_seed(criterion: Any) -> None:
 def test_a_criterion_of_ones_own_and_one_inside_of_another_option(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlpreduce import criteria
 
-    monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
+    monkeypatch.setattr(criteria.registry, "_CRITERIA", dict(criteria.registry._CRITERIA))
     register_criterion("drawn_for_test", needs="nothing", draws=True)(lambda units: torch.arange(len(units)))
     register_criterion("plain_for_test", needs="nothing")(lambda units: torch.arange(len(units)))
     for name, drawn in (("drawn_for_test", True), ("plain_for_test", False)):

@@ -333,4 +333,4 @@ def test_a_third_party_transform_and_criterion() -> None:
             register("reserved_for_test")(lambda parts, *, data=None: ())
     finally:
         del transforms._TRANSFORMS["tie_ends_for_test"]
-        del criteria._CRITERIA["odd_first_for_test"]
+        del criteria.registry._CRITERIA["odd_first_for_test"]

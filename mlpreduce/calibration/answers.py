@@ -12,7 +12,8 @@ from mlpreduce.calibration.learn import measure_gates
 from mlpreduce.calibration.measure import Loss, Measured, measure_scores
 from mlpreduce.calibration.moments import measure_moments
 from mlpreduce.calibration.similarity import measure_similarity
-from mlpreduce.calibration.units import UnitSums, measure_units
+from mlpreduce.calibration.sums import UnitSums
+from mlpreduce.calibration.units import measure_units
 from mlpreduce.criteria import Choice, HiddenUnits, Moments, Ranking, derived_seed
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at
@@ -107,14 +108,16 @@ class Answers:
             self._used |= {"data", "loss"} if choice.needs_loss else {"data"}
             found = measure_units(self._model, self._mlps, self._data, choice, self._loss)
             self._sums[kind], self._measured[str(choice), seed] = found
-        sums, units = self._sums[kind][mlp.owner], self._units(mlp, seed)
+        sums, units = self._sums[kind].get(mlp.owner), self._units(mlp, seed)
+        if sums is None:
+            raise ReductionError(f"{mlp.leaf('fc2').call} is no linear layer or 1 x 1 convolution; exclude {mlp.name}")
         wanted = None if sums.wanted is None else sums.wanted / sums.examples
         return Moments(
             units,
             units.weights("fc2.weight").double().T.to(sums.total.device),
-            sums.rows,
-            sums.total,
-            sums.squares,
+            sums.rows.sum(0),
+            sums.total.sum(0),
+            sums.squares.sum(0),
             sums.pairs,
             wanted,
             folded=self._refitted and sums.biased,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from mlpreduce.calibration.quiet import (
     undisturbed_randomness,
 )
 from mlpreduce.calibration.samples import Samples
+from mlpreduce.calibration.sums import UnitSums, add_calls, empty_sums, shared, take_back
 from mlpreduce.calibration.taps import Gates, Taps
 from mlpreduce.criteria import Choice, Ranking, Seen, derived_seed
 from mlpreduce.errors import ReductionError
@@ -36,11 +37,13 @@ class Measured:
         scores: by owner, (hidden units,) in float64 on the CPU, the larger the more important.
         samples: examples they are of.
         fingerprint: of these examples.
+        sums: of what the units did, by owner, where that was looked at.
     """
 
     scores: Mapping[str, torch.Tensor]
     samples: int
     fingerprint: str
+    sums: Mapping[str, UnitSums] = field(default_factory=dict)
 
 
 def measure_scores(
@@ -63,7 +66,7 @@ def measure_scores(
     own = criterion.objective is not None
     samples = Samples(data, model, labels=criterion.needs == "loss" and not own, compared=own)
     with running(samples.device, gradients=criterion.needs == "loss"), samples.shown(f"criterion {criterion.name}"):
-        sums = _sums(model, mlps, choice, samples, loss, seed)
+        sums, units = _sums(model, mlps, choice, samples, loss, seed)
     for owner, total in sums.items():
         if not total.isfinite().all():
             raise ReductionError(f"criterion {choice}: the scores of {owner} are not finite; is the loss?")
@@ -72,16 +75,18 @@ def measure_scores(
             f"criterion {choice}: all scores of {len(sums)} MLPs are 0 on {samples.count} examples, so what units do makes no "
             f"difference there; give other data, or look at the loss"
         )
-    return Measured({owner: total / samples.count for owner, total in sums.items()}, samples.count, samples.fingerprint)
+    scores = {owner: total / samples.count for owner, total in sums.items()}
+    return Measured(scores, samples.count, samples.fingerprint, units)
 
 
 def _sums(
     model: nn.Module, mlps: Sequence[MLP], choice: Choice, samples: Samples, loss: Loss | None, seed: int
-) -> dict[str, torch.Tensor]:
-    """Sums of a criterion's values over all examples, by owner."""
+) -> tuple[dict[str, torch.Tensor], dict[str, UnitSums]]:
+    """Sums of a criterion's values over all examples, and of what the units did, by owner."""
     criterion = choice.criterion
     tree = quiet_copy(model)
-    taps = Taps(tree, mlps, choice.sites)
+    taps, given = Taps(tree, mlps, choice.sites), Taps(tree, mlps, ("fc2",))
+    units = empty_sums(mlps, tree, pairs=False, slopes=False)
     signs = _signs(taps, criterion.probes, seed)
     sums = {mlp.owner: torch.zeros(mlp.hidden_features, dtype=torch.float64, device="cpu") for mlp in mlps}
     problem: Exception | None = None
@@ -90,11 +95,14 @@ def _sums(
             with telling(images):
                 if number == 0:
                     taps.check_examples(tree, images)
-                if criterion.needs == "images":
-                    seen = _active(tree, taps, images)
-                else:
-                    objective = objective_of(choice, tree, images, labels, loss)
-                    seen = _changes(taps, objective, images, signs, criterion.name)
+                with given.recording(len(images)) as kept:
+                    if criterion.needs == "images":
+                        tree(images)
+                        seen = {owner: Seen(torch.cat(calls, 1), {}, {}) for owner, calls in kept.items() if calls}
+                    else:
+                        objective = objective_of(choice, tree, images, labels, loss)
+                        seen = _changes(taps, objective, images, signs, criterion.name)
+            add_calls(units, kept, samples.rank)
             for owner, what in seen.items():
                 value = choice.values(what)
                 if isinstance(value, Ranking):
@@ -107,7 +115,9 @@ def _sums(
                 sums[owner] += value.detach().cpu().double().sum(0)
     except Exception as error:  # whatever the data raises, or the model: the other processes are told
         problem = error
-    return samples.finish(sums, problem)
+    every = samples.finish({**sums, **shared(units)}, problem)
+    take_back(units, every, samples.count)
+    return {owner: every[owner] for owner in sums}, units
 
 
 @contextmanager
@@ -133,12 +143,6 @@ def telling(images: torch.Tensor) -> Iterator[None]:
             f"the model does not run on images {tuple(images.shape)} of the data: {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else 'no reason'}"
         ) from error
-
-
-def _active(tree: nn.Module, taps: Taps, images: torch.Tensor) -> dict[str, Seen]:
-    with taps.recording(len(images)) as kept:
-        tree(images)
-    return {owner: Seen(torch.cat(calls, 1), {}, {}) for owner, calls in kept.items() if calls}
 
 
 def objective_of(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,49 +12,13 @@ from torch import nn
 from mlpreduce.calibration.measure import Loss, Measured, objective_of, running, telling
 from mlpreduce.calibration.quiet import quiet_copy
 from mlpreduce.calibration.samples import Samples
+from mlpreduce.calibration.sums import UnitSums, add_calls, empty_sums, shared, take_back
 from mlpreduce.calibration.taps import Taps
 from mlpreduce.criteria import Choice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at, projection
 
-__all__ = ["UnitSums", "measure_units"]
-
-
-@dataclass
-class UnitSums:
-    """Sums over all positions, examples and uses of what fc2 of one MLP is given, of each half of the examples, in float64.
-
-    Attributes:
-        rows: how many positions, (2,).
-        total: sums of a, (2, hidden units).
-        squares: sums of a^2, (2, hidden units).
-        pairs: sums of a a^T, (2, hidden units, hidden units); None where they were not asked for.
-        wanted: sums of g g^T over both halves, (outputs, outputs), g the gradient of an example's loss by what fc2 gives at a
-            position; None where it was not asked for.
-        biased: whether fc2 has a bias.
-        examples: how many.
-    """
-
-    rows: torch.Tensor
-    total: torch.Tensor
-    squares: torch.Tensor
-    pairs: torch.Tensor | None
-    wanted: torch.Tensor | None
-    biased: bool
-    examples: int = 0
-    tensors: tuple[str, ...] = field(default=("rows", "total", "squares", "pairs", "wanted"), repr=False)
-
-    def add(self, half: int, hidden: torch.Tensor) -> None:
-        """Add what fc2 was given, (examples, positions, hidden units). Products are of its type, sums float64."""
-        rows = hidden.flatten(0, 1)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        self.rows[half] += len(rows)
-        self.total[half] += rows.sum(0, dtype=torch.float64)
-        if self.pairs is None:
-            self.squares[half] += rows.square().sum(0, dtype=torch.float64)
-        else:
-            self.pairs[half] += rows.T @ rows
-            self.squares[half] = self.pairs[half].diagonal()
+__all__ = ["measure_units"]
 
 
 def measure_units(
@@ -82,7 +45,9 @@ def measure_units(
     with running(samples.device, gradients=slopes), samples.shown(f"criterion {choice.criterion.name}"):
         tree = quiet_copy(model)
         taps = Taps(tree, mlps, ("fc2",))
-        sums = {mlp.owner: _empty(mlp, tree, pairs=pairs, slopes=slopes) for mlp in mlps if mlp.owner == mlp.name}
+        sums = empty_sums(mlps, tree, pairs=pairs, slopes=slopes)
+        if not sums:
+            raise ReductionError("no MLP has a linear layer or a 1 x 1 convolution for fc2; use a criterion of weights")
         try:
             for number, (images, labels) in enumerate(samples.chunks()):
                 with telling(images):
@@ -93,47 +58,14 @@ def measure_units(
                             total = objective_of(choice, tree, images, labels, loss)() * len(images)
                         else:
                             tree(images)
-                for owner, calls in kept.items():
-                    for half in range(2):
-                        for hidden in calls:
-                            if len(some := hidden.detach()[(half + samples.rank) % 2 :: 2]):
-                                sums[owner].add(half, some)
+                add_calls(sums, kept, samples.rank)
                 if slopes:
                     _add_slopes(sums, probes, total)
         except Exception as error:  # whatever the data raises, or the model: the other processes are told
             problem = error
-        every = samples.finish(
-            {
-                f"{owner} {name}": value
-                for owner, one in sums.items()
-                for name in one.tensors
-                if (value := getattr(one, name)) is not None
-            },
-            problem,
-        )
-    for owner, one in sums.items():
-        for name in one.tensors:
-            if getattr(one, name) is not None:
-                setattr(one, name, every[f"{owner} {name}"])
-        one.examples = samples.count
-        if not one.squares.isfinite().all() or (one.wanted is not None and not one.wanted.isfinite().all()):
-            raise ReductionError(
-                f"what fc2 of {owner} is given, or the gradient of the loss there, is not finite; look at the weights and the "
-                f"data"
-            )
+        every = samples.finish(shared(sums), problem)
+    take_back(sums, every, samples.count)
     return sums, Measured({}, samples.count, samples.fingerprint)
-
-
-def _empty(mlp: MLP, tree: nn.Module, *, pairs: bool, slopes: bool) -> UnitSums:
-    layer = projection(module_at(tree, mlp.leaf("fc2").call))
-    if layer is None:
-        raise ReductionError(f"{mlp.leaf('fc2').call} is no linear layer or 1 x 1 convolution; exclude {mlp.name}")
-    like = next((p for p in tree.parameters() if p.is_floating_point()), torch.empty(0))
-    zeros = like.new_zeros(2, mlp.hidden_features, dtype=torch.float64)
-    products = zeros.new_zeros(2, mlp.hidden_features, mlp.hidden_features) if pairs else None
-    wanted = zeros.new_zeros(layer.out_features, layer.out_features) if slopes else None
-    biased = any(name.rpartition(".")[2] == "bias" for name, _ in layer.outputs)
-    return UnitSums(zeros.new_zeros(2), zeros.clone(), zeros.clone(), products, wanted, biased)
 
 
 @contextmanager

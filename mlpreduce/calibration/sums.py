@@ -1,0 +1,113 @@
+"""Sums over calibration data of what fc2 of each MLP is given: of each hidden unit, and where asked for of all pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import MLP, module_at, projection
+
+__all__ = ["UnitSums", "add_calls", "empty_sums", "shared", "take_back"]
+
+_TENSORS = ("rows", "total", "squares", "pairs", "wanted")
+
+
+@dataclass
+class UnitSums:
+    """Sums over all positions and examples, each half of the examples by itself, in float64.
+
+    Attributes:
+        rows: how many positions, (uses, 2).
+        total: sums of a, (uses, 2, hidden units).
+        squares: sums of a^2, (uses, 2, hidden units).
+        pairs: sums of a a^T over all uses, (2, hidden units, hidden units); None where they were not asked for.
+        wanted: sums of g g^T over all uses and both halves, (outputs, outputs), g the gradient of an example's loss by what
+            fc2 gives at a position; None where it was not asked for.
+        biased: whether fc2 has a bias.
+        examples: how many there were.
+    """
+
+    rows: torch.Tensor
+    total: torch.Tensor
+    squares: torch.Tensor
+    pairs: torch.Tensor | None
+    wanted: torch.Tensor | None
+    biased: bool
+    examples: int = 0
+
+    def add(self, use: int, half: int, hidden: torch.Tensor) -> None:
+        """Add what fc2 was given, (examples, positions, hidden units). Products are of its type, sums float64."""
+        rows = hidden.flatten(0, 1)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self.rows[use, half] += len(rows)
+        self.total[use, half] += rows.sum(0, dtype=torch.float64)
+        self.squares[use, half] += rows.square().sum(0, dtype=torch.float64)
+        if self.pairs is not None:
+            self.pairs[half] += rows.T @ rows
+
+    def shares(self, norms: torch.Tensor, *, centred: bool) -> torch.Tensor:
+        """The part of each unit in the output energy of its MLP, by the use where that is largest; (hidden units,).
+
+        Args:
+            norms: squared norms of the columns of fc2, (hidden units,).
+            centred: whether the energy is that about the mean.
+        """
+        rows = self.rows.sum(1)[:, None].clamp(min=1)
+        energy = self.squares.sum(1) / rows
+        if centred:
+            energy = energy - (self.total.sum(1) / rows).square()
+        energy = energy.clamp(min=0) * norms
+        return (energy / energy.sum(1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)).amax(0)
+
+
+def empty_sums(mlps: Sequence[MLP], tree: nn.Module, *, pairs: bool, slopes: bool) -> dict[str, UnitSums]:
+    """No sums yet, for each MLP whose fc2 projects, by owner."""
+    like = next((p for p in tree.parameters() if p.is_floating_point()), torch.empty(0))
+    found = {}
+    for mlp in mlps:
+        layer = projection(module_at(tree, mlp.leaf("fc2").call))
+        if mlp.owner != mlp.name or layer is None:
+            continue
+        size, uses = mlp.hidden_features, sum(other.owner == mlp.owner for other in mlps)
+        zeros = like.new_zeros(uses, 2, size, dtype=torch.float64)
+        biased = any(name.rpartition(".")[2] == "bias" for name, _ in layer.outputs)
+        products = zeros.new_zeros(2, size, size) if pairs else None
+        wanted = zeros.new_zeros(layer.out_features, layer.out_features) if slopes else None
+        found[mlp.owner] = UnitSums(zeros.new_zeros(uses, 2), zeros, zeros.clone(), products, wanted, biased)
+    return found
+
+
+def add_calls(sums: Mapping[str, UnitSums], kept: Mapping[str, Sequence[torch.Tensor]], rank: int) -> None:
+    """Add what each fc2 was given in its calls, (examples, positions, hidden units) each."""
+    for owner, calls in kept.items():
+        for number, hidden in enumerate(calls if owner in sums else ()):
+            for half in range(2):
+                if len(some := hidden.detach()[(half + rank) % 2 :: 2]):  # so that one image in each process is enough
+                    sums[owner].add(min(number, len(sums[owner].rows) - 1), half, some)
+
+
+def shared(sums: Mapping[str, UnitSums]) -> dict[Any, torch.Tensor]:
+    """The tensors that processes add up."""
+    every = {(owner, name): getattr(one, name) for owner, one in sums.items() for name in _TENSORS}
+    return {key: value for key, value in every.items() if value is not None}
+
+
+def take_back(sums: Mapping[str, UnitSums], every: Mapping[Any, torch.Tensor], examples: int) -> None:
+    """Take what they add up to.
+
+    Raises:
+        ReductionError: something is not finite.
+    """
+    for owner, one in sums.items():
+        one.examples = examples
+        for name in _TENSORS:
+            if (owner, name) in every:
+                setattr(one, name, every[owner, name])
+                if not every[owner, name].isfinite().all():
+                    what = "the gradient of the loss at what fc2 gives" if name == "wanted" else "what fc2 is given"
+                    raise ReductionError(f"{owner}: {what} is not finite; look at the weights and the data")
