@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from mlpreduce.budget import Baseline, counted, measure
 from mlpreduce.calibration import Answers, Loss
-from mlpreduce.criteria import Ranking, as_order, choose
+from mlpreduce.criteria import Ranking, as_order, choose, guard_notes, guarded
 from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import (
@@ -88,6 +88,7 @@ class Parts(Sequence[MLP]):
         self._answers, self._inputs = Answers(model, self._every, data, loss, refitted=refitted), example_inputs
         self.chains = chains(self._mlps)
         self.notes: list[str] = []
+        self._strong: dict[str, list[str]] = {"stay": [], "go": []}  # units, as notes name them
 
     def __getitem__(self, index: int) -> MLP:  # type: ignore[override]
         return self._mlps[index]
@@ -280,8 +281,22 @@ class Parts(Sequence[MLP]):
         """The edit that keeps `units` of an MLP, in all tensors that its uses run through."""
         return slice_edit(mlp, self.uses(mlp), units)
 
-    def keep(self, mlp: MLP, width: int, criterion: str | Mapping[str, Any], seed: int = 0) -> Slice:
+    def keep(
+        self,
+        mlp: MLP,
+        width: int,
+        criterion: str | Mapping[str, Any],
+        seed: int = 0,
+        guard: str | float = False,
+    ) -> Slice:
         """The edit that keeps the most important units of an MLP; of one with groups, as many of each group.
+
+        Args:
+            mlp: the MLP.
+            width: how many units stay.
+            criterion: its name, or a dictionary with `name` and options.
+            seed: for criteria that draw random numbers.
+            guard: whether the units that carry most of the output stay first, where there is data: see `criteria.guarded`.
 
         Raises:
             ReductionError: unknown criterion, no weights or data for it, or a width that its groups do not divide.
@@ -292,4 +307,16 @@ class Parts(Sequence[MLP]):
                 f"be a multiple of {mlp.groups}"
             )
         wanted = width if mlp.groups == 1 else None
-        return self.slice(mlp, first_units(mlp, self.order(mlp, criterion, seed, wanted), width))
+        order = self.order(mlp, criterion, seed, wanted)
+        prices = choose(criterion).criterion.needs == "pairs"  # what a unit carries, itself
+        shares = None if prices else self._answers.shares(mlp, read=guard is not False)
+        if shares is not None:
+            found = guarded(order, shares.tolist(), width, mlp.groups, guard)
+            order = found.order
+            for what, units in (("stay", found.stay), ("go", found.go)):
+                self._strong[what] += [f"{mlp.name} {unit} ({shares[unit]:.1%})" for unit in units]
+        return self.slice(mlp, first_units(mlp, order, width))
+
+    def guard_notes(self, criterion: str | Mapping[str, Any]) -> list[str]:
+        """What became of the units that carry most of what their MLP gives."""
+        return guard_notes(str(choose(criterion)), self._strong["stay"], self._strong["go"])

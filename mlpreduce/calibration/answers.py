@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from mlpreduce.calibration.moments import measure_moments
 from mlpreduce.calibration.similarity import measure_similarity
 from mlpreduce.calibration.sums import UnitSums
 from mlpreduce.calibration.units import measure_units
-from mlpreduce.criteria import Choice, HiddenUnits, Moments, Ranking, derived_seed
+from mlpreduce.criteria import Choice, HiddenUnits, Moments, Ranking, choose, derived_seed
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at
 from mlpreduce.layers import merged
@@ -107,7 +108,7 @@ class Answers:
         if kind not in self._sums:
             self._used |= {"data", "loss"} if choice.needs_loss else {"data"}
             found = measure_units(self._model, self._mlps, self._data, choice, self._loss)
-            self._sums[kind], self._measured[str(choice), seed] = found
+            self._sums[kind], self._measured[str(choice), seed] = found[0], replace(found[1], sums=found[0])
         sums, units = self._sums[kind].get(mlp.owner), self._units(mlp, seed)
         if sums is None:
             raise ReductionError(f"{mlp.leaf('fc2').call} is no linear layer or 1 x 1 convolution; exclude {mlp.name}")
@@ -122,6 +123,33 @@ class Answers:
             wanted,
             folded=self._refitted and sums.biased,
         )
+
+    def shares(self, mlp: MLP, *, read: bool) -> torch.Tensor | None:
+        """The part of each hidden unit in the output energy of its MLP, of the use where it is largest, (hidden units,).
+
+        The energy is the variance where the bias of fc2 takes up means, else the mean square.
+
+        Args:
+            mlp: the MLP.
+            read: whether the data is read where no criterion has looked at it.
+
+        Returns:
+            None where it is not known: without data, or where fc2 does not project.
+        """
+        if self._data is None:
+            return None
+        known = [measured.sums for measured in self._measured.values() if measured.sums]
+        if not known and not read:
+            return None
+        if not known:
+            self._used.add("data")
+            sums, measured = measure_units(self._model, self._mlps, self._data, choose("energy"))
+            self._measured["energy", 0] = replace(measured, sums=sums)
+            known = [sums]
+        if (one := known[0].get(mlp.owner)) is None:
+            return None
+        norms = self._units(mlp).weights("fc2.weight").double().square().sum(1)
+        return one.shares(norms.to(one.total.device), centred=self._refitted and one.biased).cpu()
 
     def similarity(self) -> dict[tuple[str, str], float]:
         """Linear CKA of what MLPs give on the data, for each pair of names: see `measure_similarity`."""

@@ -26,6 +26,7 @@ from mlpreduce.criteria.given import (
     derived_seed,
     unit_weights,
 )
+from mlpreduce.criteria.guard import Guarded, check_guard, guard_notes, guarded
 from mlpreduce.criteria.registry import (
     Choice,
     Criterion,
@@ -39,14 +40,18 @@ __all__ = [
     "SITES",
     "Choice",
     "Criterion",
+    "Guarded",
     "HiddenUnits",
     "Moments",
     "Ranking",
     "Seen",
     "as_order",
+    "check_guard",
     "choose",
     "derived_seed",
     "get_criterion",
+    "guard_notes",
+    "guarded",
     "list_criteria",
     "register_criterion",
     "unit_weights",

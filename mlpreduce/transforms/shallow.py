@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mlpreduce.budget import Slot
+from mlpreduce.criteria import check_guard
 from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError, check_number, check_one_of, check_whole, did_you_mean
 from mlpreduce.graph import MLP
@@ -37,6 +38,7 @@ def shallow(
     latency_table: str | None = None,
     latency_weight: float = 0.0,
     repair: str = "none",
+    guard: str | float = "auto",
     seed: int = 0,
 ) -> Iterator[Slice]:
     """Keep part of the hidden units of every MLP.
@@ -62,6 +64,9 @@ def shallow(
         latency_table: path of a table that `budget.LatencyTable` has saved.
         latency_weight: of the milliseconds that a unit costs, which are taken from its score (the eta of NViT, 5e-4 there).
         repair: `least_squares` refits fc2 and its bias on the data, so that each MLP best gives what it gave; or `none`.
+        guard: "auto": units that have more than 3 % of the output energy of their MLP, and more than 20 times the average, stay
+            whatever the criterion says, at most one in 32 of those kept, where there is data to tell; a number: units above it;
+            False: only the criterion counts, as in the papers. Not for `reconstruction`, which counts what they give.
         seed: of criteria that draw random numbers, `random` and `hessian_diag`.
 
     Raises:
@@ -86,6 +91,7 @@ def shallow(
             f"criterion is {criterion!r}; it must be a name, or a dictionary with its name and options"
         )
     check_one_of("scope", scope, SCOPES)
+    check_guard(guard)
     check_number("latency_weight", latency_weight)
     if latency_weight and scope == "uniform":
         raise ReductionError(
@@ -116,7 +122,8 @@ def shallow(
         kept = {mlp.name: _rounded(mlp, count, round_to) for mlp, count in zip(owners, asked, strict=True)}
     for mlp in owners:
         if kept[mlp.name] < mlp.hidden_features:
-            yield parts.keep(mlp, kept[mlp.name], criterion, seed)
+            yield parts.keep(mlp, kept[mlp.name], criterion, seed, guard)
+    parts.notes += parts.guard_notes(criterion)
 
 
 def _rounded(mlp: MLP, target: int, round_to: int) -> int:
