@@ -70,6 +70,9 @@ def test_images_are_of_the_size_that_a_model_without_a_patch_embedding_says() ->
         model = timm.create_model("convnext_atto", in_chans=4)
     model.pretrained_cfg["input_size"] = (3, 96, 160)
     assert example_inputs(model, 2).shape == (2, 4, 96, 160)
+    with torch.device("meta"):
+        swin = torchvision.models.swin_t()  # says nothing at all
+    assert example_inputs(swin, 1).shape == (1, 3, 224, 224)
 
 
 @pytest.mark.parametrize("first", ["tokens[:, :1]", "tokens[:, 0:1]", "tokens[:, 0]"])
