@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import PLAIN, Inputs, module_through, refuse_wrapped, survey, unwrapped
+from mlpreduce.graph import PLAIN, Inputs, below, module_through, refuse_wrapped, survey, unwrapped
 from mlpreduce.markup import html_list, html_table
 from mlpreduce.reduction import broken_ties
 from mlpreduce.ties import is_guarded, plans_of, reduced_parts, shares_of, tangled_parts, tied
@@ -127,8 +127,7 @@ def verify(
 
 def _broken(path: str, part: nn.Module, tree: nn.Module | None = None) -> list[tuple[str, str]]:
     """Ties of a part that do not hold, by the paths in the whole model."""
-    start = f"{path}." if path else ""
-    return [(start + share.target, start + share.source) for share in broken_ties(part, tree)]
+    return [(below(path, share.target), below(path, share.source)) for share in broken_ties(part, tree)]
 
 
 def _count(model: nn.Module, parts: dict[str, nn.Module], inputs: Inputs | None) -> tuple[int, int]:
@@ -177,7 +176,7 @@ def _holder_problems(model: nn.Module) -> list[str]:
     plain: list[str] = []
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            place = f"{path}.{name}" if path else name
+            place = below(path, name)
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append(place)
             if parameter is not None and not isinstance(parameter, nn.Parameter):
