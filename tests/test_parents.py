@@ -172,7 +172,9 @@ def test_a_part_that_is_reduced_after_the_whole_is_refused(tmp_path: Path) -> No
         mlpreduce.verify(parent)
     )
     with pytest.raises(
-        ReductionError, match=r"and its backbone also on its own, in an order that is not known; build it"
+        ReductionError,
+        match=r"and its backbone also on its own, in an order that is not known; build it again and apply all steps either "
+        r"to the whole model or to backbone$",
     ):
         mlpreduce.save(parent, tmp_path)
     assert not list(tmp_path.iterdir())
