@@ -25,7 +25,7 @@ from mlpreduce.graph import below, module_at, refuse_wrapped, structural_copy, u
 from mlpreduce.reduction import broken_ties, remember
 from mlpreduce.registry import origin
 from mlpreduce.surgery import carry_out
-from mlpreduce.ties import full_state, plans_of, reduced_parts, tangled_parts
+from mlpreduce.ties import distinct_parts, full_state, plans_of, reduced_parts, tangled_parts
 
 __all__ = ["DESCRIPTION", "WEIGHTS", "load", "read_saved", "read_tensors", "save"]
 
@@ -154,16 +154,15 @@ def _parts(model: nn.Module, call: str) -> dict[str, nn.Module]:
             f"{call}: {outer or 'the model'} was reduced as a whole, and its {inner} also on its own, in an order that is not "
             f"known; build it again and apply all steps either to the whole model or to {inner}"
         )
-    parts: dict[int, tuple[str, nn.Module]] = {}
+    parts = distinct_parts(model)
     for path, part in reduced_parts(model).items():
-        parts.setdefault(id(part), (path, part))
         for share in broken_ties(part):
             raise ReductionError(
                 f"{call}: {below(path, share.target)} is no longer tied to {below(path, share.source)}, as its history "
                 f"tells; it was replaced or copied after apply: tie it again by assigning the module, or "
                 f"mlpreduce.untie(model) before changing it"
             )
-    return dict(parts.values())
+    return parts
 
 
 def _part(tree: nn.Module, path: str, model: nn.Module, call: str) -> nn.Module:

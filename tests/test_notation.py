@@ -110,7 +110,7 @@ def test_both_notations_on_a_command_line() -> None:
     "words", [["depth=4", "depth=5"], ["grouped", "group=2", "group=3"], ["grouped(group=2)", "group=3"]]
 )
 def test_a_key_that_is_given_twice_is_refused(words: list[str]) -> None:
-    with pytest.raises(ReductionError, match="(depth|group) is given twice; leave one out"):
+    with pytest.raises(ReductionError, match=r"(depth|group) is given twice; leave one out"):
         read_words(words)
 
 

@@ -18,5 +18,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", list(NAMES))
 def test_block_and_place_of_a_name(name: str) -> None:
-    found = _places([name, f"{name.partition('@')[0].rpartition('.')[0]}.other"])[name]  # two at a block: places are kept
+    found = _places([name, f"{name.partition('@')[0].rpartition('.')[0]}.other"])[
+        name
+    ]  # two at a block: places are kept
     assert (found.place, found.stage, found.number) == NAMES[name]
