@@ -17,6 +17,7 @@ _PAIR = re.compile(rf"(?<![\w.-])({_SECRET_KEY})(\s*=\s*)('[^']*'|\"[^\"]*\"|[^\
 _LOGIN = re.compile(
     r"(?<![\w/])([\w.+-]*):[^\s/@:'\"]+@(?=[\w\[])"
 )  # user:password@host, where the scheme was forgotten
+_OPTION = re.compile(r"--[\w-]+=")  # of a command line
 _HIDDEN = "***"
 
 
@@ -35,7 +36,9 @@ def hidden(text: str, *addresses: str) -> str:
         >>> hidden('cannot reach "word@host"', "postgresql://me:pass@word@host/study")
         'cannot reach "***@host"'
     """
-    text = _shown(text)  # where it is an address itself, spaces and all
+    option = _OPTION.match(text)
+    begin = option.end() if option else 0
+    text = text[:begin] + _shown(text[begin:])  # where it is an address itself, spaces and all
     parts = re.split(rf"({_SCHEME.pattern}\S*)", text)  # every second one is an address
     text = "".join(_shown(part) if odd % 2 else _LOGIN.sub(rf"\1:{_HIDDEN}@", part) for odd, part in enumerate(parts))
     for secret in sorted({part for address in addresses for part in _secrets_in(address)}, key=len, reverse=True):

@@ -36,6 +36,7 @@ ADDRESSES = [
     ("HTTPS://s3cr3t@h/x", "https://***@h/x"),
     ("POSTGRESQL://me:s3cr3t@h/db", "postgresql://me:***@h/db"),
     ("postgresql://me:pa s3cr3t@h/db", "postgresql://me:***@h/db"),
+    ("--storage=postgresql://me:pa s3cr3t@h/db", "--storage=postgresql://me:***@h/db"),
     ("postgresql://me:12 s3cr3t@h/db", "postgresql://me:***@h/db"),
     ("http://me:a s3cr3t@h and http://s3cr3t@h2/x", "http://me:***@h and http://***@h2/x"),
     ("mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Ds3cr3t%3B", "mssql+pyodbc:///?odbc_connect=***"),
