@@ -81,13 +81,16 @@ def build_model(run: Run, device: torch.device | str | None = None, plans: Seque
         try:
             with nullcontext() if device is None else torch.device(device):
                 return mlpreduce.create_model(run.model.name, transform, **given)
-        except ReductionError:
-            raise
-        except (ArithmeticError, AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
-            first_line = (str(error).strip().splitlines() or [""])[0]
+        except (ReductionError, OSError) as error:
+            cause = error.__cause__ if isinstance(error, ReductionError) else error
+            if (
+                transform is not None or cause is None or isinstance(cause, ReductionError)
+            ):  # the reduction, or the name
+                raise
+            first_line = (str(cause).strip().splitlines() or [""])[0]
             if not pretrained:
                 raise ReductionError(
-                    f"model.kwargs: timm cannot build {call_text(run.model.name, given)}: {type(error).__name__}: {first_line}"
+                    f"model.kwargs: timm cannot build {call_text(run.model.name, given)}: {type(cause).__name__}: {first_line}"
                 ) from error
             raise ReductionError(
                 f"model.weights='pretrained': timm cannot load any into {call_text(run.model.name, run.model.kwargs)}: "
