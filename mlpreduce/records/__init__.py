@@ -10,7 +10,7 @@ The records are the truth: `results.json` and the report are built from them alo
 
 from __future__ import annotations
 
-from mlpreduce.records.files import SCHEMA, finished, read, store
+from mlpreduce.records.files import SCHEMA, finished, read, replace_text, store
 from mlpreduce.records.recorder import Recorder, tracking_uri
 from mlpreduce.records.summaries import baseline_of, conditions, results, summarize, summary
 
@@ -21,6 +21,7 @@ __all__ = [
     "conditions",
     "finished",
     "read",
+    "replace_text",
     "results",
     "store",
     "summarize",

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["SCHEMA", "finished", "read", "store"]
+__all__ = ["SCHEMA", "finished", "read", "replace_text", "store"]
 
 SCHEMA = 1
 
@@ -17,9 +17,14 @@ SCHEMA = 1
 def store(directory: Path, name: str, document: Any) -> None:
     """Write a JSON document into `directory`: whole, or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    draft = directory / f"{name}.tmp"
-    draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, directory / name)
+    replace_text(directory / name, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file, or put another text into it: whole, or not at all."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
 
 
 def read(directory: str | Path) -> list[dict[str, Any]]:
