@@ -300,7 +300,7 @@ def registered() -> dict[str, Any]:
 
     tables = {name: value for name, value in vars(_registry).items() if name.startswith("_model") or "deprec" in name}
     tables |= {"transforms": transforms._TRANSFORMS, "criteria": criteria._CRITERIA, "layers": layers.LAYERS}
-    tables |= {"origins": registry.origins(), "cfgs": registration.default_cfgs, "modules": sys.modules}
+    tables |= {"origins": registry._origins, "cfgs": registration.default_cfgs, "modules": sys.modules}
     kept = {key: dict(value) for key, value in tables.items() if isinstance(value, dict)}
     nested = ("_module_to_models", "_module_to_deprecated_models")
     return {
