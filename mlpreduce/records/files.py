@@ -9,7 +9,7 @@ from typing import Any
 from mlpreduce.drafts import replacing
 from mlpreduce.errors import ReductionError
 
-__all__ = ["SCHEMA", "finished", "read", "store"]
+__all__ = ["SCHEMA", "as_json", "finished", "read", "store"]
 
 SCHEMA = 1
 
@@ -17,7 +17,12 @@ SCHEMA = 1
 def store(directory: Path, name: str, document: Any) -> None:
     """Write a JSON document into `directory`: whole, or not at all."""
     with replacing(directory, name) as (draft,):
-        draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        draft.write_text(as_json(document), encoding="utf-8")
+
+
+def as_json(document: Any) -> str:
+    """The text of a document as it is kept; numbers are finite."""
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
 def read(directory: str | Path) -> list[dict[str, Any]]:
