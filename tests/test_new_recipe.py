@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
-import re
 from pathlib import Path
 
 import numpy as np
