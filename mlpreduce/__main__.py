@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlpreduce import __version__
 from mlpreduce.console import run_command, width, wrapped
-from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.errors import ReductionError
 from mlpreduce.notation import Step, read_words
 from mlpreduce.plugins import add_option, load_plugins
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     Returns:
-        0 when all is done; 2 after a ReductionError or words that are no command; 141 when the reader of the output has
+        0 when all is done; 2 after a ReductionError or an unknown command; 141 when the reader of the output has
         gone; else what the command says.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -125,28 +125,29 @@ def _plan(options: argparse.Namespace) -> str:
     """The plans of all transforms, each made after those before it were applied, and what they come to together."""
     import mlpreduce
     from mlpreduce.edits.shown import costs_text
+    from mlpreduce.transforms import check_config
 
     settings, steps = read_words(options.words)
     if not steps:
         raise ReductionError(
             f'plan: no transform; give one, for instance: mlpreduce plan {options.model} "grouped(group=2)"'
         )
+    for name, config in steps:
+        check_config(name, config)
     model = _model(options, settings)
     before = mlpreduce.profile(model) if len(steps) > 1 and not options.json else None
     plans = []
     for number, (name, config) in enumerate(steps):
         made = mlpreduce.plan(model, name, include=options.include, exclude=options.exclude, **config)
-        plans.append((made.to_json(), str(made)))  # as it is now: applied, it has no costs
+        plans.append(made.to_json() if options.json else str(made))  # as it is now: applied, it has no costs
         if number < len(steps) - 1 or before is not None:
             mlpreduce.apply(model, made)
     if options.json:
-        texts = [text for text, _ in plans]
-        return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
-    parts = [text for _, text in plans]
+        return plans[0] if len(plans) == 1 else f"[{', '.join(plans)}]"
     if before is not None:
         total = costs_text(before, mlpreduce.profile(model))
-        parts.append("\n".join(wrapped(line, width()) for line in (f"all {len(plans)} together", *total)))
-    return "\n\n".join(parts)
+        plans.append("\n".join(wrapped(line, width()) for line in (f"all {len(steps)} together", *total)))
+    return "\n\n".join(plans)
 
 
 def _profile(options: argparse.Namespace) -> str:
@@ -162,30 +163,26 @@ def _model(options: argparse.Namespace, settings: dict[str, Any], steps: Sequenc
     """A timm model; without weights unless they are asked for or timed."""
     import contextlib
 
-    import timm
     import torch
 
     import mlpreduce
-    from mlpreduce.models import is_model
+    from mlpreduce.builds import made_by_timm
     from mlpreduce.transforms import check_config
 
-    if not is_model(options.model):
-        raise ReductionError(
-            f"timm has no architecture {options.model!r}{did_you_mean(options.model, timm.list_models())}"
-        )
+    if "pretrained" in settings:
+        raise ReductionError("pretrained is not given as an argument; use --pretrained")
     transforms = [check_config(name, config) for name, config in steps]
     real = options.pretrained or getattr(options, "measure", False)
     with contextlib.nullcontext() if real else torch.device("meta"):
         if transforms and transforms[0].construction:
-            model = mlpreduce.create_model(
-                options.model, steps[0][0], pretrained=options.pretrained, **settings, **steps[0][1]
-            )
-            steps = steps[1:]
+            (name, config), *steps = steps
+            if twice := [key for key in config if key in settings]:
+                raise ReductionError(f"{twice[0]} is given twice: to {options.model} and to {name}; leave one out")
+            if wrong := [key for key in ("name", "transform", "data", "loss") if key in settings]:
+                raise ReductionError(f"{wrong[0]} is not an argument of {options.model}; leave it out")
+            model = mlpreduce.create_model(options.model, name, pretrained=options.pretrained, **settings, **config)
         else:
-            try:
-                model = timm.create_model(options.model, pretrained=options.pretrained, **settings)
-            except TypeError as error:
-                raise ReductionError(f"timm cannot build {options.model} with {settings}: {error}") from error
+            model = made_by_timm(options.model, {**settings, "pretrained": options.pretrained})
     for name, config in steps:
         mlpreduce.apply(model, name, **config)
     return model

@@ -11,12 +11,13 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # the last word of the key of a query parameter, or of a `key=value` in what a driver says, that names a secret
 _SECRET_KEY = (
     r"[\w.-]*(?:pass(?:word|wd|phrase)?|pwd|token|secret|credentials?|signature|sig|auth"
-    r"|(?:api|access|account|private)[_-]?key)"
+    r"|odbc_connect|(?:api|access|account|private)[_-]?key)"
 )
 _PAIR = re.compile(rf"(?<![\w.-])({_SECRET_KEY})(\s*=\s*)('[^']*'|\"[^\"]*\"|[^\s&;,'\"]+)", re.IGNORECASE)
 _LOGIN = re.compile(
     r"(?<![\w/])([\w.+-]*):[^\s/@:'\"]+@(?=[\w\[])"
 )  # user:password@host, where the scheme was forgotten
+_OPTION = re.compile(r"--[\w-]+=")  # of a command line
 _HIDDEN = "***"
 
 
@@ -35,6 +36,9 @@ def hidden(text: str, *addresses: str) -> str:
         >>> hidden('cannot reach "word@host"', "postgresql://me:pass@word@host/study")
         'cannot reach "***@host"'
     """
+    option = _OPTION.match(text)
+    begin = option.end() if option else 0
+    text = text[:begin] + _shown(text[begin:])  # where it is an address itself, spaces and all
     parts = re.split(rf"({_SCHEME.pattern}\S*)", text)  # every second one is an address
     text = "".join(_shown(part) if odd % 2 else _LOGIN.sub(rf"\1:{_HIDDEN}@", part) for odd, part in enumerate(parts))
     for secret in sorted({part for address in addresses for part in _secrets_in(address)}, key=len, reverse=True):
@@ -46,7 +50,7 @@ def _secrets_in(address: str) -> set[str]:
     """The passwords in an address, as written and decoded, and the parts that a reader splits an unquoted @ into."""
     start, user, password, _ = _parts(address)
     found = {password} if password is not None else {user} if start.startswith("http") else set()
-    found |= {value.strip("'\"") for _, _, value in _PAIR.findall(address)}
+    found |= {value.strip("'\"") for _, _, value in _PAIR.findall(address) + _PAIR.findall(unquote(address))}
     found |= {unquote(value) for value in found if value}
     found |= {part for value in found if value for part in value.split("@") if len(part) > 2}
     return {value for value in found if value}
@@ -59,7 +63,7 @@ def credentials(address: str) -> tuple[str, str] | None:
 
 
 def without_credentials(address: str) -> str:
-    """The address without user and password, for a client that takes them apart from it."""
+    """The address without its login, for a client that takes user and password separately."""
     start, _, _, rest = _parts(address)
     return start + rest
 
@@ -78,7 +82,7 @@ def _shown(address: str) -> str:
 
 
 def _parts(address: str) -> tuple[str, str, str | None, str]:
-    """Scheme with `://`, user, password (None without one), and what follows the @.
+    """Scheme with `://` in lower case, user, password (None without one), and what follows the @.
 
     The password ends at the last @ before the path, or at a later one where no host could end before: who writes a
     password by hand does not always quote it.
@@ -86,7 +90,7 @@ def _parts(address: str) -> tuple[str, str, str | None, str]:
     found = _SCHEME.match(address)
     if found is None:
         return "", "", None, address
-    start, rest = found[0], address[found.end() :]
+    start, rest = found[0].lower(), address[found.end() :]
     end = min((place for mark in "/?#" if (place := rest.find(mark)) >= 0), default=len(rest))
     at = rest.rfind("@", 0, end)
     if at < 0 and "@" in rest and not _is_host(rest[:end]):
@@ -100,6 +104,7 @@ def _parts(address: str) -> tuple[str, str, str | None, str]:
 def _is_host(text: str) -> bool:
     """Whether a host, with or without its port, stands there."""
     try:
-        return urlsplit(f"//{text}").port is None or bool(text)
-    except ValueError:  # what follows the colon is no port: the start of a password
+        urlsplit(f"//{text}").port  # noqa: B018  (to read it checks it)
+    except ValueError:  # what follows the colon is not a port, but the start of a password
         return False
+    return True

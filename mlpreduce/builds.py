@@ -4,26 +4,58 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
-from mlpreduce.errors import ReductionError
+from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.graph import below
 from mlpreduce.surgery import carry_out
 from mlpreduce.ties import full_state, plans_of, reduced_parts
 
-__all__ = ["DOUBT", "NOT_RECORDED", "build_doubt", "built", "how_built", "settings_of"]
+__all__ = ["DOUBT", "NOT_RECORDED", "build_doubt", "built", "how_built", "made_by_timm", "settings_of"]
 
 DOUBT = "save cannot tell"  # how the note on such a model begins
 
-NOT_RECORDED = (
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "checkpoint_path",
-    "cache_dir",
-)  # of a build; they load weights
+# arguments that make timm read other files; never recorded
+NOT_RECORDED = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+
+# what an architecture raises for arguments that it cannot take
+_REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def made_by_timm(name: Any, arguments: Mapping[str, Any], call: str = "", hint: str = "") -> nn.Module:
+    """Call `timm.create_model`, and say what is wrong where it cannot build.
+
+    Args:
+        name: an architecture.
+        arguments: of `timm.create_model`.
+        call: how a message begins.
+        hint: how the message about arguments ends.
+
+    Raises:
+        ReductionError: timm has no such architecture, or refuses the arguments.
+    """
+    import timm
+
+    from mlpreduce.models import is_model
+
+    start = f"{call}: " if call else ""
+    if not isinstance(name, str) or not is_model(name):
+        raise ReductionError(f"{start}timm has no architecture {name!r}{did_you_mean(str(name), timm.list_models())}")
+    try:
+        model: nn.Module = timm.create_model(name, **arguments)
+    except ReductionError:  # of a name that is registered with its reduction
+        raise
+    except _REFUSALS as error:
+        plain = isinstance(error, (AssertionError, RuntimeError, TypeError, ValueError)) and str(error)
+        fact = error if plain else f"{type(error).__name__}: {error}".removesuffix(": ")
+        given = {key: value for key, value in arguments.items() if key != "pretrained" or value}
+        raise ReductionError(f"{start}timm cannot build {name} with {given}: {fact}{hint and '; '}{hint}") from error
+    return model
 
 
 def how_built(model: nn.Module, build: dict[str, Any] | Literal[False] | None, call: str) -> dict[str, Any] | None:
@@ -39,11 +71,16 @@ def how_built(model: nn.Module, build: dict[str, Any] | Literal[False] | None, c
     for candidate in candidates:
         try:
             json.dumps(candidate)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # a tensor, or a dict in itself
             raise ReductionError(
                 f"{call}: how it was built is not JSON ({error}); save with build=False and load with model="
             ) from error
-        reason = _difference(model, candidate, call)
+        try:
+            reason = _difference(model, candidate, call)
+        except ReductionError as error:
+            if build is not None:
+                raise
+            reason = str(error).removeprefix(f"{call}: ")
         if reason is None:
             return candidate
     raise ReductionError(
@@ -81,9 +118,13 @@ def _guesses(model: nn.Module, call: str) -> Iterator[dict[str, Any]]:
 
 
 def _difference(model: nn.Module, build: dict[str, Any], call: str) -> str | None:
-    """What tells a build, after the plans, from the model; None if nothing does."""
+    """What tells a build, after the plans, from the model; None if nothing does.
+
+    Raises:
+        ReductionError: timm cannot build it.
+    """
+    there = built(build, call, device="meta")
     try:
-        there = built(build, call, device="meta")
         for path, part in reduced_parts(model).items():
             for made in plans_of(part):
                 carry_out(there.get_submodule(path), made, weights=False)
@@ -93,17 +134,24 @@ def _difference(model: nn.Module, build: dict[str, Any], call: str) -> str | Non
     ours = {name: tuple(t.shape) for name, t in full_state(model).items()}
     if theirs != ours:
         name = next(iter(sorted(theirs.items() ^ ours.items())))[0]
-        return f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
+        return _told(name, theirs.get(name, "missing"), ours.get(name, "missing"))
     others = dict(model.named_modules(remove_duplicate=False))
     for path, module in there.named_modules(remove_duplicate=False):
         other = others.get(path)
         if other is None or type(other) is not type(module):
-            return f"{path} is a {type(module).__name__} there and a {type(other).__name__} here"
+            yours = "missing" if other is None else f"a {type(other).__name__}"
+            return _told(path or "the model", f"a {type(module).__name__}", yours)
+        if "forward" in vars(other) and "forward" not in vars(module):
+            return f"the forward of {path or 'the model'} was replaced on the instance, which no build repeats"
         mine, its = _settings(other), _settings(module)
         for name in sorted(mine.keys() & its.keys()):
             if mine[name] != its[name]:
-                return f"{path}.{name} is {its[name]!r} there and {mine[name]!r} here".lstrip(".")
+                return _told(below(path, name), repr(its[name]), repr(mine[name]))
     return None
+
+
+def _told(name: str, theirs: Any, yours: Any) -> str:
+    return f"{name} is {theirs} in that build and {yours} in yours"
 
 
 _MODES = {"training", "grad_checkpointing"}  # how a model is run, not what it computes
@@ -140,24 +188,20 @@ def built(build: Any, call: str, device: str = "cpu", plugin: object = None) -> 
     if build is None:
         raise ReductionError(f"{call}: how the model was built is not recorded; build it and give it as model=")
     build = _checked(build, call)
-    import timm
-
     from mlpreduce.models import is_model
 
-    if not is_model(build["name"]):
-        own = f": it is of the plug-in {plugin}; run that first by mlpreduce.plugins.load_plugins" if plugin else ""
-        raise ReductionError(f"{call}: timm {timm.__version__} has no architecture {build['name']!r}{own}")
+    if plugin and not is_model(build["name"]):
+        raise ReductionError(
+            f"{call}: timm has no architecture {build['name']!r}: it is of the plug-in {plugin}; run that first by "
+            f"mlpreduce.plugins.load_plugins"
+        )
     forbidden = [key for key in build["kwargs"] if key in ("pretrained", *NOT_RECORDED)]
     if forbidden:
         raise ReductionError(
             f"{call}: the build has {', '.join(forbidden)}, which would read other files; it is refused"
         )
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        try:
-            model: nn.Module = timm.create_model(build["name"], pretrained=False, **build["kwargs"])
-        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-            raise ReductionError(f"{call}: timm cannot build {build}: {error}") from error
-    return model
+        return made_by_timm(build["name"], {**build["kwargs"], "pretrained": False}, call)
 
 
 def _first_block(model: Any) -> Any:
@@ -176,7 +220,9 @@ def _mlp_ratio(model: Any) -> float:
 
 def _drop_path(model: Any) -> float:
     rates = [module.drop_prob for module in model.modules() if type(module).__name__ == "DropPath"]
-    return round(max(rates, default=0.0), 6)  # the rates of blocks are rounded to float32
+    rate = max(rates, default=0.0)
+    single = np.float32(rate)  # as which torch.linspace made it
+    return float(str(single)) if float(single) == rate else rate  # the shortest number is what a person typed
 
 
 # what a model of timm keeps of the arguments that it was built with, by their names

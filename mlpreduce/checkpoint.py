@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +18,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mlpreduce.builds import built, how_built
+from mlpreduce.drafts import replacing
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import module_at, refuse_wrapped, structural_copy, unwrapped
+from mlpreduce.graph import below, module_at, refuse_wrapped, structural_copy, unwrapped
 from mlpreduce.reduction import broken_ties, remember
 from mlpreduce.registry import origin
 from mlpreduce.surgery import carry_out
-from mlpreduce.ties import full_state, plans_of, reduced_parts, tangled_parts
+from mlpreduce.ties import distinct_parts, full_state, plans_of, reduced_parts, tangled_parts
 
 __all__ = ["DESCRIPTION", "WEIGHTS", "load", "read_saved", "read_tensors", "save"]
 
@@ -49,7 +49,8 @@ def save(model: nn.Module, directory: str | Path, build: dict[str, Any] | Litera
 
     Raises:
         ReductionError: the model is wrapped or has no weights, a tie is gone, a timm model is one that a build does not
-            reproduce, or the model and a part of it were both reduced, in an order that is not known.
+            reproduce, the model and a part of it were both reduced, in an order that is not known, or the directory
+            cannot be written to.
     """
     call = f"save({type(model).__name__}, {str(directory)!r})"
     if isinstance(model, nn.Module) and unwrapped(model) is not model:
@@ -61,6 +62,7 @@ def save(model: nn.Module, directory: str | Path, build: dict[str, Any] | Litera
     plans = {
         path: [json.loads(made.to_json()) for made in plans_of(part)] for path, part in _parts(model, call).items()
     }
+    tensors, aliases = _unique_tensors(model, call)
     whole = plans.pop("", [])
     version = VERSIONS[bool(plans)]
     description: dict[str, Any] = {
@@ -74,17 +76,14 @@ def save(model: nn.Module, directory: str | Path, build: dict[str, Any] | Litera
     source = origin("model", description["build"]["name"]) if description["build"] else None
     if source is not None and source.kind == "plug-in":
         description["plugin"] = f"{Path(source.name).name} (sha256 {source.digest[:12]})"
-    tensors, aliases = _unique_tensors(model, call)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = directory / f"{WEIGHTS}.new"
     metadata = {"format": "pt", "mlpreduce": str(version), "aliases": json.dumps(aliases)}
-    save_file(tensors, weights, metadata=metadata)
-    description["sha256"] = _digest(weights)
-    text = directory / f"{DESCRIPTION}.new"
-    text.write_text(json.dumps(description, indent=1), encoding="utf-8")
-    os.replace(weights, directory / WEIGHTS)
-    os.replace(text, directory / DESCRIPTION)
+    try:
+        with replacing(Path(directory), WEIGHTS, DESCRIPTION) as (weights, text):
+            save_file(tensors, weights, metadata=metadata)
+            description["sha256"] = _digest(weights)
+            text.write_text(json.dumps(description, indent=1), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise ReductionError(f"{call}: cannot write there: {error}; give a directory that can be written to") from error
 
 
 def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -106,12 +105,8 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     description, plans = read_saved(directory, call)
     if model is None:
         model = built(description["build"], call, plugin=description.get("plugin"))
-    elif reduced := reduced_parts(model):
-        which = f"{next(iter(reduced))} of the given model" if "" not in reduced else "the given model"
-        raise ReductionError(f"{call}: {which} is reduced already; give one as it was built")
-    refuse_wrapped(model, call)
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ReductionError(f"{call}: the given model is on the meta device; move it with .to_empty(device=...) first")
+    else:
+        _check_given(model, call)
     rehearsal = structural_copy(model, device="meta")
     try:
         for path, part in plans.items():
@@ -137,28 +132,37 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     return model
 
 
+def _check_given(model: nn.Module, call: str) -> None:
+    """Refuse a given model whose structure or tensors cannot be changed, before anything is."""
+    refuse_wrapped(model, call)
+    if reduced := reduced_parts(model):
+        which = f"{next(iter(reduced))} of the given model" if "" not in reduced else "the given model"
+        raise ReductionError(f"{call}: {which} is reduced already; give one as it was built")
+    tensors = [value for value in model.state_dict(keep_vars=True).values() if isinstance(value, torch.Tensor)]
+    if any(tensor.is_meta for tensor in tensors):
+        raise ReductionError(f"{call}: the given model is on the meta device; move it with .to_empty(device=...) first")
+    if any(tensor.is_inference() for tensor in tensors) and not torch.is_inference_mode_enabled():
+        raise ReductionError(
+            f"{call}: the given model was built under torch.inference_mode(), so its tensors cannot change; build it outside"
+        )
+
+
 def _parts(model: nn.Module, call: str) -> dict[str, nn.Module]:
     """The reduced modules of a model by path, each once, the model itself as ""; nothing about them is doubtful."""
     for outer, inner in tangled_parts(model):
         raise ReductionError(
             f"{call}: {outer or 'the model'} was reduced as a whole, and its {inner} also on its own, in an order that is not "
-            f"known; build it again and apply all steps to one of them, or save a plain model: save(mlpreduce.merge(model)) "
-            f"once each history is alone"
+            f"known; build it again and apply all steps either to the whole model or to {inner}"
         )
-    parts: dict[int, tuple[str, nn.Module]] = {}
+    parts = distinct_parts(model)
     for path, part in reduced_parts(model).items():
-        parts.setdefault(id(part), (path, part))
         for share in broken_ties(part):
             raise ReductionError(
-                f"{call}: {_below(path, share.target)} is no longer tied to {_below(path, share.source)}, as its history "
+                f"{call}: {below(path, share.target)} is no longer tied to {below(path, share.source)}, as its history "
                 f"tells; it was replaced or copied after apply: tie it again by assigning the module, or "
                 f"mlpreduce.untie(model) before changing it"
             )
-    return dict(parts.values())
-
-
-def _below(path: str, place: str) -> str:
-    return f"{path}.{place}" if path else place
+    return parts
 
 
 def _part(tree: nn.Module, path: str, model: nn.Module, call: str) -> nn.Module:
@@ -180,7 +184,10 @@ def read_saved(directory: Path, call: str) -> tuple[dict[str, Any], dict[str, li
     if _digest(directory / WEIGHTS) != description["sha256"]:
         raise ReductionError(f"{call}: {WEIGHTS} is damaged or from another save: its SHA-256 is not the recorded one")
     entries = {"": description["plans"], **description.get("parts", {})}
-    return description, {path: [Plan.from_json(json.dumps(e)) for e in plans] for path, plans in entries.items()}
+    try:
+        return description, {path: [Plan.from_json(json.dumps(e)) for e in plans] for path, plans in entries.items()}
+    except ReductionError as error:
+        raise ReductionError(f"{call}: a plan in {DESCRIPTION} cannot be read: {error}") from error
 
 
 def read_tensors(path: Path, call: str) -> dict[str, torch.Tensor]:
@@ -225,7 +232,7 @@ def _digest(path: Path) -> str:
 def _read_description(directory: Path, call: str) -> dict[str, Any]:
     for name in (DESCRIPTION, WEIGHTS):
         if not (directory / name).is_file():
-            raise ReductionError(f"{call}: there is no {name}; it is no directory written by mlpreduce.save")
+            raise ReductionError(f"{call}: there is no {name}; mlpreduce.save did not write this directory")
     try:
         description = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -234,7 +241,7 @@ def _read_description(directory: Path, call: str) -> dict[str, Any]:
         raise ReductionError(f"{call}: {DESCRIPTION} is foreign: its format is not 'mlpreduce'")
     if description.get("version") not in VERSIONS:
         raise ReductionError(
-            f"{call}: version {description.get('version')!r}; this mlpreduce reads version {' and '.join(map(str, VERSIONS))}"
+            f"{call}: version {description.get('version')!r}; this mlpreduce reads versions {' and '.join(map(str, VERSIONS))}"
         )
     missing = [key for key in ("class", "build", "plans", "sha256") if key not in description]
     if missing or not isinstance(description["plans"], list):

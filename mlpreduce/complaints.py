@@ -18,7 +18,6 @@ _EXPECTED = {
     "finite_number": "it must be a finite number",
     "float_parsing": "it must be a number",
     "float_type": "it must be a number",
-    "frozen_instance": "settings do not change; make new ones",
     "greater_than": "it must be above {gt}",
     "greater_than_equal": "it must be at least {ge}",
     "int_from_float": "it must be a whole number",
@@ -56,8 +55,6 @@ def expected(item: Mapping[str, Any]) -> str:
         return f"it must be one of {', '.join(map(repr, options))}{_near(given, options)}"
     if kind == "missing":
         return "it is missing"
-    if kind in ("value_error", "assertion_error"):  # a check of ours has said what is wrong
-        return str(context.get("error", "it is not possible here"))
     if kind not in _EXPECTED:
         return "it cannot be used here"
     text = _EXPECTED[kind]
@@ -81,12 +78,12 @@ def complaint(item: Mapping[str, Any], place: str, keys: Iterable[str] = ()) -> 
         >>> complaint({"type": "extra_forbidden", "loc": ("train", "epoch"), "input": 1}, "digits", ["epochs"])
         "digits.train: unknown key 'epoch'; did you mean 'epochs'?"
     """
-    *tables, key = (str(part) for part in item["loc"])
-    parent = ".".join(filter(None, [place, *tables]))
+    words = [*filter(None, [place]), *map(str, item["loc"])]  # no key where it is about all settings
     if item["type"] == "extra_forbidden":
-        return f"{f'{parent}: ' if parent else ''}unknown key {key!r}{did_you_mean(key, keys)}"
+        *tables, key = words
+        return f"{'.'.join(tables)}{': ' if tables else ''}unknown key {key!r}{did_you_mean(key, keys)}"
     given = "" if item["type"] == "missing" else f"={_shown(item['input'])}"
-    return f"{f'{parent}.' if parent else ''}{key}{given}: {expected(item)}"
+    return f"{'.'.join(words) or 'settings'}{given}: {expected(item)}"
 
 
 def _near(given: str, options: list[str]) -> str:

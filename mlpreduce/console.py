@@ -98,8 +98,14 @@ class Grid:
         from rich.console import Console
 
         file = StringIO()
-        console = Console(file=file, width=width or _UNLIMITED, color_system=None, force_terminal=False)
-        console.print(self, soft_wrap=False)
+        console = Console(
+            file=file,
+            width=width or _UNLIMITED,
+            color_system=None,
+            force_terminal=False,
+            force_jupyter=False,  # in a notebook rich would show the table there and leave the file empty
+        )
+        console.print(self, soft_wrap=False, crop=False)
         return "\n".join(line.rstrip() for line in file.getvalue().rstrip("\n").split("\n"))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -124,7 +130,7 @@ class Grid:
         if self.fits(width) or broken:
             yield _drawn(self.columns, self.ruled, whole=self._total(whole=True) <= width)
             return
-        if any(names.width + _GAP + column.width > width for column in numbers):
+        if not others or any(names.width + _GAP + column.width > width for column in numbers):
             yield _blocks(self.columns, width)
             return
         piece = [names]
@@ -207,7 +213,7 @@ def wrapped(text: str, width: int | None, indent: str = "  ") -> str:
         begin = line[: len(line) - len(line.lstrip())]
         broken = textwrap.wrap(
             line.strip(),
-            width,
+            max(1, width),
             initial_indent=begin,
             subsequent_indent=begin + indent,
             break_long_words=False,

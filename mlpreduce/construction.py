@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlpreduce.builds import NOT_RECORDED
+from mlpreduce.builds import NOT_RECORDED, made_by_timm
 from mlpreduce.calibration import Loss
 from mlpreduce.edits import Plan
-from mlpreduce.errors import ReductionError, call_text, did_you_mean
+from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import mlps_or_raise
 from mlpreduce.planning import plain
 from mlpreduce.reduction import apply, remember
@@ -47,23 +47,13 @@ def create_model(
         >>> vit.blocks[0].mlp.fc1.out_features
         384
     """
-    import timm
-
-    from mlpreduce.models import is_model
-
     entry = get_transform(transform) if transform is not None else None
-    if not isinstance(name, str) or not is_model(name):
-        raise ReductionError(
-            f"create_model: timm has no architecture {name!r}{did_you_mean(str(name), timm.list_models())}"
-        )
     config = {key: kwargs.pop(key) for key in list(kwargs) if entry is not None and key in entry.parameters}
     given = dict(kwargs)
     if entry is not None and entry.construction:
         given |= _construction(entry, name, pretrained, kwargs, config)
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **given)
-    except TypeError as error:
-        raise ReductionError(f"create_model({name!r}, {transform!r}): {error}; {_known(entry)}") from error
+    call = f"create_model({name!r}{f', {transform!r}' if transform is not None else ''})"
+    model = made_by_timm(name, {**given, "pretrained": pretrained}, call, _known(entry))
     recorded = {key: value for key, value in given.items() if key not in NOT_RECORDED}
     if not hasattr(model, "mlpreduce_build"):  # a registered name has said what it is a reduction of
         model.mlpreduce_build = {"name": name, "kwargs": recorded}  # type: ignore[assignment]
@@ -83,8 +73,6 @@ def _construction(
     entry: Transform, name: str, pretrained: bool, kwargs: dict[str, Any], config: dict[str, Any]
 ) -> dict[str, Any]:
     """Construction arguments, after a look at what they do to the architecture on the meta device."""
-    import timm
-
     call = f"create_model({name!r}, {call_text(entry.name, config)})"
     try:
         arguments: dict[str, Any] = entry.function(**config)
@@ -96,19 +84,13 @@ def _construction(
             f'trained weights with mlpreduce.create_model({name!r}, "shallow", pretrained=True)'
         )
 
-    def widths(**more: Any) -> list[int]:
+    def widths(more: dict[str, Any], hint: str) -> list[int]:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model = timm.create_model(name, **kwargs, **more)
+            model = made_by_timm(name, kwargs | more, call, hint)
         return [mlp.hidden_features for mlp in mlps_or_raise(model, call).mlps]
 
-    try:
-        usual = widths()
-    except TypeError as error:
-        raise ReductionError(f"{call}: {error}; {_known(entry)}") from error
-    try:
-        built = widths(**arguments)
-    except TypeError as error:
-        raise ReductionError(f"{call}: {name} cannot be built so: {error}; slice it with shallow instead") from error
+    usual = widths({}, _known(entry))
+    built = widths(arguments, "slice it with shallow instead")
     if built == usual and config:
         raise ReductionError(f"{call}: {name} takes the argument, but its MLPs keep their width; slice it with shallow")
     return arguments

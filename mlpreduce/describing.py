@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from mlpreduce.console import Column, Grid, width, wrapped
 from mlpreduce.errors import ReductionError, call_text, did_you_mean
+from mlpreduce.markup import html_table
 
 __all__ = ["Description", "Option", "describe", "described"]
 
@@ -56,19 +57,21 @@ class Description:
         lines += [wrapped(f"{name}: {text}", columns) for name, text in self.facts]
         if self.options:
             names = Column("option", [option.name for option in self.options], left=True)
-            defaults = Column(
-                "value" if self.kind == "recipe" else "default", [option.default for option in self.options], left=True
-            )
+            defaults = Column(self._second, [option.default for option in self.options], left=True)
             meanings = Column("meaning", [option.meaning for option in self.options], text=True)
             lines += ["", Grid("", [names, defaults, meanings], ruled=False).text(columns)]
         if self.source:
             lines += ["", wrapped(f"source: {self.source}", columns)]
         return "\n".join(lines)
 
+    @property
+    def _second(self) -> str:
+        """The header of the second column: a recipe sets its options, the others have defaults."""
+        return "value" if self.kind == "recipe" else "default"
+
     def _repr_html_(self) -> str:
-        cells = [(option.name, option.default, option.meaning) for option in self.options]
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
-        table = f"<table><tr><th>option</th><th>value</th><th>meaning</th></tr>{rows}</table>" if rows else ""
+        rows = [(option.name, option.default, option.meaning) for option in self.options]
+        table = html_table(("option", self._second, "meaning"), rows) if rows else ""
         told = [f"{self.kind} {self.name}: {self.summary}", *(f"{name}: {text}" for name, text in self.facts)]
         source = f"<p>source: {escape(self.source)}</p>" if self.source else ""
         return "".join(f"<p>{escape(line)}</p>" for line in told) + table + source
@@ -148,11 +151,8 @@ def _recipe(name: str) -> Description:
     from mlpreduce.recipe.shelf import header
     from mlpreduce.values import flatten
 
-    recipe, lines = load(name), header(list_recipes()[name])
-    facts = [
-        (line.partition(":")[0].lower(), line.partition(":")[2].strip()) for line in lines if _LABELLED.match(line)
-    ]
-    first = next((number for number, line in enumerate(lines) if _LABELLED.match(line)), len(lines))
+    recipe = load(name)
+    summary, facts = _header(header(list_recipes()[name]))
     for variant, steps in recipe.variants.items():
         calls = [call_text(step["transform"], {k: v for k, v in step.items() if k != "transform"}) for step in steps]
         facts.append((f"variant {variant}", ", ".join(calls) or "as it is"))
@@ -164,7 +164,22 @@ def _recipe(name: str) -> Description:
         Option(key, repr(value), "as by default" if key in default and default[key] == value else _other(default, key))
         for key, value in mine.items()
     ]
-    return Description(name, "recipe", " ".join(lines[:first]), tuple(options), tuple(facts))
+    return Description(name, "recipe", summary, tuple(options), tuple(facts))
+
+
+def _header(lines: Iterable[str]) -> tuple[str, list[tuple[str, str]]]:
+    """What a recipe's header says before its first label, and the text under each label, all of its lines joined."""
+    told: list[list[str]] = [[]]
+    for line in lines:
+        if _LABELLED.match(line):
+            told.append([])
+        told[-1].append(line)
+    facts = []
+    for first, *others in told[1:]:
+        label, _, text = first.partition(":")
+        joint = " && " if label == "Command" else " "  # each line of it is a command
+        facts.append((label.lower(), joint.join([text.strip(), *others])))
+    return " ".join(told[0]), facts
 
 
 def _other(default: Mapping[str, Any], key: str) -> str:

@@ -99,10 +99,10 @@ def _plain(name: str) -> str:
 
 
 def check_one_of(name: str, value: Any, options: Iterable[str]) -> None:
-    """Whether a value is one of the options, whatever its type.
+    """Check that a value is one of the options, whatever its type.
 
     Raises:
-        ReductionError: it is none.
+        ReductionError: it is not.
     """
     options = list(options)
     if value not in options:
@@ -128,20 +128,20 @@ def check_name(call: str, name: Any) -> None:
 
 
 def check_whole(name: str, value: Any, *, least: int = 1) -> None:
-    """Whether a value is a whole number from `least`.
+    """Check that a value is a whole number from `least`.
 
     Raises:
-        ReductionError: it is none.
+        ReductionError: it is not.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ReductionError(f"{name} is {value!r}; it must be a whole number from {least}")
 
 
 def check_number(name: str, value: Any, *, least: float = 0.0, most: float = math.inf, above: bool = False) -> None:
-    """Whether a value is a finite number from `least`, or above it, to `most`.
+    """Check that a value is a finite number from `least`, or above it, to `most`.
 
     Raises:
-        ReductionError: it is none.
+        ReductionError: it is not.
     """
     try:
         number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -27,15 +27,15 @@ EXTRAS = {
 }
 
 
-def missing(module: str, what: str) -> ReductionError:
+def missing(what: str, module: str) -> ReductionError:
     """Make the error for a package that is not installed.
 
     Args:
-        module: full name of the module that was wanted.
         what: what needs it: a call, a command or a setting, as the user wrote it.
+        module: full name of the module that was wanted.
 
     Example:
-        >>> print(missing("optuna", "mlpreduce search"))
+        >>> print(missing("mlpreduce search", "optuna"))
         mlpreduce search needs optuna, which is not installed: pip install "mlpreduce[search]", or from a checkout pip install -e ".[search]"
     """  # noqa: E501
     package = module.partition(".")[0]
@@ -46,12 +46,12 @@ def missing(module: str, what: str) -> ReductionError:
     )
 
 
-def optional(module: str, what: str) -> Any:
+def optional(what: str, module: str) -> Any:
     """Import a module of a package that only some parts need.
 
     Args:
-        module: its full name; its package is one of `EXTRAS`.
         what: what needs it, for the message.
+        module: its full name; its package is one of `EXTRAS`.
 
     Raises:
         ReductionError: the package is not installed.
@@ -62,6 +62,8 @@ def optional(module: str, what: str) -> Any:
 
 def require(what: str, *modules: str) -> None:
     """Check that packages are installed, before anything is begun that needs them; none is imported.
+
+    A folder of the package's name without code, such as one of data in the current directory, does not count.
 
     Args:
         what: what needs them, for the message.
@@ -75,5 +77,5 @@ def require(what: str, *modules: str) -> None:
             found = importlib.util.find_spec(module.partition(".")[0])
         except (ModuleNotFoundError, ValueError):  # blocked in sys.modules or by a finder
             found = None
-        if found is None:
-            raise missing(module, what)
+        if found is None or found.origin is None:
+            raise missing(what, module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from mlpreduce.errors import ReductionError
@@ -19,6 +19,7 @@ _CALL = re.compile(r"\s*([^\s()\[\]{}=,;'\"]+)\s*\((.*)\)\s*", re.DOTALL)
 _NAME = re.compile(r"[^\s()\[\]{}=,;'\"]+")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _BARE = re.compile(r"[\w.:*/+-]+")  # a value without quotes
+_DEEPEST = 20  # calls within calls; a criterion of a transform is one
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _EXAMPLE = 'write it as in grouped(group=4, pattern="cycle")'
 
@@ -125,8 +126,11 @@ def read_words(words: Iterable[str]) -> tuple[dict[str, Any], list[Step]]:
     for word in words:
         if is_call(word):
             steps += parse_steps(word)
+        elif "=" in word and steps:
+            _add(steps[-1][1], *_option(word, word), word)
         elif "=" in word:
-            (steps[-1][1] if steps else settings).update(parse_pairs([word]))
+            for key, value in parse_pairs([word]).items():
+                _add(settings, key, value, word)
         else:
             steps.append((word, {}))
     return settings, steps
@@ -172,26 +176,37 @@ def _step(part: str, whole: str) -> Step:
     call = _CALL.fullmatch(part)
     if call is None:
         raise ReductionError(f"{whole!r}: {part!r} is not a transform with its options; {_EXAMPLE}")
-    return call[1], dict(_options(call[2], whole))
+    return call[1], _options(call[2], whole)
 
 
-def _options(text: str, whole: str) -> Iterator[tuple[str, Any]]:
-    seen: set[str] = set()
+def _options(text: str, whole: str, depth: int = 0) -> dict[str, Any]:
+    """The options between the parentheses of a call that stands in so many others."""
+    if depth > _DEEPEST:
+        raise ReductionError(f"{whole[:40]!r}...: calls within calls, more than {_DEEPEST} deep; {_EXAMPLE}")
+    options: dict[str, Any] = {}
     parts = split_outside(text, ",")
     for part in parts[:-1] if not parts[-1].strip() else parts:  # none, or a comma at the end
-        key, equals, value = (word.strip() for word in part.partition("="))
-        if not equals or not _KEY.fullmatch(key) or not value:
-            raise ReductionError(f"{whole!r}: {part.strip()!r} is not an option with its value; {_EXAMPLE}")
-        if key in seen:
-            raise ReductionError(f"{whole!r}: {key} is given twice; leave one out")
-        seen.add(key)
-        yield key, _value(value, whole)
+        _add(options, *_option(part, whole, depth), whole)
+    return options
 
 
-def _value(text: str, whole: str) -> Any:
+def _option(text: str, whole: str, depth: int = 0) -> tuple[str, Any]:
+    key, equals, value = (word.strip() for word in text.partition("="))
+    if not equals or not _KEY.fullmatch(key) or not value:
+        raise ReductionError(f"{whole!r}: {text.strip()!r} is not an option with its value; {_EXAMPLE}")
+    return key, _value(value, whole, depth)
+
+
+def _add(options: dict[str, Any], key: str, value: Any, whole: str) -> None:
+    if key in options:
+        raise ReductionError(f"{whole!r}: {key} is given twice; leave one out")
+    options[key] = value
+
+
+def _value(text: str, whole: str, depth: int) -> Any:
     """What Python prints, a call with options as a table with a name, a TOML value, or a word."""
     if (call := _CALL.fullmatch(text)) and _KEY.fullmatch(call[1]):
-        return {"name": call[1], **dict(_options(call[2], whole))}
+        return {"name": call[1], **_options(call[2], whole, depth + 1)}
     try:
         with warnings.catch_warnings():  # of Python's, about backslashes
             warnings.simplefilter("ignore", SyntaxWarning)

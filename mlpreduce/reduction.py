@@ -18,7 +18,7 @@ from mlpreduce.layers import LAYERS, merged
 from mlpreduce.planning import Globs, make_plan
 from mlpreduce.rewriting import without_layers, without_ties
 from mlpreduce.surgery import carry_out, untie_leaves
-from mlpreduce.ties import check_parts, guard, holds, plans_of, reduced_parts, shares_of, unguard
+from mlpreduce.ties import check_parts, distinct_parts, guard, holds, plans_of, reduced_parts, shares_of, unguard
 
 __all__ = ["apply", "broken_ties", "history", "merge", "remember", "untie"]
 
@@ -147,8 +147,7 @@ def untie(model: Model) -> Model:
         ReductionError: nothing is tied, or a tie that the history tells of is gone.
     """
     refuse_wrapped(model, "untie")
-    parts = {id(part): (part, shares_of(plans_of(part))) for part in reduced_parts(model).values()}
-    having = [(part, shares) for part, shares in parts.values() if shares]
+    having = [(part, shares) for part in distinct_parts(model).values() if (shares := shares_of(plans_of(part)))]
     if not having:
         raise ReductionError("untie: this model has no tie made by mlpreduce")
     untie_leaves(having)

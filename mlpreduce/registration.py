@@ -15,7 +15,7 @@ from torch import nn
 from mlpreduce.construction import create_model
 from mlpreduce.errors import ReductionError, call_text, check_name, did_you_mean
 from mlpreduce.reduction import apply
-from mlpreduce.registry import remember
+from mlpreduce.registry import origin, remember
 from mlpreduce.transforms import check_config, is_construction
 
 __all__ = ["register_model"]
@@ -52,7 +52,8 @@ def register_model(name: str, architecture: str, steps: Steps) -> Callable[..., 
     check_name("register_model", name)
     call = f"register_model({name!r}, {architecture!r})"
     if timm.is_model(name) or name in globals():
-        raise ReductionError(f"{call}: there is a model or function of this name; choose another name")
+        of = "" if (noted := origin("model", name)) is None else f", of {noted}"
+        raise ReductionError(f"{call}: there is a model or function of this name{of}; choose another name")
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         near = did_you_mean(str(architecture), timm.list_models())
         raise ReductionError(f"{call}: timm has no architecture {architecture!r}{near}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,7 +19,18 @@ from typing import Any, Literal
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["GROUPS", "Origin", "add_entry_points", "forget", "origin", "origin_of", "registering", "remember"]
+__all__ = [
+    "GROUPS",
+    "Origin",
+    "add_entry_points",
+    "forget",
+    "origin",
+    "origin_of",
+    "origins",
+    "registering",
+    "remember",
+    "taken",
+]
 
 GROUPS = {"transform": "mlpreduce.transforms", "criterion": "mlpreduce.criteria"}  # the entry points of other packages
 
@@ -58,7 +69,7 @@ _added: set[str] = set()  # groups whose entry points were all registered
 
 @contextmanager
 def registering(origin: Origin, module: str) -> Iterator[None]:
-    """Let what `module` registers inside the block, or has registered by others, come from `origin`."""
+    """Attribute to `origin` what is registered inside the block by `module`, or through modules that were already imported."""
     token = _running.set(_Running(origin, module, frozenset(sys.modules)))
     try:
         yield
@@ -88,6 +99,17 @@ def origin(kind: str, name: str) -> Origin | None:
     return _origins.get((kind, name))
 
 
+def origins() -> dict[tuple[str, str], Origin]:
+    """All notes, by kind and name: the table itself."""
+    return _origins
+
+
+def taken(kind: str, name: str) -> str:
+    """Say that a name is taken, and by what; for messages."""
+    noted = _origins.get((kind, name))
+    return f"there is a {kind} of this name already{'' if noted is None else f', of {noted}'}; choose another name"
+
+
 def forget(origin: Origin) -> dict[str, list[str]]:
     """Drop the notes of an origin, and return the names it had, by kind."""
     found: dict[str, list[str]] = {}
@@ -98,13 +120,13 @@ def forget(origin: Origin) -> dict[str, list[str]]:
 
 
 def add_entry_points(
-    kind: str, known: Callable[[], Iterable[object]], register: Callable[[str], Callable[[Any], Any]]
+    kind: str, known: Callable[[], Mapping[str, object]], register: Callable[[str], Callable[[Any], Any]]
 ) -> None:
     """Register what other packages name in an entry-point group. What one of them raises is raised at each call.
 
     Args:
         kind: a key of `GROUPS`.
-        known: gives the functions that are registered; importing a package may register them.
+        known: gives the functions that are registered, by name; importing a package may register them.
         register: registers a plain function under the name of its entry point.
 
     Raises:
@@ -114,10 +136,16 @@ def add_entry_points(
         return
     for entry in entry_points(group=GROUPS[kind]):
         token = _running.set(None)  # a plug-in file may be the first to ask for names; these are not its own
+        before = set(_origins)
         try:
             function = entry.load()
-            if not inspect.ismodule(function) and all(function is not other for other in known()):
+            names = [name for name, other in known().items() if other is function]
+            if not inspect.ismodule(function) and not names:
                 register(entry.name)(function)
+            # whoever loads the entry point gets these names, also those of functions that another package defines
+            for key in (_origins.keys() - before) | {(kind, name) for name in names}:
+                if key in _origins and _origins[key].kind == "process":
+                    _origins[key] = Origin("entry points", entry.module)
         except Exception as error:  # whatever a foreign module raises
             package = entry.dist.name if entry.dist is not None else entry.value
             reason = str(error) if isinstance(error, ReductionError) else f"{type(error).__name__}: {error}"

@@ -21,6 +21,7 @@ from mlpreduce.layers import wraps
 
 __all__ = [
     "check_parts",
+    "distinct_parts",
     "full_state",
     "gone_by",
     "guard",
@@ -50,6 +51,14 @@ def plans_of(model: nn.Module) -> list[Plan]:
 def reduced_parts(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model that remember plans, by path; the model itself has the path ""."""
     return {path: part for path, part in model.named_modules(remove_duplicate=False) if plans_of(part)}
+
+
+def distinct_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """As `reduced_parts`, each module once, by its first path."""
+    parts: dict[int, tuple[str, nn.Module]] = {}
+    for path, part in reduced_parts(model).items():
+        parts.setdefault(id(part), (path, part))
+    return dict(parts.values())
 
 
 def check_parts(model: nn.Module, made: Plan, call: str) -> None:

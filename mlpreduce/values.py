@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +13,7 @@ __all__ = ["flatten", "parse_pairs", "parse_value", "short", "unit_of"]
 
 
 def parse_value(text: str) -> Any:
-    """A TOML value, or else the text itself.
+    """A TOML value, or else the text itself; dates and times stay text, as do numbers of too many digits.
 
     Example:
         >>> parse_value("0.5"), parse_value("[[0, 1]]"), parse_value("inv_sqrt")
@@ -20,7 +21,8 @@ def parse_value(text: str) -> Any:
     """
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+        json.dumps(parsed)  # records are JSON, which has no dates
+    except (ValueError, TypeError, RecursionError):
         return float(text) if text.removeprefix("-").startswith(".") and text[-1].isdigit() else text
     return parsed["value"] if set(parsed) == {"value"} else text
 

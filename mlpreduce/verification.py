@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from torch import nn
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import PLAIN, Inputs, module_through, refuse_wrapped, survey, unwrapped
+from mlpreduce.graph import PLAIN, Inputs, below, module_through, refuse_wrapped, survey, unwrapped
 from mlpreduce.markup import html_list, html_table
 from mlpreduce.reduction import broken_ties
-from mlpreduce.ties import is_guarded, plans_of, reduced_parts, shares_of, tangled_parts, tied
+from mlpreduce.ties import distinct_parts, is_guarded, plans_of, reduced_parts, shares_of, tangled_parts, tied
 
 __all__ = ["Report", "reentrant_problem", "verify"]
 
@@ -43,7 +44,7 @@ class Report:
 
     def __repr__(self) -> str:
         count = len(self.problems)
-        found = "ok" if self.ok else f"{count} problem{'' if count == 1 else 's'}"
+        found = "ok" if self.ok else _counted(count, "problem")
         return f"<Report: {found}; {self.params:,} parameters, {self._mlps()}>"
 
     def _repr_html_(self) -> str:
@@ -82,8 +83,9 @@ def verify(
         A report; `report.ok` is False if training or saving would silently go wrong.
 
     Raises:
-        ReductionError: the model is no module, passes on the history of one that is not among its modules, or is not reduced
-            and cannot be traced.
+        ReductionError: the model is not a module, passes on the history of one that is not among its modules, or is not
+            reduced and cannot be traced; `example_inputs` do not fit it; `optimizer` is not an optimizer, or `ema` is not a
+            module and has none.
 
     Example:
         >>> import timm
@@ -112,23 +114,24 @@ def verify(
     problems += _holder_problems(model)
     if any(tied(part) and not is_guarded(part) for part in parts.values()):
         problems.append(
-            "the state dict has a tied tensor once a use, as its hooks are gone; loading keeps the last value silently"
+            "The state dict repeats each tied tensor, because its hooks were removed. If the copies differ, loading silently "
+            "keeps the last one."
         )
-    for part in {id(part): part for part in parts.values()}.values():
+    distinct = distinct_parts(model).values()
+    for part in distinct:
         problems += [problem for problem in [reentrant_problem(part)] if problem is not None]
     if optimizer is not None:
         problems += _optimizer_problems(model, optimizer)
     if ema is not None:
         problems += _ema_problems(model, parts, ema)
     params = sum(parameter.numel() for parameter in model.parameters())
-    ties = sum(len(shares_of(plans_of(part))) for part in {id(part): part for part in parts.values()}.values())
+    ties = sum(len(shares_of(plans_of(part))) for part in distinct)
     return Report(params, mlps, unique, ties, tuple(problems))
 
 
 def _broken(path: str, part: nn.Module, tree: nn.Module | None = None) -> list[tuple[str, str]]:
     """Ties of a part that do not hold, by the paths in the whole model."""
-    start = f"{path}." if path else ""
-    return [(start + share.target, start + share.source) for share in broken_ties(part, tree)]
+    return [(below(path, share.target), below(path, share.source)) for share in broken_ties(part, tree)]
 
 
 def _count(model: nn.Module, parts: dict[str, nn.Module], inputs: Inputs | None) -> tuple[int, int]:
@@ -177,7 +180,7 @@ def _holder_problems(model: nn.Module) -> list[str]:
     plain: list[str] = []
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            place = f"{path}.{name}" if path else name
+            place = below(path, name)
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append(place)
             if parameter is not None and not isinstance(parameter, nn.Parameter):
@@ -188,7 +191,7 @@ def _holder_problems(model: nn.Module) -> list[str]:
         if len(names) > 1
     ]
     if plain:
-        more = f" (as {len(plain) - 1} others)" if plain[1:] else ""
+        more = f" (and {_counted(len(plain) - 1, 'other')})" if plain[1:] else ""
         problems.append(f"{plain[0]}{more} {PLAIN}")
     return problems
 
@@ -210,22 +213,32 @@ def _ema_problems(model: nn.Module, parts: dict[str, nn.Module], ema: Any) -> li
 
 
 def _optimizer_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
     ours = {id(parameter): name for name, parameter in model.named_parameters()}
-    ids = [id(parameter) for parameter in held]
-    missing = [n for n, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in ids]
-    foreign = sum(number not in ours for number in ids)
-    twice = sorted({ours[number] for number in ids if ids.count(number) > 1 and number in ours})
+    missing = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in held
+    ]
+    foreign = sum(times for number, times in held.items() if number not in ours)
+    twice = sorted(ours[number] for number, times in held.items() if times > 1 and number in ours)
     problems = []
     if missing:
-        problems.append(
-            f"the optimizer does not update {len(missing)} parameters, such as {missing[0]}; build it after apply"
-        )
+        problems.append(f"the optimizer does not update {_named(missing)}; build it after apply")
     if foreign:
-        problems.append(f"the optimizer holds {foreign} tensors that are not the model's; build it after apply")
+        tensors = f"{_counted(foreign, 'tensor')} that {'is' if foreign == 1 else 'are'} not the model's"
+        problems.append(f"the optimizer holds {tensors}; build it after apply")
     if twice:
-        problems.append(f"the optimizer updates {len(twice)} parameters more than once a step, such as {twice[0]}")
+        problems.append(f"the optimizer updates {_named(twice)} more than once a step")
     return problems
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _named(names: list[str]) -> str:
+    """How many parameters there are, and the name of one."""
+    first = names[0] if len(names) == 1 else f"such as {names[0]}"
+    return f"{_counted(len(names), 'parameter')} ({first})"
 
 
 def reentrant_problem(model: nn.Module) -> str | None:
@@ -242,7 +255,7 @@ def reentrant_problem(model: nn.Module) -> str | None:
         else:
             continue
         return (
-            f"{path or 'the model'} checkpoints reentrantly: in DDP the gradient of a tied tensor is ready once a use, and "
-            f"the backward pass fails; {remedy}"
+            f"{path or 'the model'} checkpoints reentrantly: DDP sees the gradient of a tied tensor once for each block that "
+            f"uses it, and the backward pass fails; {remedy}"
         )
     return None

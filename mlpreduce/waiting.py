@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,18 +20,21 @@ __all__ = ["silent", "steps"]
 DELAY = 2.0  # seconds before anything is shown
 _EVERY = 0.2  # seconds between two drawings
 
-_busy = False  # whether a line is shown, or nothing may be
+_lock = threading.Lock()
+_busy = 0  # lines that are shown, and blocks in which none may be, of all threads
 
 
 @contextmanager
 def silent() -> Iterator[None]:
     """Show nothing inside the block, because something else shows progress or nobody is looking."""
     global _busy
-    before, _busy = _busy, True
+    with _lock:
+        _busy += 1
     try:
         yield
-    finally:
-        _busy = before
+    finally:  # blocks of several threads end in any order
+        with _lock:
+            _busy -= 1
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -84,6 +85,18 @@ def test_an_average_that_begins_late_is_judged_by_its_age() -> None:
     assert text.startswith("train.ema_start=300: averaging begins after that update, and a run has 300")
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 7, 20])
+@pytest.mark.parametrize("decay", [0.9, 0.9998, 1.0 - 1e-7])
+def test_an_average_that_never_begins_names_a_start_that_works(epochs: int, decay: float) -> None:
+    given = {"images": 96, "epochs": epochs, "warmup_epochs": 0, "ema_decay": decay}  # 3 updates an epoch
+    (text, *_) = told(**given, ema_start=500)
+    assert "use train.ema_decay=0" in text
+    starts = re.findall(r"train\.ema_start=(\d+)", text.partition("use ")[2])
+    assert bool(starts) == (epochs > 1)  # of 3 updates, a quarter is none
+    for start in starts:
+        assert not [text for text in told(**given, ema_start=int(start)) if "ema" in text]
+
+
 def test_crops_of_small_pictures() -> None:
     (text,) = told(side=28)  # the default is ImageNet's
     assert text.startswith("train.crop_scale=[0.08, 1.0]: ")
@@ -99,6 +112,8 @@ def test_a_warm_up_that_takes_most_of_the_run() -> None:
     (text,) = told(epochs=20, warmup_epochs=15)
     assert text.startswith("train.warmup_epochs=15: the learning rate still rises in 15 of 20 epochs")
     assert told(epochs=20, warmup_epochs=int(re.findall(r"warmup_epochs=(\d+)", text)[-1])) == []
+    (text,) = told(epochs=10, warmup_epochs=20, images=960)
+    assert "still rises in 10 of 10 epochs" in text
 
 
 def test_batches_beyond_the_data() -> None:
@@ -110,25 +125,64 @@ def test_batches_beyond_the_data() -> None:
     assert told(images=500, epochs=60, batch_size=int(re.findall(r"train\.batch_size=(\d+)", text)[-1])) == []
 
 
-@pytest.mark.parametrize(
-    ("size", "patch", "fact"), [(28, 16, "leave out 12 of the 28 pixels"), (32, 16, "make 4 token")]
-)
-def test_patches_that_do_not_fit_the_images(size: int, patch: int, fact: str) -> None:
-    kwargs: dict[str, Any] = {"img_size": size, "patch_size": patch, "embed_dim": 16, "depth": 1, "num_heads": 1}
-    run = Run(recipe="r", variant="v", directory="/r", model=ModelSettings(name="vit_tiny_patch16_224", kwargs=kwargs))
+SMALL = {"embed_dim": 16, "depth": 1, "num_heads": 1}
+
+
+def told_of_patches(size: int, name: str = "vit_tiny_patch16_224", **kwargs: Any) -> list[str]:
+    run = Run(recipe="r", variant="v", directory="/r", model=ModelSettings(name=name, kwargs=kwargs))
     run = run.model_copy(
         update={"train": TrainSettings(**GOOD), "data": run.data.model_copy(update={"image_size": size})}
     )
-    (text,) = advice(run, images=480, updates_per_epoch=15, model=build_model(run, device="meta"))
+    with torch.device("meta"):
+        model = timm.create_model(name, **kwargs)
+    return advice(run, images=480, updates_per_epoch=15, model=model)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "fact", "remedies"),
+    [
+        (28, 16, "leave out 12 of the 28 pixels", {"patch_size": 4, "image_size": 48}),
+        (32, 16, "make 4 token", {"patch_size": 4, "image_size": 48}),
+        (31, 4, "leave out 3 of the 31 pixels", {"image_size": 28}),  # 1 and 31 alone divide it
+        (31, 31, "make 1 token", {"image_size": 93}),
+        (28, (4, 8), "patches of 4 x 8 pixels leave out 4 of the 28 pixels", {"patch_size": 4, "image_size": 24}),
+    ],
+)
+def test_patches_that_do_not_fit_the_images(
+    size: int, patch: int | tuple[int, int], fact: str, remedies: dict[str, int]
+) -> None:
+    (text,) = told_of_patches(size, img_size=size, patch_size=patch, **SMALL)
     assert fact in text
-    better = int(re.findall(r"patch_size=(\d+)", text)[-1])
-    good = run.model_copy(update={"model": ModelSettings(name=run.model.name, kwargs={**kwargs, "patch_size": better})})
-    assert advice(good, images=480, updates_per_epoch=15, model=build_model(good, device="meta")) == []
+    use = text.partition("; use ")[2]
+    assert {
+        name: int(value) for name, value in re.findall(r"\b(\w+_size)=(\d+)", use) if name != "img_size"
+    } == remedies
+    better = remedies.get("patch_size")
+    assert better is None or told_of_patches(size, img_size=size, patch_size=better, **SMALL) == []
+    other = remedies["image_size"]
+    assert told_of_patches(other, img_size=other, patch_size=patch, **SMALL) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "kwargs"),
+    [
+        (224, "vit_base_r50_s16_224", {}),  # its patches are cells of a feature map
+        (224, "vit_tiny_r_s16_p8_224", {}),
+        (256, "vit_tiny_patch16_224", {"dynamic_img_size": True, **SMALL}),  # built for 224
+        (30, "vit_tiny_patch16_224", {"dynamic_img_pad": True, "patch_size": 4, "img_size": 30, **SMALL}),
+    ],
+)
+def test_patches_that_fit_are_not_warned_of(size: int, name: str, kwargs: dict[str, Any]) -> None:
+    assert told_of_patches(size, name, **kwargs) == []
 
 
 def test_a_point_of_a_sweep_names_its_own_key() -> None:
     run = Run(recipe="r/small", variant="v", directory="/r", train=TrainSettings(**{**GOOD, "ema_decay": 0.9998}))
-    assert advice(run, images=480, updates_per_epoch=15)[0].startswith("sweep.small.train.ema_decay=0.9998: ")
+    (text,) = advice(run, images=480, updates_per_epoch=15)
+    assert text.startswith("sweep.small.train.ema_decay=0.9998: ")
+    keys = re.findall(r"[\w.]*\btrain\.\w+", text)
+    assert len(keys) == 3  # two of them in the remedy
+    assert all(key.startswith("sweep.small.train.ema_") for key in keys)
 
 
 def test_dry_run_warns_and_counts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,10 @@ def test_a_plain_timm_model_is_recognised(tmp_path: Path) -> None:
 
 def test_a_build_that_cannot_be_read_off_is_asked_for(tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", act_layer="relu", img_size=32)
-    with pytest.raises(ReductionError, match=r"is another model: blocks.0.mlp.act is a GELU there.*give build="):
+    with pytest.raises(
+        ReductionError,
+        match=r"is another model: blocks.0.mlp.act is a GELU in that build and a ReLU in yours.*give build=",
+    ):
         mlpreduce.save(model, tmp_path)
     build = {"name": "vit_tiny_patch16_224", "kwargs": {"act_layer": "relu", "img_size": 32}}
     mlpreduce.save(model, tmp_path, build=build)
@@ -94,14 +97,14 @@ def test_a_model_changed_after_it_was_built(tmp_path: Path) -> None:
     mlpreduce.save(model, tmp_path)
     assert mlpreduce.load(tmp_path).head.out_features == 3
     model.blocks[1].attn.num_heads = 1
-    with pytest.raises(ReductionError, match=r"blocks.1.attn.num_heads is 3 there and 1 here"):
+    with pytest.raises(ReductionError, match=r"blocks.1.attn.num_heads is 3 in that build and 1 in yours"):
         mlpreduce.save(model, tmp_path)
 
 
 def test_what_no_repr_shows_is_compared_too(tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224")
     model.blocks[0].attn.scale = 1.0
-    with pytest.raises(ReductionError, match=r"blocks.0.attn.scale is 0.125 there and 1.0 here"):
+    with pytest.raises(ReductionError, match=r"blocks.0.attn.scale is 0.125 in that build and 1.0 in yours"):
         mlpreduce.save(model, tmp_path)
     mlpreduce.save(timm.create_model("vit_tiny_patch16_224", global_pool="max", img_size=32), tmp_path)
     assert mlpreduce.load(tmp_path).global_pool == "max"
@@ -216,12 +219,12 @@ def edit_description(saved: Path, **changes: object) -> None:
 
 def test_refusals(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ReductionError, match=r"there is no mlpreduce.json; it is no directory written by mlpreduce.save"
+        ReductionError, match=r"there is no mlpreduce.json; mlpreduce.save did not write this directory"
     ):
         mlpreduce.load(tmp_path / "nowhere")
     good = (saved / "mlpreduce.json").read_text()
     for changes, message in [
-        ({"version": 99}, r"version 99; this mlpreduce reads version 1"),
+        ({"version": 99}, r"version 99; this mlpreduce reads versions 1 and 2"),
         ({"format": "other"}, r"is foreign"),
         ({"plans": [{"version": 7}]}, r"plan version 7; this mlpreduce reads version 1"),
         ({"plans": [{"version": 1}]}, r"damaged plan: KeyError"),

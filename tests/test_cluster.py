@@ -18,7 +18,6 @@ from helpers.launched import (
     ROOT,
     command,
     environment,
-    equal,
     last_state,
     records,
     undisturbed,
@@ -26,6 +25,7 @@ from helpers.launched import (
     without_times,
     workers_of,
 )
+from helpers.runs import same
 from helpers.stores import put_store
 from helpers.two_processes import Together
 
@@ -157,7 +157,7 @@ def test_two_nodes_give_the_bits_of_one(together: Together, two_nodes: Nodes, tm
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "Traceback" not in stdout + stderr
-    assert equal(last_state(output / "grouped" / "seed42"), last_state(whole))
+    same(last_state(output / "grouped" / "seed42"), last_state(whole))
     assert without_times(records(output)["grouped-42"]["epochs"]) == last_state(whole)["history"]
 
 

@@ -104,9 +104,16 @@ def test_the_walk_meets_the_kinds_of_errors() -> None:
             {"type": "literal_error", "ctx": {"expected": "'none', 'bfloat16' or 'float16'"}, "input": "bf16"},
             "it must be one of 'none', 'bfloat16', 'float16'; did you mean 'bfloat16'?",
         ),
-        ({"type": "value_error", "ctx": {"error": ValueError("of ours")}}, "of ours"),
         ({"type": "url_scheme"}, "it cannot be used here"),
     ],
 )
 def test_what_is_expected(item: dict[str, Any], text: str) -> None:
     assert expected(item) == text
+
+
+def test_a_complaint_about_all_settings() -> None:
+    item = {"type": "model_type", "loc": (), "input": 3}
+    assert complaint(item, "digits") == "digits=3: it must be a table: {key = value}"
+    assert complaint(item, "") == "settings=3: it must be a table: {key = value}"
+    unknown = {"type": "extra_forbidden", "loc": ("epoch",), "input": 1}
+    assert complaint(unknown, "", ["epochs"]) == "unknown key 'epoch'; did you mean 'epochs'?"

@@ -71,13 +71,42 @@ def test_different_classes_are_counted_and_named(root: Path) -> None:
     refuse(root, r"\(cat\) and train/ has no folder for 1 of the 2 classes of the other \(emu\)")
 
 
-def test_nested_folders_are_compared_as_timm_names_them(root: Path) -> None:
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_folders_inside_class_folders_are_refused(split: str, root: Path) -> None:
     # timm takes the innermost folder as the class
-    shutil.move(root / "val" / "cat", root / "val" / "inner")
-    (root / "val" / "cat").mkdir()
-    shutil.move(root / "val" / "inner", root / "val" / "cat" / "tabby")
-    with pytest.raises(ReductionError, match=r"\(cat\) and train/ has no folder for 1 .*\(tabby\)"):
+    for name in ("cat", "dog"):
+        shutil.move(root / split / name, root / split / "inner")
+        shutil.move(root / split / "inner", root / split / name / "young")
+    refuse(
+        root,
+        rf"2 folders hold images in '.*{split}'.*\(cat/young, dog/young\).*put them directly into their class folder",
+    )
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_folder_beside_the_images_of_a_class_is_refused_when_they_are_listed(split: str, root: Path) -> None:
+    shade(root / split / "dog" / "old" / "0.png", 1)
+    with pytest.raises(
+        ReductionError, match=rf"1 folder holds images in '.*{split}', .*\(dog/old\).*put them directly"
+    ):
         load(settings(root), STILL, micro_batch=4)
+
+
+def test_a_hidden_folder_with_images_is_refused(root: Path) -> None:
+    for split in ("train", "val"):
+        shade(root / split / ".cache" / "0.png", 1)
+    refuse(root, r"\(\.cache\).*remove hidden folders")
+    for split in ("train", "val"):
+        shutil.move(root / split / ".cache", root / split / "dog" / ".cache")
+    with pytest.raises(ReductionError, match=r"\(dog/\.cache\).*remove hidden folders"):
+        load(settings(root), STILL, micro_batch=4)
+
+
+def test_one_class_is_refused(root: Path) -> None:
+    for split in ("train", "val"):
+        shutil.rmtree(root / split / "dog")
+    with pytest.raises(ReductionError, match=r"train/ and val/ hold 1 class folder \(cat\); a model needs at least 2"):
+        check(settings(root))
 
 
 def test_empty_class_folder(root: Path) -> None:

@@ -278,6 +278,50 @@ def test_results_are_kept_beside_a_page(tmp_path: Path) -> None:
     assert with_results(page, results_text(document)) == text
 
 
+def test_variants_and_points_of_any_name_are_kept() -> None:
+    names = ("latency", "seconds", "throughput", "variants")
+    variants = {name: {"top1": 1.0, "throughput": 7.0, "runs": [{"seconds": 3}]} for name in names}
+    kept = {name: {"top1": 1.0, "runs": [{}]} for name in names}
+    assert lasting({"variants": variants, "seconds": 1}) == {"variants": kept}
+    assert lasting({"points": {"storage": {"variants": variants}}}) == {"points": {"storage": {"variants": kept}}}
+    assert lasting({"points": [{"seconds": 3, "top1": 1}]}) == {"points": [{"top1": 1}]}
+
+
+def test_a_place_ends_before_the_next_one_begins(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- results: page.json -->\nnot closed\n<!-- results: other.json -->\nof another\n<!-- end of results -->\n"
+    )
+    before = page.read_text()
+    with pytest.raises(ReductionError, match="0 places for results"):
+        keep(results(), page, results_text)
+    assert page.read_text() == before
+    page.write_text(
+        "<!-- results: other.json -->\nnot closed\n<!-- results: page.json -->\nold\n<!-- end of results -->\n"
+    )
+    keep(results(), page, results_text)
+    text = page.read_text()
+    assert text.startswith("<!-- results: other.json -->\nnot closed\n<!-- results: page.json -->\n| variant |")
+    assert "old" not in text
+
+
+def test_a_page_that_cannot_be_written_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results: page.json -->\nold\n<!-- end of results -->\n")
+    before, write = page.read_text(), Path.write_text
+
+    def full(path: Path, text: str, **options: Any) -> int:
+        if path.name.startswith("page.md"):
+            write(path, text[:9], **options)
+            raise OSError("No space left on device")
+        return write(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        keep(results(), page, results_text)
+    assert page.read_text() == before
+
+
 @pytest.mark.parametrize("text", ["no place", "<!-- results: other.json -->\n<!-- end of results -->"])
 def test_a_page_without_a_place_is_refused(text: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"

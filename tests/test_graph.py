@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from collections import Counter
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import fx, nn
 
 import mlpreduce
 from mlpreduce import ReductionError, find_mlps
-from mlpreduce.graph import chains
+from mlpreduce.graph import chains, example_inputs
+from mlpreduce.graph.flow import Flow
 from mlpreduce.testing import check_transform
 
 # architecture, kind, MLPs, lengths of the chains that grouped acts on
@@ -60,6 +63,29 @@ def test_families(name: str, kind: str, count: int, lengths: list[int]) -> None:
     mlpreduce.apply(model, "shallow")
     assert sum(p.numel() for p in model.parameters()) == before - units
     assert [mlp.hidden_features for mlp in find_mlps(model)] == [mlp.hidden_features // 2 for mlp in mlps]
+
+
+def test_images_are_of_the_size_that_a_model_without_a_patch_embedding_says() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("convnext_atto", in_chans=4)
+    model.pretrained_cfg["input_size"] = (3, 96, 160)
+    assert example_inputs(model, 2).shape == (2, 4, 96, 160)
+    with torch.device("meta"):
+        swin = torchvision.models.swin_t()  # says nothing at all
+    assert example_inputs(swin, 1).shape == (1, 3, 224, 224)
+
+
+@pytest.mark.parametrize("first", ["tokens[:, :1]", "tokens[:, 0:1]", "tokens[:, 0]"])
+def test_the_first_of_the_tokens_is_one_token_without_shapes(first: str) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    at: Any = {"tokens[:, :1]": slice(None, 1), "tokens[:, 0:1]": slice(0, 1), "tokens[:, 0]": 0}[first]
+    one = graph.call_function(operator.getitem, (x, (slice(None), at)))
+    two = graph.call_function(operator.getitem, (x, (slice(None), slice(None, 2))))
+    rest = graph.call_function(operator.getitem, (x, (slice(None), slice(1, None))))
+    graph.output((one, two, rest))
+    flow = Flow(nn.Module(), graph)
+    assert flow.acts_on_one_token([one, two, rest]) == [True, False, False]
 
 
 def test_left_out_with_the_reason() -> None:

@@ -122,6 +122,21 @@ def test_what_cannot_be_held_out_is_refused(root: Path, tmp_path: Path) -> None:
         check(settings(root, val_share=0.0))
 
 
+def test_images_that_are_not_directly_in_a_class_folder_are_refused(tmp_path: Path) -> None:
+    for number, place in enumerate(["cats/young", "cats/old", "dogs/young", "dogs/old"]):
+        for image in range(3):
+            draw(tmp_path / "deep" / place / f"{image}.png", number)
+    for open_them in (lambda: check(settings(tmp_path / "deep")), lambda: held_out(str(tmp_path / "deep"), 0.2)):
+        with pytest.raises(ReductionError, match=r"\(cats/.*dogs/.*put them directly into their class folder"):
+            open_them()
+    draw(tmp_path / "deep" / "cats" / "0.png", 1)
+    draw(tmp_path / "deep" / "dogs" / "0.png", 2)
+    with pytest.raises(
+        ReductionError, match=r"4 folders hold images in .*\(cats/old, cats/young, dogs/old, dogs/young\)"
+    ):
+        held_out(str(tmp_path / "deep") + "/", 0.2)
+
+
 def _single(tmp_path: Path) -> Path:
     draw(tmp_path / "single" / "cat" / "0.png", 1)
     return tmp_path / "single"

@@ -16,7 +16,7 @@ PACKAGE = Path(mlpreduce.__file__).parent
 # a module may import those in lines above its own, and those of its own line
 ORDER = [
     ["errors"],
-    ["complaints", "console", "extras", "markup", "shipped", "values", "waiting"],
+    ["complaints", "console", "drafts", "extras", "markup", "shipped", "values", "waiting"],
     ["addresses", "edits", "elimination", "layers", "notation", "pulse", "registry"],
     ["graph"],
     ["criteria", "slicing", "ties"],

@@ -18,7 +18,6 @@ from helpers.launched import (
     ROOT,
     command,
     environment,
-    equal,
     last_state,
     marked,
     records,
@@ -28,6 +27,7 @@ from helpers.launched import (
     without_times,
     workers_of,
 )
+from helpers.runs import same
 from helpers.stores import put_store
 from helpers.two_processes import Together
 
@@ -300,7 +300,7 @@ def test_interrupt_resume_and_a_lost_worker(tmp_path: Path, whole: Path) -> None
     assert [entry["epoch"] for entry in after["grouped-42"]["epochs"]] == list(range(1, 13))
     assert after["grouped-42"]["epochs"][: len(kept)] == kept
     assert after["grouped-42"]["mlflow_run_id"] == before["grouped-42"]["mlflow_run_id"]
-    assert equal(last_state(output / "grouped" / "seed42"), last_state(whole))
+    same(last_state(output / "grouped" / "seed42"), last_state(whole))
     assert without_times(after["grouped-42"]["epochs"]) == last_state(whole)["history"]
     assert not list(output.rglob(".ray*"))
 
@@ -344,6 +344,6 @@ def test_the_driver_is_killed_and_a_worker_outlives_it(tmp_path: Path, whole: Pa
     after = records(output)["grouped-42"]
     assert after["status"] == "finished"
     assert after["mlflow_run_id"] == kept["mlflow_run_id"]
-    assert equal(last_state(output / "grouped" / "seed42"), last_state(whole))
+    same(last_state(output / "grouped" / "seed42"), last_state(whole))
     assert without_times(after["epochs"]) == last_state(whole)["history"]
     assert not list(output.rglob(".ray*"))

@@ -188,6 +188,33 @@ def test_onnx_has_a_tied_weight_once(kind: str, images: torch.Tensor, tmp_path: 
     torch.testing.assert_close(torch.from_numpy(output), model(images), rtol=1e-4, atol=1e-5)
 
 
+class _Branches(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [
+        ({}, r"torch cannot export it: GuardOnDataDependentSymNode: Could not guard on data-dependent expression"),
+        ({"dynamic_shape": {}}, "torch.onnx.export has no option 'dynamic_shape'; did you mean 'dynamic_shapes'"),
+        ({"f": "elsewhere.onnx"}, "f= is not an option; give model, path and example_inputs"),
+        ({"path": "no/such/model.onnx"}, "there is no folder 'no/such' for model.onnx; make it first"),
+        ({"path": "."}, "'.' is a folder; name a file in it"),
+    ],
+)
+def test_onnx_says_why_it_cannot_be(
+    options: dict[str, Any], fact: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    model = nn.Identity() if options else _Branches()
+    with pytest.raises(ReductionError, match=fact) as caught:
+        mlpreduce.to_onnx(model, **{"path": "model.onnx", "example_inputs": torch.ones(1, 2), **options})
+    assert "\x1b" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
 def test_functional_call_needs_tie_weights_false(images: torch.Tensor) -> None:
     model = reduced("tied")
@@ -346,7 +373,7 @@ def test_reentrant_checkpointing_is_reported() -> None:
     assert mlpreduce.verify(model).ok
     model.set_grad_checkpointing()
     (problem,) = mlpreduce.verify(model).problems
-    assert problem.startswith("the model checkpoints reentrantly: in DDP")
+    assert problem.startswith("the model checkpoints reentrantly: DDP sees")
     assert "timm.layers.set_reentrant_ckpt(False)" in problem
     sliced = reduced("sliced")
     sliced.set_grad_checkpointing()
@@ -566,7 +593,7 @@ def test_hooks_are_put_on_once_and_taken_off() -> None:
     assert data(model.state_dict()) == list(tiny_vit(depth=6).state_dict())
     tied = reduced("tied")
     tied._state_dict_hooks.clear()
-    assert "its hooks are gone" in str(mlpreduce.verify(tied))
+    assert "its hooks were removed" in str(mlpreduce.verify(tied))
 
 
 def test_a_broken_tie_is_written_as_it_is() -> None:

@@ -55,7 +55,7 @@ def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "vit_tiny_patch16_224", "depth=4"], "no transform; give one"),
         (["plan", "vit_tiny_patch16_224", "shallow", "criterion=l2"], "the model is on the meta device"),
         (["profile", "vit_tiny_patch16_224", "dept=3"], "timm cannot build vit_tiny_patch16_224 with {'dept': 3}"),
-        (["profile", "vit_tiny_patch16_224", "shallow", "=3"], "'=3' is no key=value"),
+        (["profile", "vit_tiny_patch16_224", "shallow", "=3"], "'=3' is not an option with its value"),
         (["recipe", "digit"], "did you mean 'digits'?"),
     ],
 )  # fmt: skip

@@ -39,6 +39,14 @@ def test_smlpnet_has_the_published_counts(size: str, millions: int, giga: float)
     assert len(mlpreduce.find_mlps(model)) == sum(len(stage[1]) for stage in model.stages)
 
 
+def test_weights_are_drawn_as_timm_draws_them() -> None:
+    model = small(embed_dim=64)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    weights = torch.cat([layer.weight.detach().flatten() for layer in layers])
+    assert float(weights.std()) == pytest.approx(0.02, rel=0.02)
+    assert not any(layer.bias.any() for layer in layers if layer.bias is not None)
+
+
 def test_rows_and_columns_share_their_weights() -> None:
     """What reaches a token lies in its row or its column, and moving the image along an axis moves what the other gives."""
     mix = small(embed_dim=8).stages[0][1][0].mix.eval()

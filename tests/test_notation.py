@@ -37,12 +37,16 @@ VALUES: dict[str, Any] = {
     "taylor(site='fc1')": {"name": "taylor", "site": "fc1"},
     r"'it\'s, (so)'": "it's, (so)",
     r"'\d'": r"\d",
+    "1979-05-27": "1979-05-27",  # a date of TOML's, and none of ours
+    "07:32:00": "07:32:00",
+    "9" * 5000: "9" * 5000,  # no number that can be read
 }
 
 
 @pytest.mark.parametrize("text", list(VALUES))
 def test_values(text: str) -> None:
     assert parse_steps(f"any(option={text}, last=1)") == [("any", {"option": VALUES[text], "last": 1})]
+    assert read_words(["any", f"option={text}", "last=1"]) == ({}, [("any", {"option": VALUES[text], "last": 1})])
 
 
 def test_what_the_library_prints_can_be_typed() -> None:
@@ -79,6 +83,8 @@ def test_what_the_library_prints_can_be_typed() -> None:
         ("grouped(group=1+__import__('os').getpid())", "is not a value"),
         ("grouped group=4", "is not a transform with its options"),
         (f"grouped(keep={'[' * 3000}{']' * 3000})", "is not a value"),
+        ("a(" + "b=a(" * 1500 + ")" * 1501, "calls within calls, more than 20 deep"),
+        ("grouped(keep=[1979-05-27])", "is not a value"),
         ("x" * 100_001, "100,001 characters are too many"),
     ],
 )
@@ -98,6 +104,14 @@ def test_both_notations_on_a_command_line() -> None:
     one = read_words(["img_size=32", "grouped", "group=4", "pattern=cycle", "shallow"])
     assert one == read_words(["img_size=32", 'grouped(group=4, pattern="cycle")', "shallow()"])
     assert read_words(["grouped(group=4)", "keep=last"])[1] == [("grouped", {"group": 4, "keep": "last"})]
+
+
+@pytest.mark.parametrize(
+    "words", [["depth=4", "depth=5"], ["grouped", "group=2", "group=3"], ["grouped(group=2)", "group=3"]]
+)
+def test_a_key_that_is_given_twice_is_refused(words: list[str]) -> None:
+    with pytest.raises(ReductionError, match=r"(depth|group) is given twice; leave one out"):
+        read_words(words)
 
 
 def test_split_outside() -> None:

@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from helpers.outcome import outcome
 
 import mlpreduce
 from mlpreduce.errors import ReductionError
@@ -58,7 +59,7 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.add(node.module)
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "optional":
-            found.add(ast.literal_eval(node.args[0]))
+            found.add(ast.literal_eval(node.args[1]))
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -100,7 +101,7 @@ def test_the_first_command_of_the_readme_installs_what_its_commands_need() -> No
 
 
 def test_the_message() -> None:
-    text = str(missing("optuna.trial", "mlpreduce search"))
+    text = str(missing("mlpreduce search", "optuna.trial"))
     assert text == (
         'mlpreduce search needs optuna, which is not installed: pip install "mlpreduce[search]", or from a checkout '
         'pip install -e ".[search]"'
@@ -109,10 +110,45 @@ def test_the_message() -> None:
 
 def test_require_and_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    for call in (lambda: optional("optuna.trial", "this"), lambda: require("this", "onnx", "optuna")):
+    for call in (lambda: optional("this", "optuna.trial"), lambda: require("this", "onnx", "optuna")):
         with pytest.raises(ReductionError, match=r"^this needs optuna"):
             call()
-    assert optional("sklearn.utils", "this").__name__ == "sklearn.utils"
+    assert optional("this", "sklearn.utils").__name__ == "sklearn.utils"
+
+
+def test_a_folder_of_the_name_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "webdataset").mkdir()  # such as one of data
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "webdataset", raising=False)
+    importlib.invalidate_caches()
+    with pytest.raises(ReductionError, match=r"^this needs webdataset, which is not installed"):
+        require("this", "webdataset")
+
+
+@pytest.mark.parametrize(
+    ("status", "printed", "text"),
+    [
+        (0, "", ""),
+        (None, "", ""),
+        (2, "error: no", "refused: no"),
+        (1, "worse", "broken: status 1: worse"),
+        (2, "", "broken: status 2: nothing was printed"),
+        (SystemExit(2), "error: usage", "refused: usage"),
+        (SystemExit(2), "", "broken: status 2: nothing was printed"),
+        (SystemExit("done for"), "", "broken: status 1: done for"),
+        (SystemExit(), "", ""),
+        (ReductionError("not so"), "", "refused: not so"),
+        (KeyError("x"), "", "broken: KeyError: 'x'"),
+    ],
+)
+def test_what_a_case_came_to(status: int | BaseException | None, printed: str, text: str) -> None:
+    def call() -> int | None:
+        print(printed, end="", file=sys.stderr)
+        if isinstance(status, BaseException):
+            raise status
+        return status
+
+    assert outcome(call) == text
 
 
 TRAIN, SEARCH, BENCH, ONNX, DATA = "train", "search", "bench", "onnx", "data"

@@ -87,7 +87,7 @@ def test_a_history_is_drawn_step_by_step() -> None:
 def test_an_unreduced_model_of_stages() -> None:
     figure = mlpreduce.plot(meta("swin_tiny_patch4_window7_224"))
     (axis,) = figure.axes
-    assert axis.get_title() == "SwinTransformer, not reduced"
+    assert axis.get_title() == "SwinTransformer, no history"
     assert texts(axis) == [str(width) for width in (384, 384, 768, 768, *[1536] * 6, 3072, 3072)]
     assert ticks(axis) == ["0", "1", "0", "1", *map(str, range(6)), "0", "1"]
     (below,) = axis.child_axes
@@ -233,3 +233,7 @@ def test_a_recipe_with_many_reductions_shows_the_first() -> None:
     picture = plans.picture_of([record(f"v{number}", one) for number, one in enumerate(made)])
     assert picture is not None
     assert "the first 12 of 13" in picture.caption
+    assert "one colour" not in picture.caption  # no MLP is shared
+    shared = plans.picture_of([record("grouped", mlpreduce.plan(tiny_vit(), "grouped", group=2))])
+    assert shared is not None
+    assert "blocks of one colour use one MLP" in shared.caption

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mlpreduce
+from mlpreduce import registry, transforms
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -206,3 +207,36 @@ def test_what_is_no_edit_is_refused(result: str, fact: str, tmp_path: Path) -> N
         "try:\n    mlpreduce.apply(tiny_vit(), 'made')\nexcept mlpreduce.ReductionError as error:\n    print(error)\n"
     )
     assert fact in output(tmp_path, "-c", script)
+
+
+def test_a_function_of_another_package_comes_from_the_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker finds it by the entry point too, wherever the function is defined."""
+    names = ("plain", "registers", "imported_before")
+    decorators = ("", "@mlpreduce.register('registers')\n", "@mlpreduce.register('imported_before')\n")
+    for name, decorator in zip(names, decorators, strict=True):
+        (tmp_path / f"acme_{name}_core.py").write_text(
+            f"import mlpreduce\n\n\n{decorator}def mine(parts, *, ratio=0.5):\n    return ()\n"
+        )
+        install(tmp_path, f"acme_{name}", f"from acme_{name}_core import mine\n", {name: "mine"})
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_added", registry._added - {"transform"})
+    monkeypatch.setattr(registry, "_origins", dict(registry._origins))
+    monkeypatch.setattr(transforms, "_TRANSFORMS", dict(transforms._TRANSFORMS))
+    for module in (f"acme_{name}{end}" for name in names for end in ("", "_core")):
+        monkeypatch.setitem(sys.modules, module, None)  # so that they are taken away again
+        del sys.modules[module]
+    registry._packages.cache_clear()
+    __import__("acme_imported_before_core")
+    found = registry.origin("transform", "imported_before")
+    assert found is not None
+    assert found.kind == "process"
+    assert set(names) <= set(mlpreduce.list_transforms())
+    for name in names:
+        assert registry.origin("transform", name) == registry.Origin("entry points", f"acme_{name}")
+    mlpreduce.register("of_this_test")(lambda parts, *, ratio=0.5: ())
+    found = registry.origin("transform", "of_this_test")
+    assert found is not None
+    assert found.kind == "process"
+    registry._packages.cache_clear()

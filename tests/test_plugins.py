@@ -257,12 +257,115 @@ def test_a_change_that_fails_leaves_what_there_was(mine: Path) -> None:
     assert names() == (True,) * 4
 
 
+def test_a_change_that_fails_does_not_run_the_old_text_again(tmp_path: Path) -> None:
+    """What ran once may fail now; and names that were deprecated, exported or given weights are as they were."""
+    file, once = tmp_path / "mine.py", tmp_path / "once"
+    once.touch()
+    code = CODE + WEIGHTS + f"import pathlib\npathlib.Path({str(once)!r}).unlink()\n"
+    file.write_text(code)
+    load_plugins([file])
+    before, ran = registered(), dict(plugins._ran)
+    assert timm.models.is_model_pretrained("own_vit")
+    assert timm.models.is_model("own_old_vit")
+    for line, reason in (("1 / 0", "ZeroDivisionError"), ("mlpreduce.register('own_ends')(own_ends)", "own_ends")):
+        file.write_text(f"{CODE.replace('own_norm', 'own_other')}{line}\n")
+        with pytest.raises(ReductionError, match=reason):
+            load_plugins([file])
+        assert registered() == before
+        assert plugins._ran == ran
+    assert mlpreduce.plan(tiny_vit(), "shallow", criterion="own_norm").rows
+    file.write_text(CODE)  # and it can still be replaced
+    load_plugins([file])
+    assert names() == (True,) * 4
+    assert not timm.models.is_model("own_old_vit")
+
+
+WEIGHTS = """
+from timm.models import generate_default_cfgs, register_model, register_model_deprecations
+from timm.models import vision_transformer
+
+default_cfgs = generate_default_cfgs({"own_vit.mine": {"url": "https://example.org/own.pt"}})
+timm.models._registry._model_entrypoints.pop("own_vit")
+register_model(own_vit)
+register_model_deprecations(__name__, {"own_old_vit": "own_vit"})
+register_model_deprecations(vision_transformer.__name__, {"own_old_tiny": "vit_tiny_patch16_224"})
+"""
+
+
+def registered() -> dict[str, Any]:
+    """All that knows a name, copied."""
+    from timm.models import _registry, vision_transformer
+
+    from mlpreduce import criteria, layers, registration, transforms
+
+    tables = {name: value for name, value in vars(_registry).items() if name.startswith("_model") or "deprec" in name}
+    tables |= {"transforms": transforms._TRANSFORMS, "criteria": criteria._CRITERIA, "layers": layers.LAYERS}
+    tables |= {"origins": registry._origins, "cfgs": registration.default_cfgs, "modules": sys.modules}
+    kept = {key: dict(value) for key, value in tables.items() if isinstance(value, dict)}
+    nested = ("_module_to_models", "_module_to_deprecated_models")
+    return {
+        **{key: value for key, value in kept.items() if key not in nested},
+        **{key: {name: sorted(inner) for name, inner in vars(_registry)[key].items() if inner} for key in nested},
+        "pretrained": set(_registry._model_has_pretrained),
+        "exports": [sorted(module.__all__) for module in (registration, vision_transformer)],
+        "names": set(vars(registration)),
+    }
+
+
+def test_nothing_that_a_plugin_registered_is_left(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(CODE + WEIGHTS)
+    import mlpreduce.registration  # noqa: F401  (what is compared must be imported)
+
+    before = registered()
+    (plugin,) = load_plugins([file])
+    assert timm.models.is_model("own_old_vit")  # which timm.list_models() leaves out
+    plugins._undo(plugin)
+    after = registered()
+    assert {key: after[key] for key in after if after[key] != before[key]} == {}
+
+
+def test_an_edit_of_a_file_that_has_the_text_of_another_replaces_it(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.py", tmp_path / "other.py"
+    for file in (one, other):
+        file.write_text(CODE)
+        load_plugins([file])
+    other.write_text(f"{CODE}# edited\n")
+    load_plugins([other])
+    assert names() == (True,) * 4
+    assert registry.origin("transform", "own_ends") == read_plugin(other).origin
+    with pytest.raises(ReductionError, match=r"there is a .* of this name already, of .*other\.py \(sha256 "):
+        load_plugins([one])  # two texts with the same names
+    one.write_text(other.read_text())
+    load_plugins([one, other])
+    assert names() == (True,) * 4
+
+
+def test_a_file_that_takes_the_text_of_another_loses_its_own(tmp_path: Path) -> None:
+    one, two, three = tmp_path / "one.py", tmp_path / "two.py", tmp_path / "three.py"
+    own = CODE.replace("own_ends", "own_two").partition("@register_criterion")[0]
+    one.write_text(own)
+    three.write_text(own)
+    two.write_text(CODE)
+    load_plugins([one, two, three])
+    one.write_text(CODE)
+    load_plugins([one])
+    assert "own_two" in mlpreduce.list_transforms()  # of three.py
+    three.write_text(CODE)
+    load_plugins([three])
+    assert "own_two" not in mlpreduce.list_transforms()
+    assert names() == (True,) * 4
+
+
 @pytest.mark.parametrize(
     ("name", "fact"),
     [
         ("none.py", "there is no such file"),
         ("folder", "it is a folder"),
-        ("a.toml", "ends in .py"),
+        ("a.toml", "a plug-in must be a .py file"),
+        ("a\0.py", "no file can be opened by this name"),
+        (f"{'m' * 300}.py", "no file can be opened by this name"),
+        ("a.toml/b.py", "there is no such file"),
         ("binary.py", "UTF-8"),
     ],
 )
@@ -272,7 +375,7 @@ def test_what_is_no_python_file_is_refused(name: str, fact: str, tmp_path: Path)
     (tmp_path / "binary.py").write_bytes(b"\xff\xfe")
     with pytest.raises(ReductionError, match=fact) as caught:
         load_plugins([name], tmp_path)
-    assert name in str(caught.value)
+    assert repr(name)[1:-1] in str(caught.value)
 
 
 def test_a_text_that_is_not_that_of_its_digest_is_refused() -> None:
@@ -363,17 +466,19 @@ def test_a_transform_of_this_process_does_not_reach_ray(tmp_path: Path, monkeypa
     register_criterion("here_norm")(lambda units: units.weights().norm(dim=1))
     for variant in ('{transform="here_only"}', '{transform="shallow", criterion="here_norm"}'):
         found = recipe.load("digits_tiny", [f"variants={{baseline=[], own=[{variant}]}}"])
-        with pytest.raises(ReductionError, match="Ray's workers do not run that; put the code into a file") as caught:
+        with pytest.raises(ReductionError, match="so Ray's workers do not have it; put the code into a file") as caught:
             running.train(found, tmp_path / "out")
         assert "variant own" in str(caught.value)
-        assert f"of {__name__}" in str(caught.value)
+        assert f"was registered by {__name__} in this process, " in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_of_this_process_does_not_reach_ray(toml: Path, mine: Path, tmp_path: Path) -> None:
     load_plugins([mine])
     found = recipe.load(str(toml), ["plugins=[]", "launch.workers=2", "variants={baseline=[]}"])
-    with pytest.raises(ReductionError, match=r"the model 'own_vit' is of the plug-in .*mine.py .*does not name"):
+    with pytest.raises(
+        ReductionError, match=r"the model 'own_vit' was registered by the plug-in .*mine.py .*does not name, so"
+    ):
         running.train(found, tmp_path / "out")
 
 
@@ -657,6 +762,6 @@ def test_a_space_with_a_transform_of_this_process_is_refused(tmp_path: Path, mon
 
     monkeypatch.setattr(transforms, "_TRANSFORMS", dict(transforms._TRANSFORMS))
     (tmp_path / "space.py").write_text(CODE.partition("@register_criterion")[0] + SPACE)
-    with pytest.raises(ReductionError, match="Ray's workers do not run that; put the code into a file"):
+    with pytest.raises(ReductionError, match="so Ray's workers do not have it; put the code into a file"):
         run(tmp_path / "space.py", "digits_tiny", output=tmp_path / "study", workers=1, references=("baseline",))
     assert not (tmp_path / "study").exists()

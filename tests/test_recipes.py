@@ -140,6 +140,7 @@ def test_all_errors_are_told_at_once() -> None:
         ('variants.x=[{transform="shallow"}, {transform="thin"}]', "must be the first step"),
         ('variants."a/b"=[]', "folder's too"),
         ("seeds=[1, 1]", "each once"),
+        ("seeds=[1, -1]", "seeds are not negative"),
         ("train.warmup_epochs=99", "must be shorter"),
         ("train.batch_size=33", "32 or 34 would"),
     ],
@@ -149,6 +150,20 @@ def test_what_no_single_key_shows(change: str, message: str) -> None:
         change = "variants.a/b=[]"
     with pytest.raises(ReductionError, match=message):
         recipes.load("digits", [change])
+
+
+def test_seed_0_is_one() -> None:
+    assert recipes.load("digits", ["seeds=[0, 1]"]).seeds == (0, 1)
+
+
+def test_near_keys_of_the_recipe_itself_are_named() -> None:
+    with pytest.raises(ReductionError, match=r"digits: unknown key 'seed'; did you mean 'seeds'\?"):
+        recipes.load("digits", ["seed=[1]"])
+    with pytest.raises(
+        ReductionError, match=r"digits: unknown key 'nam'"
+    ) as caught:  # the name is not the file's to give
+        recipes.load("digits", ["nam=1"])
+    assert "did you mean 'name'" not in str(caught.value)
 
 
 def test_a_path_is_a_name_too(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_mlflow_mirrors_the_records(tmp_path: Path) -> None:
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "top1")] == [(1, 50.0), (2, 60.0)]
     assert run.data.metrics["final/top1"] == 60.0
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"plan0.json", "record.json"}
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".new"] == []
 
 
 def test_interrupted_run_goes_on_in_its_record_and_mlflow_run(tmp_path: Path) -> None:

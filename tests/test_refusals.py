@@ -73,7 +73,7 @@ ALTERED: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
     ),
     "adapter": (Adapter, r"is an adapter around a layer \(Adapter of .*\): fold it in first"),
     "float8": (narrow, r"computes in a way of its own \(Narrow of .*\): put an nn.Linear in its place"),
-    "forward": (hooked, r"has a forward of its own on the instance"),
+    "forward": (hooked, r"has a custom forward on the instance"),
 }
 
 

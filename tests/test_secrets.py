@@ -33,6 +33,13 @@ ADDRESSES = [
     ("mysql://h/db?SSL_Password=s3cr3t", "mysql://h/db?SSL_Password=***"),
     ("http://me:s3cr3t@h:5000/x?y=a@b", "http://me:***@h:5000/x?y=a@b"),
     ("https://s3cr3t@h", "https://***@h"),
+    ("HTTPS://s3cr3t@h/x", "https://***@h/x"),
+    ("POSTGRESQL://me:s3cr3t@h/db", "postgresql://me:***@h/db"),
+    ("postgresql://me:pa s3cr3t@h/db", "postgresql://me:***@h/db"),
+    ("--storage=postgresql://me:pa s3cr3t@h/db", "--storage=postgresql://me:***@h/db"),
+    ("postgresql://me:12 s3cr3t@h/db", "postgresql://me:***@h/db"),
+    ("http://me:a s3cr3t@h and http://s3cr3t@h2/x", "http://me:***@h and http://***@h2/x"),
+    ("mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Ds3cr3t%3B", "mssql+pyodbc:///?odbc_connect=***"),
     ("s3://bucket/a?X-Amz-Signature=s3cr3t", "s3://bucket/a?X-Amz-Signature=***"),
     ("--storage=postgresql://me:s3cr3t@h/db", "--storage=postgresql://me:***@h/db"),
     ("me:s3cr3t@h/db", "me:***@h/db"),
@@ -64,10 +71,13 @@ def test_a_password_is_hidden_also_apart_from_its_address() -> None:
     address = "postgresql://me:p%40s3cr3t@h/db"
     assert hidden('no host "s3cr3t@h", tried with p@s3cr3t', address) == 'no host "***@h", tried with ***'
     assert hidden("s3cr3ts of me", address) == "s3cr3ts of me"
+    assert hidden("login s3cr3t failed", "mssql:///?odbc_connect=UID%3Dme%3BPWD%3Ds3cr3t%3B") == "login *** failed"
+    assert hidden("login pa s3cr3t failed", "postgresql://me:pa s3cr3t@h/db") == "login *** failed"
 
 
 def test_an_address_is_taken_apart() -> None:
     assert credentials("http://me:p%40w@h:5000/x") == ("me", "p@w")
+    assert credentials("HTTP://me:pw@h") == ("me", "pw")
     assert credentials("http://token@h") is None
     assert credentials("postgresql://me:pw@h/db") is None
     assert without_credentials("http://me:p%40w@h:5000/x?y=a@b") == "http://h:5000/x?y=a@b"

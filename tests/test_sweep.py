@@ -18,6 +18,7 @@ from mlpreduce import recipe as recipes
 from mlpreduce.__main__ import main as command
 from mlpreduce.recipe.schema import points
 from mlpreduce.records import store
+from mlpreduce.train.advice import advice
 
 # SQLAlchemy about mlflow's own tables
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")
@@ -182,6 +183,9 @@ def test_what_is_free_on_resume_is_free_at_a_point() -> None:
 
 
 def test_advice_names_the_key_of_the_point(tmp_path: Path) -> None:
-    (thick, _) = points(recipes.load("digits_tiny", [SWEEP])).values()
-    assert recipes.runs(thick, tmp_path)[0].key("train.accum_steps") == "sweep.thick.train.accum_steps"
-    assert recipes.runs(recipes.load("digits_tiny"), tmp_path)[0].key("train.accum_steps") == "train.accum_steps"
+    slow = "train.ema_decay=0.9998"
+    (thick, _) = points(recipes.load("digits_tiny", [SWEEP, slow])).values()
+    for recipe, place in ((thick, "sweep.thick."), (recipes.load("digits_tiny", [slow]), "")):
+        (text,) = advice(recipes.runs(recipe, tmp_path)[0], images=1437, updates_per_epoch=22)
+        assert text.startswith(f"{place}{slow}: ")
+        assert f"; use {place}train.ema_warmup=true, or {place}train.ema_decay=0." in text

@@ -133,7 +133,7 @@ def test_tensors_that_functional_call_left_are_reported() -> None:
     report = verify(model)
     assert (report.mlps, report.unique_mlps, report.ties) == (4, 2, 4)
     (problem,) = report.problems
-    assert problem.startswith("blocks.0.mlp.fc1.weight (as 7 others) is a plain tensor in the place of a Parameter")
+    assert problem.startswith("blocks.0.mlp.fc1.weight (and 7 others) is a plain tensor in the place of a Parameter")
     assert "tie_weights=False" in problem
     for call in (mlpreduce.find_mlps, mlpreduce.merge, lambda model: mlpreduce.save(model, "never")):
         with pytest.raises(ReductionError, match=r"blocks.0.mlp.fc1.weight is a plain tensor"):
@@ -187,3 +187,21 @@ def test_a_wrapper_has_no_history_of_its_own() -> None:
     with pytest.raises(ReductionError, match=r"inner was reduced on its own"):
         mlpreduce.apply(wrapped, "shallow")
     assert len(mlpreduce.history(wrapped)) == 1
+
+
+def test_counts_have_their_own_words() -> None:
+    model = reduced()
+    parameters = list(model.parameters())
+    names = [name for name, _ in model.named_parameters()]
+    one = verify(model, optimizer=torch.optim.SGD(parameters[1:], 0.1))
+    assert one.problems == (f"the optimizer does not update 1 parameter ({names[0]}); build it after apply",)
+    two = verify(model, optimizer=torch.optim.SGD(parameters[2:], 0.1))
+    assert two.problems == (f"the optimizer does not update 2 parameters (such as {names[0]}); build it after apply",)
+    foreign = verify(model, optimizer=torch.optim.SGD([*parameters, torch.zeros(1)], 0.1))
+    assert foreign.problems == ("the optimizer holds 1 tensor that is not the model's; build it after apply",)
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    optimizer.param_groups[0]["params"] += parameters[:1] * 2 + [torch.zeros(1)] * 2
+    assert verify(model, optimizer=optimizer).problems == (
+        "the optimizer holds 2 tensors that are not the model's; build it after apply",
+        f"the optimizer updates 1 parameter ({names[0]}) more than once a step",
+    )

@@ -180,7 +180,7 @@ def _time(tool: Tool, model: nn.Module) -> float:
 
 def _torch_pruning(model: nn.Module, images: Inputs) -> Tool:
     """Torch-Pruning (MIT, arXiv 2301.12900) at its best: told which layers to prune, so that it looks for none itself."""
-    torch_pruning = optional("torch_pruning", "bench --peer torch-pruning")
+    torch_pruning = optional("bench --peer torch-pruning", "torch_pruning")
     leaves = [leaf for mlp in mlpreduce.find_mlps(model) for leaf in mlp.leaves]
     pruned = {leaf.path for leaf in leaves if leaf.role in ("fc1", "conv")}  # whose outputs are hidden units
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mlpreduce.criteria.given import SITES, Ranking
 from mlpreduce.errors import ReductionError, call_text, check_name, check_one_of, did_you_mean
-from mlpreduce.registry import add_entry_points, remember
+from mlpreduce.registry import add_entry_points, remember, taken
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +132,7 @@ def register_criterion(
 
     def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if name in _CRITERIA:
-            raise ReductionError(f"register_criterion({name!r}): there is a criterion of this name already")
+            raise ReductionError(f"register_criterion({name!r}): {taken('criterion', name)}")
         check_one_of(f"register_criterion({name!r}): needs", needs, get_args(Needs))
         criterion = Criterion(name, function, needs, objective, probes, draws, with_loss)
         missing = [] if needs != "gates" else [key for key in GATE_OPTIONS if key not in criterion.options]
@@ -151,7 +151,9 @@ def register_criterion(
 
 
 def _load_entry_points() -> None:
-    add_entry_points("criterion", lambda: [found.function for found in _CRITERIA.values()], register_criterion)
+    add_entry_points(
+        "criterion", lambda: {name: found.function for name, found in _CRITERIA.items()}, register_criterion
+    )
 
 
 def get_criterion(name: str) -> Criterion:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["check_folders", "compare_classes", "split_folders"]
+__all__ = ["check_folders", "check_places", "compare_classes", "split_folders"]
 
 _NAMED = 5  # classes that a message names
 
@@ -16,14 +16,14 @@ _NAMED = 5  # classes that a message names
 def check_folders(root: str, val_share: float = 0.0) -> None:
     """Check that `root` holds train/ and val/ with the same class folders, or class folders to hold images out of.
 
-    Each class folder is read up to its first image only.
+    Each class folder is read up to its first image only; `check_places` looks at every image once they are listed.
 
     Args:
         root: the directory.
         val_share: share of each class that is held out for validation; above 0, `root` holds the class folders themselves.
 
     Raises:
-        ReductionError: something is missing, cannot be read, or differs between train/ and val/.
+        ReductionError: something is missing, cannot be read, or differs between train/ and val/, or there is one class only.
     """
     folders = split_folders(root)
     if val_share:
@@ -46,6 +46,22 @@ def check_folders(root: str, val_share: float = 0.0) -> None:
         )
     train, val = (_classes(folder) for folder in folders.values() if folder is not None)
     compare_classes(train, val, f"data.root={root!r}")
+    _check_several(train, f"data.root={root!r}", "train/ and val/ hold")
+
+
+def check_places(root: str, files: Iterable[str]) -> None:
+    """Check that every image is directly in a class folder of `root`: timm names a class by the innermost folder.
+
+    Args:
+        root: the folder of the class folders.
+        files: the paths of the images, each beginning with `root`.
+
+    Raises:
+        ReductionError: an image is deeper, beside the class folders, or in a hidden folder; the message names the folders.
+    """
+    folders = (os.path.relpath(folder, root) for folder in {os.path.dirname(file) for file in files})
+    if found := sorted(name for name in folders if os.path.dirname(name) or name.startswith(".")):
+        raise _misplaced(root, found)
 
 
 def compare_classes(train: Collection[str], val: Collection[str], call: str) -> None:
@@ -95,10 +111,29 @@ def _check_undivided(root: str, val_share: float, folders: dict[str, Path | None
             f"{call}: data.root={root!r} holds {inside}, which would become classes, and images are held out of the class "
             f"folders in data.root itself; {remedy}"
         )
-    if len(names := _classes(Path(root))) < 2:
+    _check_several(_classes(Path(root)), f"{call}: data.root={root!r}", "it holds")
+
+
+def _check_several(names: list[str], call: str, what: str) -> None:
+    if len(names) < 2:
         raise ReductionError(
-            f"{call}: data.root={root!r} holds 1 class folder ({names[0]}); a model needs 2 to tell apart"
+            f"{call}: {what} 1 class folder ({names[0]}); a model needs at least 2 classes to tell apart"
         )
+
+
+def _misplaced(root: str | Path, names: list[str]) -> ReductionError:
+    """Make the error for folders below `root` that hold images and are not class folders."""
+    hidden = (
+        ""
+        if not any(part.startswith(".") for name in names for part in Path(name).parts)
+        else ("; remove hidden folders, or move them out of data.root")
+    )
+    count = "1 folder holds" if len(names) == 1 else f"{len(names)} folders hold"
+    return ReductionError(
+        f"data.root: {count} images in {str(root)!r}, and {'is' if len(names) == 1 else 'are'} not a class folder of it "
+        f"({_some(names)}); the images would be labelled by the innermost folder, so put them directly into their class "
+        f"folder{hidden}"
+    )
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -119,19 +154,18 @@ def _classes(folder: Path) -> list[str]:
     """The names of the class folders.
 
     Raises:
-        ReductionError: there is none, one holds no image, or images lie beside them.
+        ReductionError: there is none, one holds no image or only deeper ones, or images are beside them.
     """
     from timm.data.readers.img_extensions import get_img_extensions
 
     types = tuple(get_img_extensions())
     entries = _entries(folder)
     beside = [entry.name for entry in entries if entry.name.lower().endswith(types) and not entry.is_dir()]
-    names = [entry.name for entry in entries if entry.is_dir()]
-    empty = [name for name in names if not _holds_image(folder / name, types)]
-    names = [
-        name for name in names if name not in empty or not name.startswith(".")
-    ]  # .cache and the like are no class
-    empty = [name for name in empty if name in names]
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    first = {name: _folder_of_image(folder / name, types) for name in folders}
+    misplaced = [path for name, path in first.items() if path is not None and (path != folder / name or name[0] == ".")]
+    names = [name for name in folders if not name.startswith(".")]  # .cache and the like are not classes
+    empty = [name for name in names if first[name] is None]
     suffix = f"images end in {', '.join(types)}"
     call = f"data.root: {str(folder)!r}"
     if len(empty) == len(names) and not beside:
@@ -142,6 +176,8 @@ def _classes(folder: Path) -> list[str]:
             f"{call} has {len(beside)} image(s) beside the class folders ({_some(beside)}), which would become a "
             "class of their own; move them into the folder of their class"
         )
+    if misplaced:
+        raise _misplaced(folder, [str(path.relative_to(folder)) for path in misplaced])
     if empty:
         raise ReductionError(
             f"{call} has {len(empty)} class folder(s) of {len(names)} without an image ({_some(empty)}), which would not count "
@@ -150,7 +186,8 @@ def _classes(folder: Path) -> list[str]:
     return names
 
 
-def _holds_image(folder: Path, types: tuple[str, ...]) -> bool:
+def _folder_of_image(folder: Path, types: tuple[str, ...]) -> Path | None:
+    """The folder itself if it holds an image, else one below it that does, or None."""
     deeper = []
     try:
         with os.scandir(folder) as entries:
@@ -158,10 +195,11 @@ def _holds_image(folder: Path, types: tuple[str, ...]) -> bool:
                 if entry.is_dir():
                     deeper.append(folder / entry.name)
                 elif entry.name.lower().endswith(types):
-                    return True
+                    return folder
     except OSError as error:
         raise _unreadable(folder, error) from error
-    return any(_holds_image(below, types) for below in deeper)
+    found = (_folder_of_image(below, types) for below in deeper)
+    return next((path for path in found if path is not None), None)
 
 
 def _some(names: list[str]) -> str:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 from typing import Any
 
+from mlpreduce.data.folders import check_places
 from mlpreduce.errors import ReductionError
 
 __all__ = ["held_out"]
@@ -25,7 +26,7 @@ def held_out(root: str, share: float) -> tuple[Any, Any]:
         Two `timm.data.ImageDataset`, of the same classes and without a common image.
 
     Raises:
-        ReductionError: there is no image, or a class has fewer than 2.
+        ReductionError: there is no image, one is not directly in a class folder, or a class has fewer than 2.
     """
     from timm.data import ImageDataset
     from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -35,6 +36,7 @@ def held_out(root: str, share: float) -> tuple[Any, Any]:
         reader: Any = ReaderImageFolder(root)
     except (RuntimeError, OSError) as error:
         raise ReductionError(f"{call}: the images cannot be listed: {error}") from error
+    check_places(root, (path for path, _ in reader.samples))
     of_class: dict[int, list[int]] = {}
     for number, (_, label) in enumerate(reader.samples):
         of_class.setdefault(label, []).append(number)

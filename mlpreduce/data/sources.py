@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlpreduce.data.folders import check_folders, compare_classes
+from mlpreduce.data.folders import check_folders, check_places, compare_classes
 from mlpreduce.data.held_out import held_out
 from mlpreduce.data.reading import CheckedImages, Tally
 from mlpreduce.data.settings import DataSettings
@@ -186,12 +186,15 @@ def _open(data: DataSettings, split: str) -> Any:
     if name:
         split = data.train_split if split == "train" else data.val_split
     try:
-        return create_dataset(name, root=data.root or None, split=split)
+        images: Any = create_dataset(name, root=data.root or None, split=split)
     except (RuntimeError, ValueError, OSError, AssertionError, ImportError) as error:
         raise ReductionError(
             f"data.name={data.name!r}, data.root={data.root!r}: the split {split!r} cannot be opened ({error}); look at "
             "data.root, data.train_split and data.val_split. Nothing is downloaded for torch/..."
         ) from error
+    if not name:
+        check_places(images.reader.root, (path for path, _ in images.reader.samples))
+    return images
 
 
 def _class_names(images: Any) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from mlpreduce.data.loaders import digits_tensors
 from mlpreduce.data.settings import DataSettings
@@ -59,7 +59,7 @@ def survey(data: DataSettings) -> Survey | None:
     if data.name in ("synthetic", "fractals"):
         check(data)
         return Survey(data.train_samples, data.val_samples, data.classes)
-    if data.name.startswith("hfds/") or not data.root or not Path(data.root).exists():
+    if data.name.startswith("hfds/") or not data.root or not os.path.exists(data.root):
         return None
     check(data)
     source = open_source(data, micro_batch=1, rank=0, world=1)

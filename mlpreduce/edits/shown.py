@@ -19,9 +19,9 @@ _HEADERS = ("#", "MLP", "kind", "hidden", "parameters", "owner")
 
 def as_text(plan: Plan, columns: int | None) -> str:
     """Write a plan as text in so many columns: one line per MLP in scope, totals, what is left out and why."""
-    rows = first_that_fits(_grids(plan.rows), columns).text(columns)
+    rows = [first_that_fits(_grids(plan.rows), columns).text(columns)] if plan.rows else []
     lines = [*_totals(plan), *_remarks(plan)]
-    return "\n".join([wrapped(plan.call, columns), rows, *(wrapped(line, columns) for line in lines)])
+    return "\n".join([wrapped(plan.call, columns), *rows, *(wrapped(line, columns) for line in lines)])
 
 
 def as_html(plan: Plan) -> str:

@@ -23,6 +23,7 @@ from mlpreduce.graph.record import read, record
 from mlpreduce.graph.rules import projection, says_mlp
 from mlpreduce.graph.trace import (
     PLAIN,
+    below,
     forget,
     is_leaf,
     is_meta_twin,
@@ -41,6 +42,7 @@ __all__ = [
     "Inputs",
     "Leaf",
     "Survey",
+    "below",
     "block_leaves",
     "call_with",
     "chains",

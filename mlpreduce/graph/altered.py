@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlpreduce.graph.rules import is_stock, projection
+from mlpreduce.graph.rules import PARAMETRIZED, is_stock, projection
 from mlpreduce.graph.trace import structural_copy
 from mlpreduce.layers import StandIn, Wrapper
 
@@ -51,7 +51,7 @@ def remedy(module: nn.Module) -> str:
     pruned = sorted(name.removesuffix("_mask") for name in module._buffers if name.endswith("_mask"))
     if parametrized:
         if any(type(each).__module__.startswith("mlpreduce.") for each in module.parametrizations.modules()):  # type: ignore[union-attr]
-            return "is parametrized: fold that into its weight first, by GateL1.fold() or finalize()"
+            return PARAMETRIZED
         calls = " and ".join(f'parametrize.remove_parametrizations(layer, "{name}")' for name in parametrized)
         return f"is parametrized: call torch.nn.utils.{calls}"
     if pruned and {f"{name}_orig" for name in pruned} <= names:
@@ -65,7 +65,7 @@ def remedy(module: nn.Module) -> str:
 
 
 def _foreign(module: nn.Module) -> str:
-    """What a layer of another library is, or one with a forward of its own."""
+    """What a layer of another library is, or one with a custom forward."""
     cls = type(module)
     where = f"{cls.__name__} of {cls.__module__.partition('.')[0]}"
     if isinstance(module._modules.get("base_layer"), nn.Module) or hasattr(module, "lora_A"):
@@ -75,7 +75,7 @@ def _foreign(module: nn.Module) -> str:
         return f"is quantised or computes in another type ({where}): reduce the model first, then convert it"
     if "forward" in vars(module):
         return (
-            "has a forward of its own on the instance, as accelerate's hooks put there: call "
+            "has a custom forward on the instance, as accelerate's hooks put there: call "
             "accelerate.hooks.remove_hook_from_module(model, recurse=True), or delete it"
         )
     if isinstance(module, nn.Linear) and not is_stock(module):

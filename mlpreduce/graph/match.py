@@ -15,7 +15,16 @@ from torch import fx, nn
 
 from mlpreduce.edits import Axis, Setting
 from mlpreduce.graph.flow import Flow
-from mlpreduce.graph.rules import PRODUCTS, Projection, describe, no_slices, operand, operation, projection
+from mlpreduce.graph.rules import (
+    PARAMETRIZED,
+    PRODUCTS,
+    Projection,
+    describe,
+    no_slices,
+    operand,
+    operation,
+    projection,
+)
 from mlpreduce.graph.trace import module_at
 from mlpreduce.graph.walk import Walk
 
@@ -186,7 +195,7 @@ def _bare(product: str | None, tensor: str) -> str:
     """Why a product with a tensor is no layer."""
     layer, parametrized, _ = tensor.partition(".parametrizations.")
     if parametrized:
-        return f"{layer} is parametrized: fold that into its weight first, gates by GateL1.fold() or finalize()"
+        return f"{layer} {PARAMETRIZED}"
     return f"{product} multiplies by {tensor} itself, and only layers are tied and sliced"
 
 

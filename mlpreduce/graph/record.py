@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph.inputs import INPUTS, Inputs, call_with, example_inputs, map_tensors
 from mlpreduce.graph.rules import IDLE, is_of_library
-from mlpreduce.graph.trace import NORMS, is_one_node, path_below, structural_copy, trace
+from mlpreduce.graph.trace import NORMS, below, is_one_node, path_below, structural_copy, trace
 
 __all__ = ["read", "record"]
 
@@ -41,7 +41,7 @@ class _Recorder(TorchFunctionMode):
         self.names: dict[int, str] = {}
         for path, module in root.named_modules(remove_duplicate=False):
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                self.names.setdefault(id(tensor), f"{path}.{name}" if path else name)
+                self.names.setdefault(id(tensor), below(path, name))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -24,6 +24,7 @@ __all__ = [
     "MIXING",
     "MULTIPLY",
     "NEUTRAL",
+    "PARAMETRIZED",
     "PASSING",
     "PRODUCTS",
     "QUERIES",
@@ -46,6 +47,8 @@ __all__ = [
     "says_mlp",
     "tensors_of",
 ]
+
+PARAMETRIZED = "is parametrized: fold that into its weight first, gates by GateL1.fold() or finalize()"
 
 ACTIVATIONS = {
     "gelu", "relu", "relu6", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "softplus", "sigmoid", "tanh",

@@ -25,6 +25,7 @@ from mlpreduce.layers import Wrapper
 __all__ = [
     "NORMS",
     "PLAIN",
+    "below",
     "forget",
     "is_leaf",
     "is_meta_twin",
@@ -92,6 +93,16 @@ def module_at(model: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
+def below(path: str, name: str) -> str:
+    """The path of what has a name inside the module at a path; the model itself is at "".
+
+    Example:
+        >>> below("blocks.0", "mlp"), below("", "head")
+        ('blocks.0.mlp', 'head')
+    """
+    return f"{path}.{name}" if path else name
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is what edits tie and slice: it has no children, or is a norm whose children have no tensors."""
     if not module._modules:
@@ -113,11 +124,11 @@ def path_below(root: nn.Module, caller: str, module: nn.Module) -> str:
     above: nn.Module | None = module_at(root, caller)
     for name, child in above._modules.items() if above is not None else ():
         if child is module:
-            return f"{caller}.{name}" if caller else name
+            return below(caller, name)
     for start, tree in ((caller, above), ("", root)):
         for name, child in tree.named_modules(remove_duplicate=False) if tree is not None else ():
             if child is module and name:
-                return f"{start}.{name}" if start else name
+                return below(start, name)
     raise ReductionError(f"{type(module).__name__}, called by {caller or 'the model'}, is not registered in the model")
 
 
@@ -145,7 +156,7 @@ def refuse_wrapped(model: Any, call: str) -> None:
             raise ReductionError(f"{call}: {name or 'the model'} is compiled; reduce the model, then compile it")
     for path, module in modules:
         for name, parameter in module._parameters.items():
-            where = f"{call}: {path}.{name}" if path else f"{call}: {name}"
+            where = f"{call}: {below(path, name)}"
             if parameter is not None and not isinstance(parameter, nn.Parameter):
                 raise ReductionError(f"{where} {PLAIN}")
             if isinstance(parameter, nn.parameter.UninitializedParameter):

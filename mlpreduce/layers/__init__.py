@@ -23,7 +23,7 @@ from mlpreduce.layers.scale_shift import ScaleShift, is_scalable
 from mlpreduce.layers.svft import SvftLinear
 from mlpreduce.layers.token_convolution import GridConvolution, TokenConvolution
 from mlpreduce.layers.wrapper import StandIn, Wrapper, macs_of, merged
-from mlpreduce.registry import Origin, remember
+from mlpreduce.registry import Origin, remember, taken
 
 __all__ = [
     "ADAPTERS",
@@ -81,7 +81,7 @@ def register_layer(name: str) -> Callable[[LayerClass], LayerClass]:
 
     def decorate(layer: LayerClass) -> LayerClass:
         if not isinstance(name, str) or name in LAYERS:
-            fact = "there is a layer of this name already" if isinstance(name, str) else "the name must be a string"
+            fact = taken("layer", name) if isinstance(name, str) else "the name must be a string"
             raise ReductionError(f"register_layer({name!r}): {fact}")
         known = isinstance(layer, type) and issubclass(layer, StandIn | Wrapper) and hasattr(layer, "in_place_of")
         if not known:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from timm.models import is_model_pretrained
 
 import mlpreduce
 from mlpreduce.data import DataSettings, Survey, survey
 from mlpreduce.data.folders import split_folders
 from mlpreduce.errors import ReductionError, did_you_mean
-from mlpreduce.models import is_model
+from mlpreduce.models import image_size_of, is_model
 from mlpreduce.recipe.schema import load
 from mlpreduce.train.parts import build_model, images_of
 from mlpreduce.train.settings import ModelSettings, Run, Step
@@ -45,6 +47,7 @@ class _Choice:
 
     model: ModelSettings
     image_size: int
+    patches: int  # of an image; 0 where the model is not fitted to the pictures
     variants: dict[str, list[Step]]
     refused: dict[str, str]  # variants that this model cannot have, and why
 
@@ -54,36 +57,45 @@ def write_recipe(path: str | Path, root: str | Path, model: str = "") -> str:
 
     Args:
         path: the recipe, a new file that ends in .toml.
-        root: holds train/ and val/ with one folder of images per class each, or one folder per class; of these a fifth of
-            each class is held out.
+        root: a folder with train/ and val/, or one folder per class; a fifth of each class is then held out.
         model: timm's name of an architecture; by default a small ViT that suits the images.
 
     Returns:
         What was found, and the command that trains the recipe.
 
     Raises:
-        ReductionError: `path` exists or is not a .toml, `root` does not hold class folders with images, or timm has no such
-            model.
+        ReductionError: `path` exists, is not a .toml, or cannot be written; `root` does not hold class folders with images;
+            or timm has no such model, or one without MLPs.
     """
+    _check_text("--new", path)
     path, call = Path(path), f"--new {path}"
     if path.suffix != ".toml":
-        raise ReductionError(f"{call}: a recipe is a .toml file; use --new {path.with_suffix('.toml')}")
+        better = path.with_suffix(".toml") if path.name.strip(".") else path / "mine.toml"  # . and / have no name
+        raise ReductionError(f"{call}: a recipe is a .toml file; use --new {better}")
     if os.path.lexists(path):
         raise ReductionError(f"{call}: the file exists and is not overwritten; give another name, or remove it")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ReductionError(f"{call}: there is no folder {str(path.parent)!r}; make it first")
+    _check_text("--data", root)
     data = _place(Path(root).resolve())
+    _check_text("--data", data.root)
     found = survey(data)
     if found is None:
         raise ReductionError(f"{call}: --data {str(root)!r} does not exist; give a folder of class folders")
     choice = _choose(data, found, model)
     text = "\n".join(_text(path, data, found, choice))
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text + "\n")
     try:
+        file = path.open("x", encoding="utf-8")
+    except OSError as error:
+        raise _unwritten(call, error) from error
+    try:
+        with file:
+            file.write(text + "\n")
         load(str(path))
-    except ReductionError:
+    except BaseException as error:
         path.unlink()
+        if isinstance(error, OSError):
+            raise _unwritten(call, error) from error
         raise
     held = f", {data.val_share:.0%} of each class held out for validation" if data.val_share else ""
     return (
@@ -91,6 +103,19 @@ def write_recipe(path: str | Path, root: str | Path, model: str = "") -> str:
         f"look at it:  {_command(path)} --dry-run\n"
         f"train it:    {_command(path)}"
     )
+
+
+def _check_text(option: str, path: str | Path) -> None:
+    """Refuse a path that a recipe, which is text in UTF-8, could not name."""
+    if any(ord(letter) < 32 or 0xD800 <= ord(letter) <= 0xDFFF for letter in str(path)):  # surrogates: not UTF-8
+        raise ReductionError(
+            f"{option} {str(path)!r}: a recipe is text in UTF-8 and cannot name this path; rename it, or make a link to it "
+            "whose name has no control characters"
+        )
+
+
+def _unwritten(call: str, error: OSError) -> ReductionError:
+    return ReductionError(f"{call}: the file cannot be written ({error.strerror}); give another name or folder")
 
 
 def _place(root: Path) -> DataSettings:
@@ -115,10 +140,14 @@ def _choose(data: DataSettings, found: Survey, name: str) -> _Choice:
     else:
         settings, size = _given(name, fitted)
     plain = Run(recipe="new", variant="baseline", model=settings, data=_sized(data, size), directory="/")
-    first = mlpreduce.find_mlps(build_model(plain, device="meta"), images_of(plain, build_model(plain, device="meta")))[
-        0
-    ]
-    half = round(first.hidden_features / first.in_features / 2, 3)
+    built: Any = build_model(plain, device="meta")
+    mlps = mlpreduce.find_mlps(built, images_of(plain, built))
+    if not mlps:
+        raise ReductionError(
+            f"--model {name}: no MLP was found in it, so there is nothing to reduce; choose a model with MLPs, such as "
+            f"vit_tiny_patch16_224"
+        )
+    half = round(mlps[0].hidden_features / mlps[0].in_features / 2, 3)
     candidates: dict[str, list[Step]] = {
         "grouped": [{"transform": "grouped", "group": 2}],
         "shallow": [{"transform": "shallow", "ratio": 0.5}],
@@ -132,7 +161,8 @@ def _choose(data: DataSettings, found: Survey, name: str) -> _Choice:
             variants[variant] = steps
         except ReductionError as error:
             refused[variant] = str(error)
-    return _Choice(settings, size, variants, refused)
+    patches = built.patch_embed.num_patches if "patch_size" in settings.kwargs else 0
+    return _Choice(settings, size, patches, variants, refused)
 
 
 def _sized(data: DataSettings, size: int) -> DataSettings:
@@ -141,16 +171,15 @@ def _sized(data: DataSettings, size: int) -> DataSettings:
 
 def _given(name: str, fitted: dict[str, Any]) -> tuple[ModelSettings, int]:
     """A model of the user's choice: a plain ViT is fitted to the pictures, any other takes the images it was made for."""
-    import timm
+    from timm.layers import PatchEmbed
     from timm.models.vision_transformer import VisionTransformer
 
     own = ModelSettings(name=name, kwargs={"num_classes": fitted["num_classes"]})
     run = Run(recipe="new", variant="baseline", model=own, directory="/")
     model = build_model(run, device="meta")
-    if type(model) is VisionTransformer:
+    if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed:  # a hybrid has other patches
         return ModelSettings(name=name, kwargs=fitted), fitted["img_size"]
-    config = timm.get_pretrained_cfg(name)
-    return own, (224 if config is None else int(config.input_size[-1]))
+    return own, image_size_of(name) or 224
 
 
 def _text(path: Path, data: DataSettings, found: Survey, choice: _Choice) -> Iterable[str]:
@@ -176,14 +205,12 @@ def _text(path: Path, data: DataSettings, found: Survey, choice: _Choice) -> Ite
     yield from ("", "[model]")
     origin = "small, as there are few images; a larger one: recipe --new FILE --data DIR --model NAME" if small else ""
     yield from _lines([("name", choice.model.name, origin or "timm's name; random initial weights")])
-    if not small and choice.model.name in _pretrained():
-        yield '# weights = "pretrained"  # starts from timm\'s weights, a download. Take away thin, and img_size and patch_size'
-        yield "#                         below, and set data.image_size to the size that the weights were trained with."
+    if not small and is_model_pretrained(choice.model.name):
+        yield from _pretrained(choice)
     yield from ("", "[model.kwargs]")
-    tokens = (choice.image_size // choice.model.kwargs.get("patch_size", choice.image_size)) ** 2
     notes = {
         "img_size": "that of the pictures, at most 112",
-        "patch_size": f"{tokens} patches; smaller ones take longer and need more images",
+        "patch_size": f"{choice.patches} patches; smaller ones take longer and need more images",
         "num_classes": "class folders",
     }
     yield from _lines([(key, value, notes.get(key, "")) for key, value in choice.model.kwargs.items()])
@@ -207,7 +234,7 @@ def _text(path: Path, data: DataSettings, found: Survey, choice: _Choice) -> Ite
     for name, steps in choice.variants.items():
         yield from _lines([(name, steps, "the model as it is" if not steps else "")])
     for name, reason in choice.refused.items():
-        yield f"# {name} is left out: {' '.join(reason.split())[:200]}"
+        yield f"# {name} is left out: {textwrap.shorten(reason, 200, placeholder=' ...')}"
 
 
 def _data(data: DataSettings, found: Survey, choice: _Choice) -> list[Line]:
@@ -224,10 +251,11 @@ def _data(data: DataSettings, found: Survey, choice: _Choice) -> list[Line]:
 
 
 def _train(found: Survey, batch: int, epochs: int, small: bool) -> list[Line]:
-    updates = found.train // batch * epochs
+    each = found.train // batch
+    updates = each * epochs
     return [
         ("epochs", epochs, f"{updates:,} updates in all"),
-        ("batch_size", batch, f"{found.train // batch} updates an epoch"),
+        ("batch_size", batch, f"{each} update{'' if each == 1 else 's'} an epoch"),
         ("lr", 2e-3 if small else 5e-4, "largest learning rate, of AdamW"),
         ("warmup_epochs", max(1, epochs // 10), "a tenth of the run"),
         ("schedule_per_update", True, "the learning rate moves with each update: epochs are short"),
@@ -248,10 +276,17 @@ def _lines(entries: Iterable[Line]) -> Iterable[str]:
         yield f"{text}  # {comment}" if comment else text
 
 
-def _pretrained() -> set[str]:
-    import timm
-
-    return {name.partition(".")[0] for name in timm.list_models(pretrained=True)}
+def _pretrained(choice: _Choice) -> Iterable[str]:
+    """The line that takes timm's weights, as a comment, and what in this recipe must then change."""
+    text = "# starts from timm's weights, a download."
+    if "thin" in choice.variants:
+        text += " Remove the variant thin: they do not fit it."
+    if "img_size" in choice.model.kwargs:
+        text += f" Remove img_size and patch_size below, and use data.image_size={image_size_of(choice.model.name)}."
+    first, *others = textwrap.wrap(text, 95)
+    line = '# weights = "pretrained"  '
+    yield line + first
+    yield from (f"#{' ' * (len(line) + 1)}{rest}" for rest in others)
 
 
 def _command(path: Path) -> str:

@@ -10,13 +10,14 @@ The records are the truth: `results.json` and the report are built from them alo
 
 from __future__ import annotations
 
-from mlpreduce.records.files import SCHEMA, finished, read, store
+from mlpreduce.records.files import SCHEMA, as_json, finished, read, store
 from mlpreduce.records.recorder import Recorder, tracking_uri
 from mlpreduce.records.summaries import baseline_of, conditions, results, summarize, summary
 
 __all__ = [
     "SCHEMA",
     "Recorder",
+    "as_json",
     "baseline_of",
     "conditions",
     "finished",

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from mlpreduce.drafts import replacing
 from mlpreduce.errors import ReductionError
 
-__all__ = ["SCHEMA", "finished", "read", "store"]
+__all__ = ["SCHEMA", "as_json", "finished", "read", "store"]
 
 SCHEMA = 1
 
 
 def store(directory: Path, name: str, document: Any) -> None:
     """Write a JSON document into `directory`: whole, or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
-    draft = directory / f"{name}.tmp"
-    draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, directory / name)
+    with replacing(directory, name) as (draft,):
+        draft.write_text(as_json(document), encoding="utf-8")
+
+
+def as_json(document: Any) -> str:
+    """The text of a document as it is kept; numbers are finite."""
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
 def read(directory: str | Path) -> list[dict[str, Any]]:

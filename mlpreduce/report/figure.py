@@ -26,12 +26,10 @@ def draw(parts: Sequence[Sequence[dict[str, Any]]]) -> Figure:
     Args:
         parts: records; of a sweep, those of each point.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from mlpreduce.report.canvas import blank
 
     rows = len(parts) + (len(parts) > 1)
-    figure = Figure(figsize=(11, 4.5 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(11, 4.5 * rows)
     pieces = figure.subfigures(rows, squeeze=False)[:, 0]
     for piece, records in zip(pieces, parts, strict=False):
         _draw_curves(piece, records)

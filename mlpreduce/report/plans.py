@@ -54,7 +54,7 @@ def plot(what: Plan | Sequence[Plan] | nn.Module, *, example_inputs: Inputs | No
     require("mlpreduce.plot", "matplotlib")
     if isinstance(what, nn.Module):
         refuse_wrapped(what, "plot")
-        calls = ", then ".join(made.call for made in history(what)) or "not reduced"
+        calls = ", then ".join(made.call for made in history(what)) or "no history"
         title = shortened(f"{type(what).__name__}, {calls}", _TITLE)
         return draw_widths([(title, _of_model(what, example_inputs))])
     plans = [what] if isinstance(what, Plan) else what
@@ -89,10 +89,9 @@ def picture_of(records: Iterable[dict[str, Any]]) -> Picture | None:
         return None
     shown = [(shortened(", ".join(names), 45), list(uses)) for uses, names in panels.items()]
     cut = f", the first {_MOST_PANELS} of {len(shown)}" if len(shown) > _MOST_PANELS else ""
-    caption = (
-        f"Hidden width of each block's MLP in the variants that reduce it{cut}; blocks of one colour use one MLP, that of the "
-        "block with the number below the bar"
-    )
+    shared = any(use.owner != use.mlp for _, uses in shown[:_MOST_PANELS] for use in uses)
+    colours = "; blocks of one colour use one MLP, that of the block with the number below the bar" if shared else ""
+    caption = f"Hidden width of each block's MLP in the variants that reduce it{cut}{colours}"
     return Picture("MLPs of the variants", FILE, caption, as_png(draw_widths(shown[:_MOST_PANELS])))
 
 

@@ -52,12 +52,10 @@ def draw_front(document: dict[str, Any]) -> tuple[Figure, str] | None:
     first, *others = document["objectives"]
     if all(points.value_of(p, first["name"]) is None for p in points.trials(document)):
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from mlpreduce.report.canvas import blank
 
     panels = max(1, len(others))
-    figure = Figure(figsize=(8.5 if panels == 1 else 4.9 * panels, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(8.5 if panels == 1 else 4.9 * panels, 5.4)
     axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
     labels = [_draw_panel(axis, document, other) for axis, other in zip(axes, others or [None], strict=True)]
     axes[0].set_ylabel(plain(points.objective_label(first)))

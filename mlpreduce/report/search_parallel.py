@@ -126,12 +126,11 @@ def _draw(
     first: dict[str, str],
 ) -> Figure:
     """Lines through the upright axes, those of pruned trials through the first `parameters` only."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.collections import LineCollection
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(7.0, 1.3 * len(scales) + 1.5), 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    from mlpreduce.report.canvas import blank
+
+    figure = blank(max(7.0, 1.3 * len(scales) + 1.5), 5)
     axis = figure.subplots()
     lines = [list(enumerate(heights)) for heights in zip(*(scale.heights for scale in scales), strict=True)]
     pale = [line[:parameters] for line in lines[: len(pruned)]]

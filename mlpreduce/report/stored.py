@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlpreduce.drafts import replacing
 from mlpreduce.errors import ReductionError
-from mlpreduce.records import store
+from mlpreduce.records import as_json
 from mlpreduce.report.content import Table
 from mlpreduce.report.overview import beyond_noise, variants_of
 from mlpreduce.report.pages import markdown_table
@@ -28,7 +29,8 @@ _PASSING = (
     "storage",
     "directory",
 )
-_PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+_NAMED = ("variants", "points")  # what is below them is by names that a recipe gave, and a name may be any word
+_PLACE = re.compile(r"(<!-- results: (\S+) -->\n)(?:(?!<!-- results: ).)*?(<!-- end of results -->)", re.DOTALL)
 
 
 def lasting(document: Any) -> Any:
@@ -39,8 +41,16 @@ def lasting(document: Any) -> Any:
         {'params': 2, 'runs': [{'top1': 97.5}]}
     """
     if isinstance(document, dict):
-        return {key: lasting(value) for key, value in document.items() if key not in _PASSING}
+        kept = {key: value for key, value in document.items() if key not in _PASSING}
+        return {key: _named(value) if key in _NAMED else lasting(value) for key, value in kept.items()}
     return [lasting(value) for value in document] if isinstance(document, list) else document
+
+
+def _named(document: Any) -> Any:
+    """What lasts of things by name: all names."""
+    return (
+        {name: lasting(value) for name, value in document.items()} if isinstance(document, dict) else lasting(document)
+    )
 
 
 def results_text(document: dict[str, Any]) -> str:
@@ -90,8 +100,9 @@ def keep(document: dict[str, Any], page: Path, text_of: Callable[[dict[str, Any]
     check_page(page)
     document = lasting(document)
     text = with_results(page, text_of(document))
-    store(page.parent, f"{page.stem}.json", document)
-    page.write_text(text, encoding="utf-8")
+    with replacing(page.parent, f"{page.stem}.json", page.name) as (stored, written):
+        stored.write_text(as_json(document), encoding="utf-8")
+        written.write_text(text, encoding="utf-8")
 
 
 def with_results(page: Path, results: str) -> str:

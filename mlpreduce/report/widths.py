@@ -108,8 +108,10 @@ def _places(names: Sequence[str]) -> dict[str, _Column]:
     """
     found = {}
     for name in dict.fromkeys(names):
-        words = name.split(".")
-        last = max((number for number, word in enumerate(words) if word[-1:].isdigit()), default=None)
+        words = name.partition("@")[0].split(".")  # blocks.3.mlp@1 is a further call of blocks.3.mlp
+        numbers = [number for number, word in enumerate(words) if word.isdigit()]
+        numbers = numbers or [number for number, word in enumerate(words) if word[-1:].isdigit()]  # layer1.mlp
+        last = max(numbers, default=None)
         if last is None:
             found[name] = _Column("", "", name.rpartition(".")[2] or "all")
             continue

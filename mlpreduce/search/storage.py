@@ -103,7 +103,7 @@ def _unreachable(url: str, error: Exception) -> ReductionError:
     lines = hidden(str(error), url).strip().splitlines() or [type(error).__name__]
     driver = isinstance(error, (ImportError, NoSuchModuleError))
     if isinstance(error, ModuleNotFoundError) and error.name == "psycopg":
-        return missing("psycopg", f"--storage {hidden(url)}")
+        return missing(f"--storage {hidden(url)}", "psycopg")
     remedy = "; install the driver that the URL names, for instance pip install pymysql" if driver else ""
     return ReductionError(f"--storage {hidden(url)}: {lines[0]}{remedy}")
 

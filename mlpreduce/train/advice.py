@@ -7,6 +7,7 @@ the run trains, and its numbers say less than they seem to.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ _LEFT_OUT = 0.2  # share of the images that an epoch may leave out
 _LATE = 0.5  # share of the epochs that a warm-up may take
 _CROP = 16  # pixels of a picture: a smaller crop shows no object
 _TOKENS = 9  # patches, fewer of which leave attention nothing to compare
+_KEY = re.compile(r"\b(?:train|data|model)(?:\.\w+)+")  # a key of a recipe, as the texts write it
 
 
 def advice(
@@ -45,7 +47,7 @@ def advice(
         >>> from mlpreduce.train import Run, TrainSettings
         >>> run = Run(recipe="r", variant="v", directory="/r", train=TrainSettings(epochs=6, batch_size=64))
         >>> print(advice(run, images=960, updates_per_epoch=15)[0][:76])
-        train.ema_decay=0.9998: top-1 is reported of a moving average of the weights
+        train.ema_decay=0.9998: top-1 is measured on averaged weights, and the avera
     """
     found = [
         *_average(run.train, updates_per_epoch * run.train.epochs),
@@ -54,7 +56,7 @@ def advice(
         *_crop(run, side),
         *([] if model is None else _patches(run, model)),
     ]
-    return [f"{run.key(text.partition('=')[0])}={text.partition('=')[2]}" for text in found]
+    return [_KEY.sub(lambda key: run.key(key[0]), text) for text in found]
 
 
 def average_lag(train: TrainSettings, updates: int) -> tuple[float, float]:
@@ -89,9 +91,11 @@ def _average(train: TrainSettings, updates: int) -> Iterator[str]:
     if not train.ema_decay:
         return
     if train.ema_start >= updates:
+        last = int(_LAG * updates)  # updates; an average over no more than these cannot lag too far behind
+        later = f", or train.ema_start={updates - last}" if last else ""
         yield (
             f"train.ema_start={train.ema_start}: averaging begins after that update, and a run has {updates:,}, so nothing is "
-            f"averaged; use train.ema_decay=0, or train.ema_start={updates // 2}"
+            f"averaged; use train.ema_decay=0{later}"
         )
         return
     share, age = average_lag(train, updates)
@@ -100,8 +104,8 @@ def _average(train: TrainSettings, updates: int) -> Iterator[str]:
     warmed = train.model_copy(update={"ema_warmup": True})
     also = "train.ema_warmup=true, or " if average_lag(warmed, updates)[1] <= _LAG * updates else ""
     yield (
-        f"train.ema_decay={train.ema_decay:g}: top-1 is reported of a moving average of the weights, which is too slow for the "
-        f"{updates:,} updates of a run: {share:.1%} of it is still the weights of update {train.ema_start + 1}, and it is "
+        f"train.ema_decay={train.ema_decay:g}: top-1 is measured on averaged weights, and the average is too slow for "
+        f"{updates:,} updates: {share:.1%} of it is still the weights of update {train.ema_start + 1}, and it is "
         f"{age:,.0f} updates behind on average, so it hides what was learned; use {also}{_decay_for(updates)}"
     )
 
@@ -118,8 +122,9 @@ def _decay_for(updates: int) -> str:
 def _warm_up(train: TrainSettings) -> Iterator[str]:
     if train.warmup_epochs > _LATE * train.epochs:
         yield (
-            f"train.warmup_epochs={train.warmup_epochs}: the learning rate still rises in {train.warmup_epochs} of "
-            f"{train.epochs} epochs; use train.warmup_epochs={train.epochs // 10}, or more train.epochs"
+            f"train.warmup_epochs={train.warmup_epochs}: the learning rate still rises in "
+            f"{min(train.warmup_epochs, train.epochs)} of {train.epochs} epochs; use "
+            f"train.warmup_epochs={train.epochs // 10}, or more train.epochs"
         )
 
 
@@ -166,20 +171,28 @@ def _crop(run: Run, side: int | None) -> Iterator[str]:
 
 def _patches(run: Run, model: nn.Module) -> Iterator[str]:
     embed: Any = getattr(model, "patch_embed", None)
-    patch, grid = getattr(embed, "patch_size", None), getattr(embed, "grid_size", None)
-    if not patch or not grid:
-        return
+    if not isinstance(getattr(embed, "proj", None), nn.Conv2d) or hasattr(embed, "backbone"):
+        return  # a hybrid cuts the feature map of its backbone into patches, not the image
+    patch, grid, built = (getattr(embed, name, None) for name in ("patch_size", "grid_size", "img_size"))
     size = run.data.image_size
-    patch = patch if isinstance(patch, int) else min(patch)
-    fits = [number for number in range(1, size + 1) if size % number == 0 and size // number <= 16]
-    use = f"model.kwargs.patch_size={min(fits, key=lambda number: abs(size // number - 7))}"
-    if (lost := size - min(grid) * patch) > 0:
+    if not patch or not grid or built is None or tuple(built) != (size, size):
+        return  # it takes images of other sizes than the one it was built for: its grid is not theirs
+    side = math.ceil(math.sqrt(_TOKENS))
+    fits = [number for number in range(1, size // side + 1) if size % number == 0 and size // number <= 16]
+    step = math.lcm(*patch)
+    other = max(size // step, side) * step
+    remedies = [f"model.kwargs.patch_size={min(fits, key=lambda number: abs(size // number - 7))}"] if fits else []
+    if other != size:
+        remedies.append(f"data.image_size={other} with model.kwargs.img_size={other}")
+    use = ", or ".join(remedies)
+    pixels = f"{patch[0]} x {patch[1]}" if patch[0] != patch[1] else f"{patch[0]}"
+    lost = max(size - cells * cell for cells, cell in zip(grid, patch, strict=True))
+    if lost > 0 and not getattr(embed, "dynamic_img_pad", False):
         yield (
-            f"data.image_size={size}: patches of {patch} pixels leave out {lost} of the {size} pixels of each side; use {use}, "
-            f"or data.image_size={size - lost} with model.kwargs.img_size={size - lost}"
+            f"data.image_size={size}: patches of {pixels} pixels leave out {lost} of the {size} pixels of each side; use {use}"
         )
     elif math.prod(grid) < _TOKENS:
         yield (
-            f"data.image_size={size}: patches of {patch} pixels make {math.prod(grid)} token(s) of an image, which leaves "
+            f"data.image_size={size}: patches of {pixels} pixels make {math.prod(grid)} token(s) of an image, which leaves "
             f"attention little to compare; use {use}"
         )

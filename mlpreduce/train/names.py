@@ -36,7 +36,7 @@ def _names(run: Run) -> Iterator[Name]:
 
 
 def check_reach(runs: Iterable[Run]) -> None:
-    """Check before Ray starts that its workers will know all names: those of this package and of packages with entry points.
+    """Check, before Ray starts, that its workers will know all names: those of this package and of packages with entry points.
 
     Runs with plug-ins are left to `check_known` in the workers: a plug-in may import there what this process has imported
     already, so this process cannot tell.
@@ -49,10 +49,14 @@ def check_reach(runs: Iterable[Run]) -> None:
             source = _source(kind, name)
             if source is None or source.kind in ("package", "entry points"):
                 continue
-            where = f"of the plug-in {source}, which the recipe does not name" if source.digest else f"of {source}"
+            by = (
+                f"the plug-in {source}, which the recipe does not name,"
+                if source.digest
+                else f"{source} in this process,"
+            )
             raise ReductionError(
-                f"train({run.label}): the {kind} {name!r} is {where}, and Ray's workers do not run that; {REMEDY}. Without Ray "
-                f"(launch.workers=0; of a search --workers 0) it needs no file"
+                f"train({run.label}): the {kind} {name!r} was registered by {by} so Ray's workers do not have it; {REMEDY}. "
+                f"Runs without Ray (launch.workers=0, or search --workers 0) need no file"
             )
 
 

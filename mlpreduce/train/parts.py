@@ -18,7 +18,7 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce.errors import ReductionError, call_text, check_whole, did_you_mean
-from mlpreduce.models import is_model
+from mlpreduce.models import image_size_of, is_model
 from mlpreduce.plugins import run_plugins
 from mlpreduce.ties import full_state
 from mlpreduce.train.calibrated import (
@@ -81,13 +81,17 @@ def build_model(run: Run, device: torch.device | str | None = None, plans: Seque
         try:
             with nullcontext() if device is None else torch.device(device):
                 return mlpreduce.create_model(run.model.name, transform, **given)
-        except ReductionError:
-            raise
-        except (ArithmeticError, AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
-            first_line = (str(error).strip().splitlines() or [""])[0]
+        except (ReductionError, OSError) as error:
+            cause = error.__cause__ if isinstance(error, ReductionError) else error
+            if (
+                transform is not None or cause is None or isinstance(cause, ReductionError)
+            ):  # the reduction, or the name
+                raise
+            first_line = (str(cause).strip().splitlines() or [""])[0]
             if not pretrained:
+                reason = f"{type(cause).__name__}{first_line and f': {first_line}'}"
                 raise ReductionError(
-                    f"model.kwargs: timm cannot build {call_text(run.model.name, given)}: {type(error).__name__}: {first_line}"
+                    f"model.kwargs: timm cannot build {call_text(run.model.name, given)}: {reason}{_other_size(run)}"
                 ) from error
             raise ReductionError(
                 f"model.weights='pretrained': timm cannot load any into {call_text(run.model.name, run.model.kwargs)}: "
@@ -127,6 +131,15 @@ def check_classes(model: nn.Module, run: Run, classes: int) -> None:
             f"model.kwargs.num_classes: {run.model.name} has {model.num_classes} classes, data.name={run.data.name!r} has "
             f"{classes}; use model.kwargs.num_classes={classes}"
         )
+
+
+def _other_size(run: Run) -> str:
+    """The remedy for an image or patch size that an architecture cannot have; empty where none was asked for."""
+    given = [key for key in ("img_size", "patch_size") if key in run.model.kwargs]
+    size = image_size_of(run.model.name)
+    if not given or size is None:
+        return ""
+    return f"; leave out {' and '.join(given)}, and use data.image_size={size}, the size that it was made for"
 
 
 def images_of(run: Run, model: nn.Module, batch: int = 1) -> torch.Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlpreduce.errors import ReductionError, call_text, check_name, did_you_mean
-from mlpreduce.registry import add_entry_points, remember
+from mlpreduce.registry import add_entry_points, remember, taken
 
 __all__ = ["Transform", "check_config", "get_transform", "is_construction", "list_transforms", "register"]
 
@@ -81,7 +81,7 @@ def register(
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         if name in _TRANSFORMS:
-            raise ReductionError(f"register({name!r}): there is a transform of this name already")
+            raise ReductionError(f"register({name!r}): {taken('transform', name)}")
         _check_signature(name, function, construction)
         transform = Transform(name, function, scope, construction, preserves, mergeable)
         for key, parameter in transform.parameters.items():
@@ -111,7 +111,7 @@ def _check_signature(name: str, function: object, construction: bool) -> None:
 
 
 def _load_entry_points() -> None:
-    add_entry_points("transform", lambda: [transform.function for transform in _TRANSFORMS.values()], register)
+    add_entry_points("transform", lambda: {name: found.function for name, found in _TRANSFORMS.items()}, register)
 
 
 def get_transform(name: str) -> Transform:

@@ -32,7 +32,7 @@ def started() -> Iterator[list[str]]:
     try:
         yield programs
     finally:
-        _listening.remove(programs)
+        _listening[:] = [other for other in _listening if other is not programs]  # two that are empty are equal
 
 
 def unmarked(item: pytest.Item, programs: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from helpers.runs import TIMES
 from helpers.two_processes import Together
 from mlpreduce import recipe as recipes
 from mlpreduce.recipe.schema import runs as runs_of
@@ -19,7 +20,6 @@ from mlpreduce.train import Run, Runtime, fit
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "MLPREDUCE_TEST_MARK"
-TIMES = ("train_seconds", "images_per_s")
 
 
 def environment(mark: str) -> dict[str, str]:
@@ -76,17 +76,6 @@ def workers_of(mark: str) -> list[int]:
 
 def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in entry.items() if name not in TIMES} for entry in history]
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Whether all tensors and values are equal, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(equal(*pair) for pair in zip(one, other, strict=True))
-    return bool(one == other)
 
 
 def last_state(run: Path) -> dict[str, Any]:

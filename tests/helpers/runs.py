@@ -57,9 +57,10 @@ def synthetic_run(directory: Path) -> Run:
 
 
 def same(left: Any, right: Any, path: str = "") -> None:
-    """Assert that two states are equal to the last bit."""
+    """Assert that two states are equal to the last bit, but for times, speeds and what the run was."""
     assert type(left) is type(right), path
     if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype, path
         assert torch.equal(left, right), path
     elif isinstance(left, dict):
         assert list(left) == list(right), path

@@ -103,7 +103,10 @@ def _serve(rank: int, pipe: Connection) -> None:
     try:
         pipe.send(("", None))
         while True:
-            function, args, file = pipe.recv()
+            try:
+                function, args, file = pipe.recv()
+            except EOFError:  # the parent has closed its end, or is gone
+                return
             torch.set_num_threads(1)
             torch.manual_seed(0)
             limit = timedelta(seconds=DEADLINE)
@@ -112,8 +115,6 @@ def _serve(rank: int, pipe: Connection) -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
             pipe.send(("", result))
-    except EOFError:  # the parent has closed its end, or is gone
-        return
     except BaseException:
         pipe.send((traceback.format_exc(), None))
         # The group stays until the parent ends both, or the other would fail as well, and might be heard first.

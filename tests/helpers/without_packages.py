@@ -5,8 +5,6 @@ Usage: python without_packages.py STAGE... where a stage is HIDDEN,HIDDEN or HID
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import sys
@@ -37,6 +35,7 @@ class Hiding:
 sys.meta_path[:] = [Hiding]
 
 import torch  # noqa: E402
+from outcome import outcome  # noqa: E402  (beside this script)
 
 import mlpreduce  # noqa: E402
 from mlpreduce.__main__ import main  # noqa: E402
@@ -272,22 +271,6 @@ def storage_postgresql() -> None:
 
     with opened("postgresql+psycopg://me@localhost:1/optuna", "study"):
         pass
-
-
-def outcome(call: Case) -> str:
-    """Nothing for success, else what it came to; `status` 2 of a command is a refusal, with its text."""
-    err = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-            status = call()
-    except mlpreduce.ReductionError as error:
-        return f"refused: {error}"
-    except Exception as error:
-        return f"broken: {type(error).__name__}: {error}"
-    if isinstance(status, int) and status:
-        text = err.getvalue().strip()
-        return f"refused: {text.removeprefix('error: ')}" if status == 2 and text.startswith("error: ") else text
-    return ""
 
 
 if __name__ == "__main__":
