@@ -299,7 +299,7 @@ def registered() -> dict[str, Any]:
     from mlpreduce import criteria, layers, registration, transforms
 
     tables = {name: value for name, value in vars(_registry).items() if name.startswith("_model") or "deprec" in name}
-    tables |= {"transforms": transforms._TRANSFORMS, "criteria": criteria._CRITERIA, "layers": layers.LAYERS}
+    tables |= {"transforms": transforms._TRANSFORMS, "criteria": criteria.registry._CRITERIA, "layers": layers.LAYERS}
     tables |= {"origins": registry._origins, "cfgs": registration.default_cfgs, "modules": sys.modules}
     kept = {key: dict(value) for key, value in tables.items() if isinstance(value, dict)}
     nested = ("_module_to_models", "_module_to_deprecated_models")

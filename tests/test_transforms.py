@@ -43,6 +43,12 @@ SETTINGS = [
     ("shallow", {"criterion": "fisher", "repair": "least_squares"}),
     ("shallow", {"criterion": "activation", "min_score": 0.0445}),
     ("shallow", {"criterion": "hessian_diag"}),
+    ("shallow", {"criterion": "energy", "repair": "least_squares"}),
+    ("shallow", {"criterion": "reconstruction", "scope": "global"}),
+    (
+        "shallow",
+        {"criterion": {"name": "reconstruction", "metric": "loss"}, "target_params": 0.6, "scope": "per_stage"},
+    ),
     ("shallow", {"criterion": {"name": "activation", "statistic": "frequency"}}),
     ("shallow", {"criterion": "entropy_taylor"}),
     ("shallow", {"criterion": {"name": "gate", "epochs": 2}}),

@@ -89,10 +89,10 @@ class Answers:
         """
         criterion = choice.criterion
         if criterion.needs in ("moments", "pairs"):
-            key = str(choice), mlp.owner
-            if key not in self._of_moments:
-                self._of_moments[key] = _checked(choice, mlp, choice.values(self._moments_of(mlp, choice, seed)))
-            return self._of_moments[key]
+            asked = str(choice), mlp.owner
+            if asked not in self._of_moments:
+                self._of_moments[asked] = _checked(choice, mlp, choice.values(self._moments_of(mlp, choice, seed)))
+            return self._of_moments[asked]
         if criterion.of_data:
             if (key := (str(choice), seed)) not in self._measured:
                 self._measured[key] = self._measure(choice, seed)

@@ -12,7 +12,7 @@ from mlpreduce.calibration.measure import Loss, Measured, objective_of, running,
 from mlpreduce.calibration.quiet import quiet_copy
 from mlpreduce.calibration.samples import Samples, all_reduce
 from mlpreduce.calibration.taps import Taps
-from mlpreduce.criteria import Choice
+from mlpreduce.criteria import Choice, Ranking
 from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import MLP
 
@@ -80,7 +80,10 @@ def measure_gates(
         samples.finish({}, problem)
     scores = {}
     for (owner, _), gate in gates.items():
-        scores[owner] = choice.values(gate.detach()[0]).cpu().double()
+        answer = choice.values(gate.detach()[0])
+        if isinstance(answer, Ranking):
+            raise ReductionError(f"criterion {choice} gave a Ranking of gates; give a score of each")
+        scores[owner] = answer.cpu().double()
         if tuple(scores[owner].shape) != (gate.shape[1],) or not scores[owner].isfinite().all():
             raise ReductionError(
                 f"criterion {choice}: the scores of {owner} are {tuple(scores[owner].shape)} for {gate.shape[1]} units, or not "

@@ -16,6 +16,7 @@ from mlpreduce.elimination import eliminate, refit_error
 from mlpreduce.errors import ReductionError, check_number, check_one_of
 
 METRICS = ("output", "loss")
+_SILENT = 1e-10  # of the mean square of all units, below which a unit does nothing
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of a unit
 
 
@@ -47,7 +48,8 @@ def reconstruction(seen: Moments, *, metric: str = "output", ridge: float | None
     scale = float(square.diagonal().mean())
     if not scale:  # no unit ever does anything
         return Ranking(torch.arange(len(square)), square.new_zeros(len(square)))
-    weight = seen.weight
+    # the ridge would count how a weight changes that nothing passes through
+    weight = seen.weight * (square.diagonal() > _SILENT * scale)
     if metric == "loss":
         if seen.wanted is None:
             raise ReductionError("criterion reconstruction: no gradients were measured")
@@ -60,7 +62,8 @@ def reconstruction(seen: Moments, *, metric: str = "output", ridge: float | None
 def _root(wanted: torch.Tensor) -> torch.Tensor:
     """R with R^T R = G."""
     values, vectors = torch.linalg.eigh(wanted)
-    return values.clamp(min=0).sqrt()[:, None] * vectors.T
+    root: torch.Tensor = values.clamp(min=0).sqrt()[:, None] * vectors.T
+    return root
 
 
 def _chosen(seen: Moments, weight: torch.Tensor) -> float:

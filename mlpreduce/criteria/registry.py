@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["GATE_OPTIONS", "Choice", "Criterion", "choose", "get_criterion", "list_criteria", "register_criterion"]
 
 Needs = Literal["nothing", "weights", "images", "loss", "gates", "moments", "pairs"]
+Function = Callable[..., "torch.Tensor | Ranking"]
 Objective = Callable[["nn.Module", "torch.Tensor"], "torch.Tensor"]
 
 GATE_OPTIONS = ("coefficient", "lr", "epochs")
@@ -38,7 +39,7 @@ class Criterion:
     """
 
     name: str
-    function: Callable[..., torch.Tensor]
+    function: Function
     needs: Needs
     objective: Objective | None = None
     probes: int = 0
@@ -110,7 +111,7 @@ def register_criterion(
     probes: int = 0,
     draws: bool = False,
     with_loss: Callable[[Mapping[str, Any]], bool] | None = None,
-) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+) -> Callable[[Function], Function]:
     """Add a criterion under `name`.
 
     Packages can also name a criterion in the entry-point group `mlpreduce.criteria`; a plain function there needs the weights.
@@ -130,7 +131,7 @@ def register_criterion(
     """
     check_name("register_criterion", name)
 
-    def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def decorate(function: Function) -> Function:
         if name in _CRITERIA:
             raise ReductionError(f"register_criterion({name!r}): {taken('criterion', name)}")
         check_one_of(f"register_criterion({name!r}): needs", needs, get_args(Needs))

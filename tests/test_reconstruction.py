@@ -1,0 +1,229 @@
+"""`reconstruction` and `energy` on models: what they say of hidden units is what plain least squares and means say."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers.kinds import KINDS, built
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import mlpreduce
+from mlpreduce.calibration import Answers
+from mlpreduce.criteria import Ranking, choose
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import MLP, find_mlps, module_at, projection
+from mlpreduce.testing import tiny_vit
+
+RIDGE = 1e-2
+
+
+def pictures(count: int = 18, side: int = 16) -> torch.Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(11))
+
+
+def given(model: nn.Module, mlps: list[MLP], images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What fc2 of each MLP is given over all calls, (rows, hidden units)."""
+    rows: dict[str, list[torch.Tensor]] = {mlp.owner: [] for mlp in mlps}
+    handles = []
+    for mlp in mlps:
+        if mlp.owner == mlp.name:
+            layer = module_at(model, mlp.leaf("fc2").call)
+            known = projection(layer)
+            assert layer is not None
+            assert known is not None
+            offset = next(axis.offsets[0] for axis in mlp.axes if axis.tensor.startswith(mlp.leaf("fc2").path))
+
+            def note(module: Any, args: Any, mlp: MLP = mlp, dim: int = known.features, offset: int = offset) -> None:
+                flat = args[0].movedim(dim, -1).flatten(0, -2).detach().double()
+                rows[mlp.owner].append(flat[:, offset : offset + mlp.hidden_features])
+
+            handles.append(layer.register_forward_pre_hook(note))
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return {owner: torch.cat(calls) for owner, calls in rows.items()}
+
+
+def columns(model: nn.Module, mlp: MLP) -> torch.Tensor:
+    """fc2.weight of the hidden units, (outputs, hidden units)."""
+    weight = model.get_parameter(f"{mlp.leaf('fc2').path}.weight").detach().double()
+    offset = next(axis.offsets[0] for axis in mlp.axes if axis.tensor.startswith(mlp.leaf("fc2").path))
+    return weight.flatten(1)[:, offset : offset + mlp.hidden_features]
+
+
+def first_to_go(weight: torch.Tensor, square: torch.Tensor, ridge: float, groups: int, steps: int) -> list[int]:
+    """The units that go first, each by solving anew for all others; what does nothing costs nothing."""
+    size = len(square)
+    weight = weight * (square.diagonal() > 1e-10 * square.diagonal().mean())
+    ridged = square + ridge * torch.eye(size, dtype=torch.float64)
+    kept, gone, left = list(range(size)), [], set(range(groups))
+    for _ in range(steps):
+        inverse = torch.linalg.inv(ridged[kept][:, kept])
+        fitted = (weight @ ridged)[:, kept] @ inverse
+        errors = fitted.square().sum(0) / inverse.diagonal()
+        blocked = torch.tensor([unit * groups // size not in left for unit in kept])
+        errors[blocked] = torch.inf
+        unit = kept.pop(int(errors.argmin()))
+        gone.append(unit)
+        left.discard(unit * groups // size)
+        left = left or set(range(groups))
+    return gone
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fused"])
+@pytest.mark.parametrize("refitted", [False, True])
+def test_the_order_is_that_of_solving_anew(kind: str, refitted: bool) -> None:
+    name, kwargs = KINDS[kind]
+    model = built(name, kwargs)
+    mlps = find_mlps(model)
+    images = pictures(side=kwargs.get("img_size", 64)).double()
+    rows = given(model, mlps, images)
+    answers = Answers(model, mlps, [images], refitted=refitted)
+    choice = choose({"name": "reconstruction", "ridge": RIDGE})
+    for mlp in mlps[:3]:
+        a, weight = rows[mlp.name], columns(model, mlp)
+        layer = module_at(model, mlp.leaf("fc2").path)
+        centred = refitted and getattr(layer, "bias", None) is not None
+        square = a.T @ a / len(a) - a.mean(0).outer(a.mean(0)) * centred  # as exact as sums are, where a hardly varies
+        expected = first_to_go(weight, square, RIDGE * float(square.diagonal().mean()), mlp.groups, 12)
+        answer = answers.of(mlp, choice)
+        assert isinstance(answer, Ranking)
+        assert answer.order.flip(0)[:12].tolist() == expected, mlp.name
+        energy = answers.of(mlp, choose("energy"))
+        assert isinstance(energy, torch.Tensor)
+        torch.testing.assert_close(energy, square.diagonal() * weight.square().sum(0), rtol=1e-9, atol=1e-15)
+
+
+def test_uses_of_a_tied_mlp_count_together() -> None:
+    model = mlpreduce.apply(tiny_vit().double().eval(), "grouped", group=2, scale="none")
+    mlps, images = find_mlps(model), pictures().double()
+    rows = given(model, mlps, images)["blocks.0.mlp"]
+    assert len(rows) == 2 * len(given(tiny_vit().double().eval(), find_mlps(tiny_vit()), images)["blocks.0.mlp"])
+    answers = Answers(model, mlps, [images], refitted=True)
+    a = rows - rows.mean(0)
+    weight = columns(model, mlps[0])
+    energy = answers.of(mlps[1], choose("energy"))
+    assert isinstance(energy, torch.Tensor)
+    torch.testing.assert_close(energy, a.square().mean(0) * weight.square().sum(0), rtol=1e-9, atol=0)
+    answer = answers.of(mlps[0], choose({"name": "reconstruction", "ridge": RIDGE}))
+    assert isinstance(answer, Ranking)
+    square = a.T @ a / len(a)
+    expected = first_to_go(weight, square, RIDGE * float(square.diagonal().mean()), 1, 12)
+    assert answer.order.flip(0)[:12].tolist() == expected
+
+
+def test_the_loss_weighs_outputs() -> None:
+    """The same order as when fc2's outputs are turned by a root of the second moments of the loss's gradients there."""
+    model, images = tiny_vit().double().eval(), pictures().double()
+    labels = torch.arange(18) % 5
+    mlps = find_mlps(model)
+    mlp = mlps[1]
+    slopes: list[torch.Tensor] = []
+    layer = module_at(model, mlp.leaf("fc2").call)
+    assert layer is not None
+    handle = layer.register_forward_hook(lambda module, args, output: output.register_hook(slopes.append) and None)
+    cross_entropy(model(images), labels, reduction="sum").backward()
+    handle.remove()
+    g = slopes[0].flatten(0, 1)
+    root = torch.linalg.cholesky(g.T @ g + 1e-12 * torch.eye(g.shape[1], dtype=torch.float64)).T
+    a = given(model, mlps, images)[mlp.name]
+    square = a.T @ a / len(a)
+    expected = first_to_go(root @ columns(model, mlp), square, RIDGE * float(square.diagonal().mean()), 1, 20)
+    answers = Answers(tiny_vit().double().eval(), mlps, [(images, labels)])
+    answer = answers.of(mlp, choose({"name": "reconstruction", "ridge": RIDGE, "metric": "loss"}))
+    plain = answers.of(mlp, choose({"name": "reconstruction", "ridge": RIDGE}))
+    assert isinstance(answer, Ranking)
+    assert isinstance(plain, Ranking)
+    assert answer.order.flip(0)[:20].tolist() == expected
+    assert plain.order.tolist() != answer.order.tolist()
+
+
+def test_batches_do_not_matter() -> None:
+    model, images = tiny_vit().double().eval(), pictures(40).double()
+    mlps = find_mlps(model)
+    found = [
+        Answers(model, mlps, list(images.split(size))).of(mlps[0], choose("reconstruction")) for size in (40, 7, 1)
+    ]
+    for other in found[1:]:
+        assert isinstance(found[0], Ranking)
+        assert isinstance(other, Ranking)
+        assert torch.equal(found[0].order, other.order)
+
+
+def test_widths_are_nested_and_serve_every_target() -> None:
+    model, data = tiny_vit().eval(), [(pictures(40), torch.arange(40) % 5)]
+    for criterion in ("reconstruction", {"name": "reconstruction", "metric": "loss"}):
+        units = [
+            {
+                edit.mlp: set(edit.units)
+                for edit in mlpreduce.plan(
+                    copy.deepcopy(model),
+                    "shallow",
+                    target_params=target,
+                    scope="global",
+                    criterion=criterion,
+                    data=data,
+                ).edits
+                if hasattr(edit, "units")
+            }
+            for target in (0.5, 0.7)
+        ]
+        assert units[0].keys() == units[1].keys()
+        assert all(units[0][name] < units[1][name] for name in units[0])
+
+
+def test_dead_units_go_first() -> None:
+    model = tiny_vit().eval()
+    with torch.no_grad():
+        mlp: Any = model.blocks[0].mlp  # type: ignore[index]
+        mlp.fc1.weight[5:9] = 0
+        mlp.fc1.bias[5:9] = -50.0
+        last: Any = model.blocks[3].mlp  # type: ignore[index]
+        last.fc1.weight.zero_()  # no unit of this MLP ever does anything
+        last.fc1.bias.zero_()
+    mlps = find_mlps(model)
+    answers = Answers(model, mlps, [pictures()])
+    answer = answers.of(mlps[0], choose("reconstruction"))
+    silent = answers.of(mlps[3], choose("reconstruction"))
+    assert isinstance(answer, Ranking)
+    assert isinstance(silent, Ranking)
+    assert set(answer.order.flip(0)[:4].tolist()) == {5, 6, 7, 8}
+    assert not silent.scores.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "outputs"}, "metric"),
+        ({"ridge": -1.0}, "ridge"),
+        ({"ridge": 0.0}, "there are fewer rows than units, or units that never change"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ReductionError, match=message):
+        mlpreduce.plan(
+            tiny_vit(), "shallow", criterion={"name": "reconstruction", **options}, data=[pictures(2)], ratio=0.5
+        )
+
+
+def test_labels_are_asked_for_where_the_loss_counts() -> None:
+    with pytest.raises(ReductionError, match="data has no labels for 18 images, which the loss needs"):
+        mlpreduce.plan(tiny_vit(), "shallow", criterion={"name": "reconstruction", "metric": "loss"}, data=[pictures()])
+    mlpreduce.plan(tiny_vit(), "shallow", criterion="reconstruction", data=[pictures()])
+
+
+def test_repaired_it_is_nearer_than_others() -> None:
+    images = pictures(64)
+    gaps = {}
+    for criterion in ("reconstruction", "energy", "l2", "taylor", "first"):
+        model = tiny_vit().eval()
+        before = model(images).detach()
+        data = [(images, torch.arange(64) % 5)]
+        mlpreduce.apply(model, "shallow", ratio=0.25, criterion=criterion, data=data, repair="least_squares")
+        gaps[criterion] = float((model(images) - before).norm().detach())
+    assert min(gaps, key=lambda name: gaps[name]) == "reconstruction"
