@@ -43,7 +43,7 @@ def test_a_unit_that_carries_the_output_stays(data: list[torch.Tensor]) -> None:
     assert kept(alone, name) == list(range(64))
     assert kept(plan, name) == [*range(63), 77]
     (note,) = [note for note in plan.notes if note.startswith("guard: ")]
-    assert note.startswith("guard: 1 units stay that first() would drop: blocks.1.mlp 77 (9")
+    assert note.startswith("guard: 1 units stay that first() would drop: blocks.1.mlp 77 (")
     assert kept(plan, "blocks.0.mlp") == list(range(64))
 
 
