@@ -13,7 +13,7 @@ from torch import nn
 import mlpreduce
 from mlpreduce import Plan
 from mlpreduce.edits import Assign, Scale, Slice
-from mlpreduce.repair import _RIDGES, _Fit, _solved
+from mlpreduce.repair.fit import RIDGES, Fit, solved
 from mlpreduce.testing import tiny_vit
 
 
@@ -66,14 +66,14 @@ def best_solution(
     missing = wanted - given @ weight.T - (0 if bias is None else bias)
     odd = (torch.arange(len(given)) // 17 % 2).bool()
     left = []
-    for strength in _RIDGES:
+    for strength in RIDGES:
         total = 0.0
         for here in (odd, ~odd):
             change, shift = fitted(given[here], missing[here], strength, bias is not None)
             total += (missing[~here] - given[~here] @ change.T - shift).square().sum().item()
         left.append(total)
     assert min(left) < missing.square().sum()
-    change, shift = fitted(given, missing, _RIDGES[left.index(min(left))], bias is not None)
+    change, shift = fitted(given, missing, RIDGES[left.index(min(left))], bias is not None)
     return weight + change, shift if bias is None else bias + shift
 
 
@@ -162,8 +162,10 @@ def test_what_no_fit_brings_closer_stays_as_it_is() -> None:
     missing = rows @ torch.randn(7, 3).double()
     sums = torch.stack([missing.sum(0), *[missing.square().sum(0)] * 2])
     square, cross = (rows.T @ rows).expand(2, -1, -1), torch.stack([missing.T @ rows, -missing.T @ rows])
-    assert _solved(_Fit(layer, "fc2", square, cross, torch.stack([sums, sums])))[0] == {}
-    values, was, now = _solved(_Fit(layer, "fc2", square, cross.abs() * cross[0].sign(), torch.stack([sums, sums])))
+    assert solved(Fit(layer, "fc2", square, cross, torch.stack([sums, sums]), torch.ones(3).double()))[0] == {}
+    values, was, now = solved(
+        Fit(layer, "fc2", square, cross.abs() * cross[0].sign(), torch.stack([sums, sums]), torch.ones(3).double())
+    )
     assert list(values) == ["fc2.weight", "fc2.bias"]
     assert now < 1e-3 * was
     with pytest.raises(

@@ -12,10 +12,9 @@ MLP that no fit would bring closer there stays as it is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,33 +24,15 @@ from mlpreduce.calibration import Samples, quiet_copy, running, telling
 from mlpreduce.edits import Assign, Plan, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, check_one_of
 from mlpreduce.graph import MLP, module_at, projection
+from mlpreduce.repair.fit import Fit, add_rows, empty_fit, solved
+from mlpreduce.repair.sequential import repair_in_turn
 from mlpreduce.surgery import carry_out
 
 __all__ = ["REPAIRS", "repaired"]
 
-REPAIRS = ("none", "least_squares")
-_RIDGES = (1e-4, 1e-2, 1.0, math.inf)  # of the mean square of what fc2 is given; the last refits the bias alone
-
+REPAIRS = ("none", "bias", "parallel", "least_squares")
+_FAR = 0.9  # cosine of what the models give, below which the plan warns
 Model = tuple[nn.Module, Sequence[MLP]]  # with its MLPs that are repaired, all uses
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """The sums of one fc2 that is refitted, in float64, of each half of the examples. Inputs have a 1 beside them for the bias.
-
-    Attributes:
-        layer: fc2 of the reduced model.
-        path: where it lies.
-        square: of the inputs with themselves, (2, inputs + 1, inputs + 1).
-        cross: of what is missing at its outputs with the inputs, (2, outputs, inputs + 1).
-        wanted: of the outputs that are wanted, their squares, and the squares of what is missing, (2, 3, outputs).
-    """
-
-    layer: nn.Module
-    path: str
-    square: torch.Tensor
-    cross: torch.Tensor
-    wanted: torch.Tensor
 
 
 def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Plan:
@@ -81,6 +62,8 @@ def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Pl
     moved = [
         replace(m, leaves=tuple(replace(one, path=places.get(one.path, one.path)) for one in m.leaves)) for m in uses
     ]
+    if kind != "parallel":
+        return _in_turn(model, mlps, made, (uses, moved), samples, kind)
     problem: Exception | None = None
     with running(samples.device, gradients=False), samples.shown(f"repair {kind}"):
         before, after = quiet_copy(model), _reduced(model, made)
@@ -97,7 +80,8 @@ def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Pl
             problem = error
         every = {f"{fit.path} {k}": getattr(fit, k) for fit in fits.values() for k in ("square", "cross", "wanted")}
         sums = samples.finish(every, problem)
-    edits, differences, kept = list(made.edits), [], 0
+    every_value: dict[str, torch.Tensor] = {}
+    differences, kept = [], 0
     for fit in fits.values():
         square, cross, wanted = (sums[f"{fit.path} {key}"] for key in ("square", "cross", "wanted"))
         fit = replace(fit, square=square, cross=cross, wanted=wanted)
@@ -106,10 +90,9 @@ def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Pl
                 f"repair fits one half of the examples and judges by the other, and one is empty, with "
                 f"{samples.count} in all; give at least 2, better hundreds"
             )
-        values, was, now = _solved(fit)
+        values, was, now = solved(fit)
         kept += not values and was > 1e-9  # else there is nothing to repair
-        edits = [e for e in edits if not (isinstance(e, Assign | Scale) and e.tensor in values)]
-        edits += [Assign(path, value) for path, value in values.items()]
+        every_value |= values
         differences.append((was, now))
     was, now = (sum(shares) / len(shares) for shares in zip(*differences, strict=True))
     note = (
@@ -119,7 +102,53 @@ def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Pl
     if kept:
         note += f"; {kept} of them would be no closer and stay as they are, for which more data would help"
     facts = {"samples": samples.count, "fingerprint": samples.fingerprint}
-    return replace(made, edits=tuple(edits), notes=(*made.notes, note), data=facts)
+    return replace(_with(made, every_value), notes=(*made.notes, note), data=facts)
+
+
+def _with(made: Plan, values: Mapping[str, torch.Tensor]) -> Plan:
+    """The plan with new values of tensors."""
+    edits = [edit for edit in made.edits if not (isinstance(edit, Assign | Scale) and edit.tensor in values)]
+    return replace(made, edits=(*edits, *(Assign(path, value) for path, value in values.items())))
+
+
+def _in_turn(
+    model: nn.Module,
+    mlps: Sequence[MLP],
+    made: Plan,
+    uses: tuple[Sequence[MLP], Sequence[MLP]],
+    samples: Samples,
+    kind: str,
+) -> Plan:
+    """The plan with values of a repair in order of execution, and what it came to."""
+    with running(samples.device, gradients=False):
+        before, after = quiet_copy(model), _reduced(model, made)
+        found = repair_in_turn((before, uses[0]), (after, uses[1]), mlps, samples, bias_alone=kind == "bias")
+        samples.finish({}, None)
+    note = (
+        f"repair={kind!r}, {samples.count:,} examples: what the model gives for {found.held:,} of them that no fit saw is as "
+        f"near to the whole model's as cosine {found.after[0]:.3f} and alignment {found.after[1]:.3f} say, without repair "
+        f"{found.before[0]:.3f} and {found.before[1]:.3f}"
+    )
+    if found.left:
+        note += f"; {len(found.left)} of {found.fitted} MLPs stay unrepaired, as the whole would be further off"
+    if found.unfollowed:
+        note += f"; of {len(found.unfollowed)} MLPs no stream can be followed, and their own outputs are fitted"
+    if not found.cut:
+        note += "; the model cannot be cut at its blocks, so each fit ran all of it"
+    notes = [*made.notes, note]
+    if found.after[0] < _FAR:
+        notes.append(
+            f"the reduced model is far from the whole one (cosine {found.after[0]:.3f}); keep more units, give more data, or "
+            f"train it"
+        )
+    facts = {
+        "samples": samples.count,
+        "fingerprint": samples.fingerprint,
+        "held": found.held,
+        "cosine": list(found.after),
+        "cosine_before": list(found.before),
+    }
+    return replace(_with(made, found.values), notes=tuple(notes), data=facts)
 
 
 def _reduced(model: nn.Module, made: Plan) -> nn.Module:
@@ -137,24 +166,16 @@ def _reduced(model: nn.Module, made: Plan) -> nn.Module:
     return tree
 
 
-def _fits(tree: nn.Module, uses: Sequence[MLP]) -> dict[int, _Fit]:
+def _fits(tree: nn.Module, uses: Sequence[MLP]) -> dict[int, Fit]:
     """One fit for each fc2 of the reduced model, by the id of the layer."""
-    fits: dict[int, _Fit] = {}
+    fits: dict[int, Fit] = {}
     for mlp in uses:
-        path = mlp.leaf("fc2").call
-        module = module_at(tree, path)
-        layer = projection(module)
-        if module is None or layer is None or not layer.dense:
-            raise ReductionError(f"repair: {path} is no linear layer or 1 x 1 convolution; exclude it")
-        weight = module.get_parameter("weight")
-        inputs, outputs = layer.in_features + 1, layer.out_features
-        zeros = weight.new_zeros(2, inputs, inputs, dtype=torch.float64)
-        sums = zeros.new_zeros(2, outputs, inputs), zeros.new_zeros(2, 3, outputs)
-        fits.setdefault(id(module), _Fit(module, path, zeros, *sums))
+        fit = empty_fit(tree, mlp.leaf("fc2").call)
+        fits.setdefault(id(fit.layer), fit)
     return fits
 
 
-def _add(before: Model, after: Model, fits: Mapping[int, _Fit], half: int, images: torch.Tensor) -> None:
+def _add(before: Model, after: Model, fits: Mapping[int, Fit], half: int, images: torch.Tensor) -> None:
     """Run both models on a few images, the reduced MLPs on inputs of the unreduced ones, and add to the sums."""
     given: dict[str, torch.Tensor] = {}  # what fc1 is given, and what fc2 gives, at each place
 
@@ -168,7 +189,10 @@ def _add(before: Model, after: Model, fits: Mapping[int, _Fit], half: int, image
         return (given.pop(place), *args[1:])
 
     def add_output(place: str, module: nn.Module, args: Any, output: Any) -> None:
-        _add_rows(fits[id(module)], half, args[0], given.pop(place), output)
+        layer = projection(module)
+        assert layer is not None
+        rows = [t.movedim(layer.features, -1).flatten(0, -2).double() for t in (args[0], given.pop(place), output)]
+        add_rows(fits[id(module)], half, rows[0], rows[1], rows[1] - rows[2])
 
     with ExitStack() as stack:
         _hook(stack, before, "fc1", note_input)
@@ -201,69 +225,3 @@ def _hook(stack: ExitStack, model: Model, role: str, hook: Callable[..., Any]) -
             stack.callback(module.register_forward_pre_hook(told).remove)
         else:
             stack.callback(module.register_forward_hook(told).remove)
-
-
-def _add_rows(fit: _Fit, half: int, inputs: torch.Tensor, wanted: torch.Tensor, output: torch.Tensor) -> None:
-    """Add the sums of one call."""
-    layer = projection(fit.layer)
-    assert layer is not None
-    rows = [t.movedim(layer.features, -1).flatten(0, -2).double() for t in (inputs, wanted, output)]
-    given = torch.cat([rows[0], rows[0].new_ones(len(rows[0]), 1)], 1)
-    missing = rows[1] - rows[2]
-    fit.square[half].addmm_(given.T, given)
-    fit.cross[half].addmm_(missing.T, given)
-    fit.wanted[half].add_(torch.stack([rows[1].sum(0), rows[1].square().sum(0), missing.square().sum(0)]))
-
-
-def _solved(fit: _Fit) -> tuple[dict[str, torch.Tensor], float, float]:
-    """New values by tensor path, and what was missing and is, as a share of the variance of what is wanted.
-
-    There are no new values where no fit on one half of the examples does better on the other than what there is.
-    """
-    layer, weight, bias = projection(fit.layer), fit.layer.get_parameter("weight"), fit.layer._parameters.get("bias")
-    assert layer is not None
-    if not fit.square.isfinite().all() or not fit.cross.isfinite().all():
-        raise ReductionError(f"repair: what {fit.path} is given is not finite; look at the model or the data")
-    halves = list(zip(fit.square, fit.cross, strict=True))
-    square, cross, wanted = fit.square.sum(0), fit.cross.sum(0), fit.wanted.sum(0)
-    gains = [
-        sum(_gain(_change(*here, ridge, bias is not None), *there) for here, there in (halves, halves[::-1]))
-        for ridge in _RIDGES
-    ]
-    total, squares, missing = wanted[0], wanted[1].sum(), wanted[2].sum()
-    variance = (squares - total.square().sum() / square[-1, -1]).clamp(min=torch.finfo(torch.float64).tiny)
-    was, gain = float(missing / variance), max(gains)
-    if gain <= 0:
-        return {}, was, was
-    change = _change(square, cross, _RIDGES[gains.index(gain)], bias is not None)
-    new = weight.double() + (change[:, :-1] if layer.outputs[0] == ("weight", 0) else change[:, :-1].T).reshape(
-        weight.shape
-    )
-    values = {f"{fit.path}.weight": new.to(weight.dtype)}
-    if bias is not None:
-        values[f"{fit.path}.bias"] = (bias.double() + change[:, -1]).to(bias.dtype)
-    return values, was, float((missing - gain) / variance)
-
-
-def _change(square: torch.Tensor, cross: torch.Tensor, strength: float, biased: bool) -> torch.Tensor:
-    """What is added to weight and bias, (outputs, inputs + 1), by sums as of `_Fit` and a ridge of that strength."""
-    count = square[-1, -1]
-    inner, outer = square[:-1, :-1], cross[:, :-1]
-    means, rest = square[-1, :-1] / count, cross[:, -1] / count
-    if biased:  # the bias takes the means, and has no ridge
-        inner = inner - count * torch.outer(means, means)
-        outer = outer - count * torch.outer(rest, means)
-    change = cross.new_zeros(cross.shape)
-    noise = torch.finfo(inner.dtype).eps * len(inner) * square.diagonal()[:-1].max()  # of the means' subtraction
-    ridge = strength * inner.diagonal().mean() + noise
-    if 0 < ridge < math.inf:
-        inner = inner + ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-        change[:, :-1] = torch.cholesky_solve(outer.T, torch.linalg.cholesky(inner)).T
-    if biased:
-        change[:, -1] = rest - change[:, :-1] @ means
-    return change
-
-
-def _gain(change: torch.Tensor, square: torch.Tensor, cross: torch.Tensor) -> float:
-    """By how much a change brings what is missing down, in sums of squares over the examples of `square` and `cross`."""
-    return float(2 * (change * cross).sum() - ((change @ square) * change).sum())

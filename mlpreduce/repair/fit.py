@@ -1,0 +1,163 @@
+"""New weights and bias of fc2 by least squares, from sums over calibration data.
+
+With a what fc2 is given, e what is missing at a place of the stream into which g times its output goes, the change (D, d) of
+weight and bias has the least
+
+    sum w |e - g (D a + d)|^2 + ridge |D|^2
+
+over all tokens, images and uses, w a weight of each token. The ridge is a part of mean(g^2) times the mean square of a; it is
+the one that does best when each half of the examples is judged by a fit on the other. Nothing is divided by g, so that features
+which layer scale nearly shuts stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import module_at, projection
+
+__all__ = ["RIDGES", "Fit", "add_rows", "empty_fit", "solved"]
+
+RIDGES = (1e-4, 1e-2, 1.0, math.inf)  # the last refits the bias alone
+_SHUT = 1e-6  # of the mean square of g: below it the bias stays as it is
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The sums of one fc2 that is refitted, in float64, of each half of the examples. Inputs have a 1 beside them for the bias.
+
+    Attributes:
+        layer: fc2 of the reduced model.
+        path: its path.
+        square: of the inputs with themselves, (2, inputs + 1, inputs + 1).
+        cross: of what is missing with the inputs, (2, outputs, inputs + 1).
+        wanted: of what is wanted, of its square, and of the square of what is missing, (2, 3, outputs).
+        factor: g, (outputs,).
+    """
+
+    layer: nn.Module
+    path: str
+    square: torch.Tensor
+    cross: torch.Tensor
+    wanted: torch.Tensor
+    factor: torch.Tensor
+
+
+def empty_fit(tree: nn.Module, path: str) -> Fit:
+    """No sums yet of the layer at a path.
+
+    Raises:
+        ReductionError: it is no layer that can be refitted.
+    """
+    module = module_at(tree, path)
+    layer = projection(module)
+    if module is None or layer is None or not layer.dense:
+        raise ReductionError(f"repair: {path} is no linear layer or 1 x 1 convolution; exclude it")
+    weight = module.get_parameter("weight")
+    inputs, outputs = layer.in_features + 1, layer.out_features
+    square = weight.new_zeros(2, inputs, inputs, dtype=torch.float64)
+    sums = square.new_zeros(2, outputs, inputs), square.new_zeros(2, 3, outputs)
+    return Fit(module, path, square, *sums, square.new_ones(outputs))
+
+
+def add_rows(
+    fit: Fit,
+    half: int,
+    inputs: torch.Tensor,
+    wanted: torch.Tensor,
+    missing: torch.Tensor,
+    weight: torch.Tensor | None = None,
+) -> None:
+    """Add rows.
+
+    Args:
+        fit: the sums.
+        half: of the examples.
+        inputs: what fc2 is given, (rows, inputs).
+        wanted: what the stream is to get from it, (rows, outputs).
+        missing: what it lacks there, (rows, outputs).
+        weight: of each row, (rows,); 1 by default.
+    """
+    given, wanted, missing = inputs.double(), wanted.double(), missing.double()
+    given = torch.cat([given, given.new_ones(len(given), 1)], 1)
+    if weight is not None:
+        root = weight.double().sqrt()[:, None]
+        given, wanted, missing = given * root, wanted * root, missing * root
+    fit.square[half].addmm_(given.T, given)
+    fit.cross[half].addmm_(missing.T, given)
+    fit.wanted[half].add_(torch.stack([wanted.sum(0), wanted.square().sum(0), missing.square().sum(0)]))
+
+
+def solved(fit: Fit, *, bias_alone: bool = False) -> tuple[dict[str, torch.Tensor], float, float]:
+    """New values by tensor path, and what was missing and is, as a share of the variance of what is wanted.
+
+    There are no new values where no fit on one half of the examples does better on the other than what there is.
+
+    Raises:
+        ReductionError: the sums are not finite.
+    """
+    layer, weight, bias = projection(fit.layer), fit.layer.get_parameter("weight"), fit.layer._parameters.get("bias")
+    assert layer is not None
+    if not fit.square.isfinite().all() or not fit.cross.isfinite().all():
+        raise ReductionError(f"repair: what {fit.path} is given is not finite; look at the model or the data")
+    halves = list(zip(fit.square, fit.cross, strict=True))
+    square, cross, wanted = fit.square.sum(0), fit.cross.sum(0), fit.wanted.sum(0)
+    ridges = RIDGES[-1:] if bias_alone else RIDGES
+    gains = [
+        sum(
+            _gain(_change(*here, ridge, bias is not None, fit.factor), *there, fit.factor)
+            for here, there in (halves, halves[::-1])
+        )
+        for ridge in ridges
+    ]
+    total, squares, missing = wanted[0], wanted[1].sum(), wanted[2].sum()
+    variance = (squares - total.square().sum() / square[-1, -1]).clamp(min=torch.finfo(torch.float64).tiny)
+    was, gain = float(missing / variance), max(gains)
+    if gain <= 0:
+        return {}, was, was
+    change = _change(square, cross, ridges[gains.index(gain)], bias is not None, fit.factor)
+    new = weight.double() + (change[:, :-1] if layer.outputs[0] == ("weight", 0) else change[:, :-1].T).reshape(
+        weight.shape
+    )
+    values = {f"{fit.path}.weight": new.to(weight.dtype)} if not bias_alone else {}
+    if bias is not None:
+        values[f"{fit.path}.bias"] = (bias.double() + change[:, -1]).to(bias.dtype)
+    return values, was, float((missing - gain) / variance)
+
+
+def _change(
+    square: torch.Tensor, cross: torch.Tensor, strength: float, biased: bool, factor: torch.Tensor
+) -> torch.Tensor:
+    """What is added to weight and bias, (outputs, inputs + 1), by sums as of `Fit` and a ridge of that strength."""
+    count = square[-1, -1]
+    inner, outer = square[:-1, :-1], cross[:, :-1]
+    means, rest = square[-1, :-1] / count, cross[:, -1] / count
+    if biased:  # the bias takes the means, and has no ridge
+        inner = inner - count * torch.outer(means, means)
+        outer = outer - count * torch.outer(rest, means)
+    change = cross.new_zeros(cross.shape)
+    scale = factor.square().mean()
+    noise = torch.finfo(inner.dtype).eps * len(inner) * square.diagonal()[:-1].max()  # of the means' subtraction
+    ridge = scale * (strength * inner.diagonal().mean() + noise)
+    if 0 < ridge < math.inf:
+        if (factor == factor[0]).all():
+            ridged = inner * factor[0].square() + ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+            change[:, :-1] = torch.cholesky_solve(outer.T * factor[0], torch.linalg.cholesky(ridged)).T
+        else:
+            values, vectors = torch.linalg.eigh(inner)
+            turned = factor[:, None] * (outer @ vectors)
+            change[:, :-1] = (turned / (factor.square()[:, None] * values.clamp(min=0) + ridge)) @ vectors.T
+    if biased:
+        change[:, -1] = factor * rest / factor.square().clamp(min=_SHUT * scale) - change[:, :-1] @ means
+    return change
+
+
+def _gain(change: torch.Tensor, square: torch.Tensor, cross: torch.Tensor, factor: torch.Tensor) -> float:
+    """By how much a change brings what is missing down, in sums of squares over the examples of `square` and `cross`."""
+    weighed = factor[:, None] * change
+    return float(2 * (weighed * cross).sum() - ((weighed @ square) * weighed).sum())

@@ -1,0 +1,281 @@
+"""Repair in order of execution: each fc2 is fitted on what the model gives it after all repairs before it, and judged at once.
+
+With z_d the stream after an MLP in the whole model, and z_r the same in the reduced model as repaired so far, the fit brings
+z_r nearer to z_d: it makes up for its own units and for what earlier MLPs left. Where a norm on the stream follows the
+addition, each token counts by 1 over the variance of z_d, by which that norm divides. A fit stays only if what the model gives
+on examples held out is no further from what the whole model gives: neither by cosine, nor in how alike examples are (centred
+kernel alignment).
+
+Source: the asymmetric target of GPTAQ (arXiv 2504.02692), here for the weights that structured pruning leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlpreduce.calibration import CHUNK, Samples, all_reduce, telling
+from mlpreduce.calibration.samples import together
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import MLP, module_at, projection, tensor_of
+from mlpreduce.repair.fit import Fit, add_rows, empty_fit, solved
+from mlpreduce.repair.streams import Cut, Joint, find_joint, stopping_at
+from mlpreduce.waiting import steps
+
+__all__ = ["InTurn", "repair_in_turn"]
+
+_HELD = 4  # one in so many examples is held out
+_FEWEST = 8  # examples, below which all are fitted and judged by
+_ROUNDING = 1e-6
+_OUTPUTS = ("logits", "pooler_output", "last_hidden_state")
+
+Model = tuple[nn.Module, Sequence[MLP]]  # with its MLPs that are repaired, all uses
+Nearness = tuple[float, float]  # cosine and alignment
+
+
+@dataclass
+class InTurn:
+    """What a repair in turn has come to.
+
+    Attributes:
+        values: new tensors by path.
+        before: how near what the reduced model gives is to what the whole one gives, without repair: cosine and alignment.
+        after: the same with the repairs that stay.
+        fitted: how many layers were fitted.
+        left: those that stay as they were, since the whole would be no nearer.
+        unfollowed: MLPs whose stream could not be followed.
+        cut: whether runs began at the block that was fitted.
+        held: examples by which it was judged.
+    """
+
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    before: Nearness = (1.0, 1.0)
+    after: Nearness = (1.0, 1.0)
+    fitted: int = 0
+    left: list[str] = field(default_factory=list)
+    unfollowed: list[str] = field(default_factory=list)
+    cut: bool = True
+    held: int = 0
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One call of an fc2 that is refitted: where it joins the stream in either model, the number of its block, the dimension of
+    features, and whether tokens count by the norm that follows."""
+
+    name: str
+    dense: Joint
+    reduced: Joint
+    block: int
+    dim: int
+    weighed: bool
+
+
+def repair_in_turn(
+    before: Model, after: Model, every: Sequence[MLP], samples: Samples, *, bias_alone: bool = False
+) -> InTurn:
+    """Fit fc2 of MLPs one after the other.
+
+    Args:
+        before: the whole model, with the MLPs that are repaired.
+        after: the reduced one, whose parameters may be exchanged, with the same MLPs there.
+        every: all MLPs of the model, whose blocks say where it can be cut.
+        samples: the calibration data.
+        bias_alone: whether only the bias is fitted.
+
+    Raises:
+        ReductionError: as `repaired`.
+    """
+    dense, reduced = before[0], after[0]
+    batches, held = _read(samples)
+    found = InTurn(held=int(all_reduce(torch.tensor(sum(map(len, held)))).item()))
+    first = (batches or held)[0][:2]
+    with telling(first):
+        blocks, stages = _blocks(dense, every, first)
+        uses = _uses(before, after, blocks, first)
+        wanted = [_output(dense(images)) for images in held]
+        judged = found.before = found.after = _nearness(wanted, [_output(reduced(images)) for images in held])
+    found.unfollowed = [use.name for some in uses.values() for use in some if not use.dense.followed]
+    order = sorted(uses, key=lambda path: max(use.block for use in uses[path]))
+    starts = [min(use.block for use in uses[path]) for path in order]
+    whole, fitting, judging = (Cut(tree, blocks, stages) for tree in (dense, reduced, reduced))
+    found.cut = bool(blocks)
+    with steps("repair least_squares", len(order)) as advance:
+        for number, path in enumerate(order):
+            end = max(use.block for use in uses[path]) + 1
+            for cut in (whole, fitting, judging):
+                cut.begin(min(starts[number:]))
+            fit = replace(empty_fit(reduced, path), factor=uses[path][0].dense.factor)
+            for index, images in enumerate(batches):
+                with telling(images):
+                    _add(fit, uses[path], (dense, whole), (reduced, fitting), index, images, end)
+            fit = _shared(fit, samples)
+            new, *_ = solved(fit, bias_alone=bias_alone)
+            found.fitted += 1
+            old = _exchanged(reduced, new)
+            outputs = []
+            for index, images in enumerate(held):
+                with judging.at(index, end):
+                    outputs.append(_output(reduced(images)))
+            now = _nearness(wanted, outputs)
+            if new and all(b >= a - _ROUNDING for a, b in zip(judged, now, strict=True)):
+                judged = found.after = now
+                found.values |= new
+            else:
+                _exchanged(reduced, old)
+                found.left += [path] if new else []
+            whole.end(end)
+            fitting.end(starts[number])
+            judging.end(starts[number])
+            advance(1)
+    return found
+
+
+def _read(samples: Samples) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Batches to fit on, and those held out."""
+    chunks = [images for images, _ in samples.chunks()]
+    images = torch.cat(chunks) if chunks else torch.empty(0)
+    if len(images) < _FEWEST:
+        batches = list(images.split(CHUNK)) if len(images) else []
+        return batches, batches
+    out = torch.arange(len(images), device=images.device) % _HELD == _HELD - 1
+    return list(images[~out].split(CHUNK)), list(images[out].split(CHUNK))
+
+
+def _blocks(tree: nn.Module, mlps: Sequence[MLP], images: torch.Tensor) -> tuple[list[str], list[str]]:
+    """Paths and stages of the blocks of MLPs, in order, if each is a module that is called once, and none lies in another."""
+    found = {mlp.block: mlp.stage for mlp in mlps}
+    calls: list[str] = []
+    handles = []
+    for path in found:
+        module = module_at(tree, path) if path else None
+        if module is None:
+            return [], []
+        handles.append(module.register_forward_pre_hook(lambda m, args, path=path: calls.append(path)))
+    try:
+        tree(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    nested = any(one != other and one.startswith(f"{other}.") for one in found for other in found)
+    return ([], []) if calls != list(found) or nested else (list(found), list(found.values()))
+
+
+def _uses(before: Model, after: Model, blocks: Sequence[str], images: torch.Tensor) -> dict[str, list[_Use]]:
+    """Calls of each fc2 that is refitted, by its path in the reduced model."""
+    found: dict[str, list[_Use]] = {}
+    paths: dict[int, str] = {}
+    dense_calls: dict[int, int] = {}
+    for order, (ours, theirs) in enumerate(zip(before[1], after[1], strict=True)):
+        modules = module_at(before[0], ours.leaf("fc2").call), module_at(after[0], theirs.leaf("fc2").call)
+        layer = projection(modules[1])
+        if layer is None:
+            raise ReductionError(
+                f"repair: {theirs.leaf('fc2').call} is no linear layer or 1 x 1 convolution; exclude it"
+            )
+        path = paths.setdefault(id(modules[1]), theirs.leaf("fc2").call)
+        call = dense_calls[id(modules[0])] = dense_calls.get(id(modules[0]), -1) + 1
+        joint = find_joint(before[0], ours.leaf("fc2").call, call, ours.block, layer.features, images)
+        mine = replace(joint, leaf=path, call=len(found.get(path, ())))
+        if not joint.followed:
+            mine = replace(mine, place=path, at=mine.call)
+        block = blocks.index(ours.block) if blocks else order
+        weighed = joint.followed and ours.norm_follows
+        found.setdefault(path, []).append(_Use(ours.name, joint, mine, block, layer.features, weighed))
+    return found
+
+
+def _add(
+    fit: Fit,
+    uses: Sequence[_Use],
+    whole: tuple[nn.Module, Cut],
+    part: tuple[nn.Module, Cut],
+    index: int,
+    images: torch.Tensor,
+    until: int,
+) -> None:
+    """Add what a batch says of each use."""
+    taken: dict[tuple[int, str], torch.Tensor] = {}
+
+    def take(number: int, what: str) -> Callable[[torch.Tensor], None]:
+        return lambda value: taken.__setitem__((number, what), value)
+
+    wanted, given = [], []
+    for number, use in enumerate(uses):
+        wanted += [(use.dense.leaf, use.dense.call, True, take(number, "y"))]
+        given += [(use.reduced.leaf, use.reduced.call, False, take(number, "a"))]
+        for joint, places, what in ((use.dense, wanted, "z"), (use.reduced, given, "z_r")):
+            places.append((joint.place, joint.at, joint.output, take(number, what)))
+    for (tree, cut), places in ((whole, wanted), (part, given)):
+        with cut.at(index, until), stopping_at(tree, [*places, *cut.last(until)]) as run:
+            run(images)
+    for number, use in enumerate(uses):
+
+        def rows(what: str, number: int = number, use: _Use = use) -> torch.Tensor:
+            value = taken[number, what]
+            value = value.movedim(use.dim, -1)
+            if len(value) % len(images):
+                raise ReductionError(
+                    f"{use.name} does not have the images along its first dimension, so that a repair cannot judge by half "
+                    f"of them; exclude it"
+                )
+            return value.reshape(len(images), -1, value.shape[-1])
+
+        a, y, z, z_r = (rows(what) for what in ("a", "y", "z", "z_r"))
+        weight = z.double().var(-1, correction=0).reciprocal() if use.weighed else None
+        for half in range(2):
+            pick = slice(half, None, 2)
+            if len(z[pick]):
+                inputs, given_y, missing = (value[pick].flatten(0, 1) for value in (a, y, z - z_r))
+                counts = None if weight is None else weight[pick].flatten()
+                add_rows(fit, half, inputs, given_y * use.dense.factor.to(y), missing, counts)
+
+
+def _shared(fit: Fit, samples: Samples) -> Fit:
+    """The sums over all processes.
+
+    Raises:
+        ReductionError: half of the examples is missing.
+    """
+    fit = replace(fit, square=all_reduce(fit.square), cross=all_reduce(fit.cross), wanted=all_reduce(fit.wanted))
+    if not fit.square[:, -1, -1].all():  # rows of each half
+        raise ReductionError(
+            f"repair fits one half of the examples and judges by the other, and one is empty, with {samples.count} in all; "
+            f"give at least 2, better hundreds"
+        )
+    return fit
+
+
+def _exchanged(tree: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Put values into parameters of a model that are its own; what was there."""
+    old: dict[str, torch.Tensor] = {}
+    for path, value in values.items():
+        module = module_at(tree, path.rpartition(".")[0])
+        assert module is not None
+        name = path.rpartition(".")[2]
+        old[path] = module.get_parameter(name)
+        module._parameters[name] = nn.Parameter(value.detach(), requires_grad=False)
+    return old
+
+
+def _output(given: Any) -> torch.Tensor:
+    """What the model gives for each example, (examples, values)."""
+    return tensor_of(given, _OUTPUTS).detach().double().flatten(1)
+
+
+def _nearness(wanted: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Nearness:
+    """The mean cosine between what both models give, and the alignment of how alike examples are, over all processes."""
+    empty = torch.empty(0, 0, dtype=torch.float64)
+    pair = [torch.cat(list(some)).cpu() if some else empty for some in (wanted, outputs)]
+    parts = together(pair)
+    x, y = (torch.cat([part[side] for part in parts if part[side].numel()]) for side in range(2))
+    cosine = float(torch.cosine_similarity(x, y, dim=1).mean())
+    kernels = [features @ features.T for features in (x, y)]
+    centred = [k - k.mean(0) - k.mean(1, keepdim=True) + k.mean() for k in kernels]
+    norms = [float(k.norm()) for k in centred]
+    alignment = float((centred[0] * centred[1]).sum()) / (norms[0] * norms[1]) if all(norms) else 1.0
+    return cosine, alignment

@@ -1,0 +1,266 @@
+"""Where what an MLP gives enters the residual stream, found by changing it and looking on; and runs that begin at a block.
+
+An MLP's output y enters a stream r as z = r + g y, g a factor of each feature, as of layer scale, or 1. z is what the first
+norm that runs after fc2 is given: the norm of the next block, the last norm of the model, the norm after the addition of BERT,
+or a norm between fc2 and the addition, where r is 0 and z is y itself. A change of y tells which of it is so, and what g is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mlpreduce.graph import module_at
+
+__all__ = ["Cut", "Joint", "find_joint", "stopping_at"]
+
+_NEAR = 1e-3  # by which a change of z may differ from a factor times a change of y, of its size
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Where the output of an fc2 is part of a stream.
+
+    Attributes:
+        leaf: path of fc2.
+        call: which call of it, counted from 0: a tied one has several.
+        place: path of the norm or block whose input or output is the stream; fc2 itself where none was found.
+        at: which call of that.
+        output: whether it is its output.
+        factor: g, (features,) in float64.
+    """
+
+    leaf: str
+    call: int
+    place: str
+    at: int
+    output: bool
+    factor: torch.Tensor
+
+    @property
+    def followed(self) -> bool:
+        """Whether there is a stream."""
+        return self.place != self.leaf
+
+
+class _Stop(Exception):
+    """All that was wanted of a run is there."""
+
+
+@contextmanager
+def stopping_at(
+    tree: nn.Module, wanted: Sequence[tuple[str, int, bool, Callable[[torch.Tensor], Any]]]
+) -> Iterator[Any]:
+    """Within, call `run(images)` to run a model until all of these places were passed.
+
+    Args:
+        tree: the model.
+        wanted: path of a module, which of its calls, whether its output counts or its input, and what is told the tensor; what
+            that returns for an output, unless it is None, is passed on in its place.
+    """
+    handles, left = [], [0]
+    places: dict[tuple[str, bool], list[tuple[int, Callable[[torch.Tensor], Any]]]] = {}
+    for path, call, output, told in wanted:
+        places.setdefault((path, output), []).append((call, told))
+    counts: dict[tuple[str, bool], int] = {}
+
+    def passed(key: tuple[str, bool], value: Any) -> Any:
+        number = counts[key]
+        counts[key] += 1
+        found = None
+        for call, told in places[key]:
+            if call == number:
+                changed = told(value[0] if isinstance(value, tuple) else value)
+                found = changed if changed is not None else found
+                left[0] -= 1
+        if found is not None:
+            return found
+        if not left[0]:
+            raise _Stop
+        return None
+
+    for key in places:
+        module = module_at(tree, key[0])
+        assert module is not None
+
+        def after(module: nn.Module, args: Any, output: Any, key: tuple[str, bool] = key) -> Any:
+            return passed(key, output)
+
+        def before(module: nn.Module, args: Any, key: tuple[str, bool] = key) -> None:
+            passed(key, args[0])
+
+        handles.append(module.register_forward_hook(after) if key[1] else module.register_forward_pre_hook(before))
+
+    def run(images: Any) -> None:
+        left[0] = len(wanted)
+        counts.update(dict.fromkeys(places, 0))
+        with suppress(_Stop):
+            tree(images)
+
+    try:
+        yield run
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_joint(tree: nn.Module, leaf: str, call: int, block: str, dim: int, images: torch.Tensor) -> Joint:
+    """Where the output of an fc2 enters a stream.
+
+    Args:
+        tree: the model, which runs without gradients.
+        leaf: path of fc2.
+        call: which call of it.
+        block: path of the block around it.
+        dim: the dimension of features in what it gives.
+        images: a few.
+    """
+    fc2 = module_at(tree, leaf)
+    assert fc2 is not None
+    candidates = {path: False for path, module in tree.named_modules() if path and _is_norm(module)}
+    if block and not isinstance(tree, fx.GraphModule) and module_at(tree, block) is not None:
+        candidates[block] = True
+    plain = _observed(tree, fc2, call, candidates, images, None)
+    given = plain["", 0]
+    change = torch.randn(given.shape, generator=torch.Generator().manual_seed(0)).to(given) * given.std().clamp(
+        min=1e-6
+    )
+    changed = _observed(tree, fc2, call, candidates, images, change)
+    alone = torch.ones(given.shape[dim], dtype=torch.float64, device=given.device)
+    for key, value in plain.items():
+        other = changed.get(key)
+        if not key[0] or other is None or value.shape != given.shape or value.shape != other.shape:
+            continue
+        moved = (other - value).double().movedim(dim, -1).flatten(0, -2)
+        if not moved.any():
+            continue
+        by = change.double().movedim(dim, -1).flatten(0, -2)
+        factor = (moved * by).sum(0) / by.square().sum(0)
+        if (moved - factor * by).norm() <= _NEAR * moved.norm():
+            return Joint(leaf, call, key[0], key[1], candidates[key[0]], factor)
+        break
+    return Joint(leaf, call, leaf, call, True, alone)
+
+
+def _observed(
+    tree: nn.Module,
+    fc2: nn.Module,
+    call: int,
+    candidates: dict[str, bool],
+    images: torch.Tensor,
+    change: torch.Tensor | None,
+) -> dict[tuple[str, int], torch.Tensor]:
+    """What candidates are given or give after a call of fc2, in order; under ("", 0) what that gave."""
+    found: dict[tuple[str, int], torch.Tensor] = {}
+    counts = dict.fromkeys(candidates, 0)
+    calls = 0
+
+    def note(path: str, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple) and value else value
+        if ("", 0) in found and isinstance(value, torch.Tensor):
+            found[path, counts[path]] = value.clone()
+        counts[path] += 1
+
+    def at_fc2(module: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls - 1 != call:
+            return None
+        found["", 0] = output.clone()
+        return None if change is None else output + change
+
+    handles = [fc2.register_forward_hook(at_fc2)]
+    for path, output in candidates.items():
+        module = module_at(tree, path)
+        assert module is not None
+        if output:
+            handles.append(module.register_forward_hook(lambda m, args, given, path=path: note(path, given)))
+        else:
+            handles.append(
+                module.register_forward_pre_hook(lambda m, args, path=path: note(path, args[0] if args else None))
+            )
+    try:
+        tree(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+
+
+class Cut:
+    """Runs of a model over the same batches that leave out blocks at its start whose outputs are known.
+
+    Args:
+        tree: the model.
+        blocks: paths of its blocks, in order of execution, each called once in a run; none where it cannot be cut.
+        stages: the stage of each. A block that is left out gives what the last of its stage that is left out gave.
+    """
+
+    def __init__(self, tree: nn.Module, blocks: Sequence[str], stages: Sequence[str]) -> None:
+        self._tree, self._blocks, self._stages = tree, list(blocks), list(stages)
+        self._known: dict[int, dict[int, Any]] = {}  # outputs by batch and number of the block
+        self._valid = self._start = 0
+
+    @property
+    def start(self) -> int:
+        """The first block that runs."""
+        return self._start
+
+    def begin(self, most: int) -> None:
+        """Leave out what is known, and no more than so many blocks."""
+        self._start = min(self._valid, most)
+        last = {stage: number for number, stage in enumerate(self._stages[: self._start])}
+        for outputs in self._known.values():
+            for number in list(outputs):
+                if number not in last.values():
+                    del outputs[number]
+
+    def last(self, until: int) -> list[tuple[str, int, bool, Callable[[torch.Tensor], None]]]:
+        """The place that a run must pass so that what blocks before `until` give is known."""
+        return [(self._blocks[until - 1], 0, True, _ignore)] if self._blocks else []
+
+    def end(self, valid: int) -> None:
+        """Note that what was given by so many blocks from the start on stays as it is."""
+        self._valid = valid if self._blocks else 0
+
+    @contextmanager
+    def at(self, batch: int, until: int = 0) -> Iterator[None]:
+        """Within, the model runs on a batch; what blocks before `until` give is remembered."""
+        known = self._known.setdefault(batch, {})
+        last = {stage: number for number, stage in enumerate(self._stages[: self._start])}
+        with ExitStack() as stack:
+            for number, path in enumerate(self._blocks):
+                module = module_at(self._tree, path)
+                assert module is not None
+                if number < self._start:
+                    given = known[last[self._stages[number]]]
+                    own = vars(module).get("forward")
+                    vars(module)["forward"] = lambda *args, given=given, **kwargs: given
+                    stack.callback(_put_back, module, own)
+                elif number < until:
+                    stack.callback(
+                        module.register_forward_hook(
+                            lambda m, args, output, number=number: known.__setitem__(number, output)
+                        ).remove
+                    )
+            yield
+
+
+def _ignore(value: torch.Tensor) -> None:
+    """What is remembered elsewhere."""
+
+
+def _put_back(module: nn.Module, forward: Any) -> None:
+    if forward is None:
+        del vars(module)["forward"]
+    else:
+        vars(module)["forward"] = forward
