@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -233,6 +234,43 @@ def test_the_systems() -> None:
         # conditions
         "29 November 2026: 2 CPU cores, torch 2.15.0, timm 1.0.31",
         "a power of 80 % at\na two-sided 5 %",
+    )
+    assert found == []
+
+
+def test_the_sampler_pages() -> None:
+    image = f"{100 / recipe('digits')['data']['val_samples']:.2f} points"
+    samplers, supernet = (stored(name) for name in ("samplers", "supernet"))
+    (pairs,) = samplers["comparisons"]
+    assert len(pairs) == 3
+    assert rest((RESULTS / "samplers.md").read_text(), f"validation image of 360 is {image}") == []
+    found = rest(
+        (RESULTS / "supernet.md").read_text(),
+        f"supernet of {supernet['settings']['supernet']} epochs",
+        "10 of them are drawn at random",  # held below
+        "of the 360 that validate",
+    )
+    assert found == []
+    assert any("over 10 random points: Spearman" in verdict for verdict in supernet["verdicts"])
+
+
+def test_the_layers() -> None:
+    document = stored("layers")
+    kept = {}
+    for row in document["layers"]:
+        dense = next(one for one in document["layers"] if (one["of"], one["name"]) == (row["of"], "dense"))
+        faster = median(dense["ms"]) / median(row["ms"])
+        kept[row["of"], row["name"]] = faster * row["macs"] / dense["macs"], row["macs"] / dense["macs"]
+    two = kept["projections", "block_diagonal 2"][0]
+    fewer = [share for key, (share, macs) in kept.items() if macs < 1 and key != ("projections", "block_diagonal 2")]
+    assert max(fewer) < 0.85
+    assert {round(10 * kept[of, "svft"][0]) for of in ("projections", "MLP")} == {9}  # about a tenth slower
+    found = rest(
+        (RESULTS / "layers.md").read_text(),
+        "ViT-B/16",
+        f"{two:.0%} of the promise".replace("%", " %"),
+        "nothing else reaches 85 %",
+        f"{64 * 197 * 3072 * 4 / 1e6:.0f} MB",  # of hidden units, float32
     )
     assert found == []
 
