@@ -80,9 +80,7 @@ def best_solution(
 @pytest.mark.parametrize("batch", [1, 16, 40])
 def test_equals_the_explicit_solution(batch: int) -> None:
     model = lively_vit()
-    made = mlpreduce.plan(
-        model, "shallow", ratio=0.3, criterion="l2", repair="least_squares", data=images().split(batch)
-    )
+    made = mlpreduce.plan(model, "shallow", ratio=0.3, criterion="l2", repair="parallel", data=images().split(batch))
     values = {edit.tensor: edit.value for edit in made.of(Assign)}
     assert len(values) == 8
     for block, x, edit in zip(model.blocks, inputs_of(model, images()), made.of(Slice), strict=True):
@@ -99,7 +97,7 @@ def test_equals_the_explicit_solution(batch: int) -> None:
 def test_a_shared_mlp_is_fitted_for_all_its_uses(keep: str) -> None:
     model, batch = lively_vit(), images()
     tied = mlpreduce.apply(copy.deepcopy(model), "grouped", keep=keep)
-    config: dict[str, Any] = {"keep": keep, "repair": "least_squares", "data": [batch]}
+    config: dict[str, Any] = {"keep": keep, "repair": "parallel", "data": [batch]}
     made = mlpreduce.plan(model, "grouped", **config)
     inputs = inputs_of(model, batch)
     for first in (0, 2):
@@ -124,7 +122,7 @@ def test_units_that_others_can_stand_for_are_not_missed() -> None:
         block.mlp.fc1.bias.data[64:] = block.mlp.fc1.bias.data[:64]
     before = model(batch)
     gaps = []
-    for repair in ("none", "least_squares"):
+    for repair in ("none", "parallel"):
         other = mlpreduce.apply(copy.deepcopy(model), "shallow", ratio=0.5, repair=repair, data=[batch])
         gaps.append((other(batch) - before).norm().item())
     assert gaps[1] < 1e-2 * gaps[0]
@@ -134,7 +132,7 @@ def test_units_without_effect_leave_all_as_it_was() -> None:
     model, batch = lively_vit(), images(20)
     for block in model.blocks:
         block.mlp.fc2.weight.data[:, 64:] = 0
-    made = mlpreduce.plan(model, "shallow", ratio=0.5, repair="least_squares", data=[batch])
+    made = mlpreduce.plan(model, "shallow", ratio=0.5, repair="parallel", data=[batch])
     for edit in made.of(Assign):
         now = model.get_parameter(edit.tensor).detach()
         torch.testing.assert_close(edit.value, now[:, :64] if now.dim() > 1 else now, rtol=0, atol=1e-12)
@@ -147,7 +145,7 @@ def test_few_examples_do_no_harm(count: int) -> None:
     """17 tokens of 2 images for 128 units; and about as many as units, where a fit without ridge is at its worst."""
     model, batch = lively_vit(mlp_ratio=8), images(240)[200:]
     gaps = []
-    for repair in ("none", "least_squares"):
+    for repair in ("none", "parallel"):
         data = [images(count)]
         other = mlpreduce.apply(copy.deepcopy(model), "shallow", ratio=0.5, criterion="l1", repair=repair, data=data)
         gaps.append((other(batch) - model(batch)).norm().item())
@@ -171,7 +169,7 @@ def test_what_no_fit_brings_closer_stays_as_it_is() -> None:
     with pytest.raises(
         mlpreduce.ReductionError, match="judges by the other, and one is empty, with 1 in all; give at least 2"
     ):
-        mlpreduce.plan(tiny_vit(), "shallow", ratio=0.5, repair="least_squares", data=[images(1).float()])
+        mlpreduce.plan(tiny_vit(), "shallow", ratio=0.5, repair="parallel", data=[images(1).float()])
 
 
 def test_dead_inputs_and_layers_without_bias() -> None:
@@ -179,14 +177,14 @@ def test_dead_inputs_and_layers_without_bias() -> None:
     for block in model.blocks:
         block.mlp.fc2.bias = None
         block.mlp.fc1.bias.data.fill_(-100)  # no unit is active
-    made = mlpreduce.plan(model, "shallow", repair="least_squares", data=[images(3)])
+    made = mlpreduce.plan(model, "shallow", repair="parallel", data=[images(3)])
     assert not made.of(Assign)
     model = tiny_vit().double().eval()
     for block in model.blocks:
         block.mlp.fc2.bias = None
         block.mlp.fc2.weight.data *= 10
     x, batch = inputs_of(model, images()), images()
-    made = mlpreduce.plan(model, "shallow", repair="least_squares", data=[batch])
+    made = mlpreduce.plan(model, "shallow", repair="parallel", data=[batch])
     given = hidden(model.blocks[0].mlp, x[0])[:, :64]
     weight = model.blocks[0].mlp.fc2.weight.detach()[:, :64]
     expected, _ = best_solution(given, model.blocks[0].mlp(x[0]).detach(), weight, None)
@@ -197,9 +195,9 @@ def test_slice_and_share_one_after_the_other(tmp_path: Any) -> None:
     """Repaired twice, saved, and loaded: the values are in the model, and loading repeats the structure alone."""
     model, batch = tiny_vit().eval(), images().float()
     before = model(batch)
-    mlpreduce.apply(model, "grouped", scale="none", keep="mean", repair="least_squares", data=[batch])
+    mlpreduce.apply(model, "grouped", scale="none", keep="mean", repair="parallel", data=[batch])
     mlpreduce.apply(
-        model, "shallow", ratio=0.5, criterion="fisher", repair="least_squares", data=[(batch, torch.arange(40) % 5)]
+        model, "shallow", ratio=0.5, criterion="fisher", repair="parallel", data=[(batch, torch.arange(40) % 5)]
     )
     assert mlpreduce.verify(model).ok
     mlpreduce.save(model, tmp_path / "model")
@@ -209,7 +207,7 @@ def test_slice_and_share_one_after_the_other(tmp_path: Any) -> None:
 
 def test_the_plan_replays_without_data(tmp_path: Any) -> None:
     batch = images().float()
-    made = mlpreduce.plan(tiny_vit(), "shallow", criterion="activation", repair="least_squares", data=batch.split(7))
+    made = mlpreduce.plan(tiny_vit(), "shallow", criterion="activation", repair="parallel", data=batch.split(7))
     assert made.data == {"samples": 40, "fingerprint": made.data["fingerprint"]}  # type: ignore[index]
     made.save(tmp_path / "plan.json")
     again = mlpreduce.apply(tiny_vit(), Plan.load(tmp_path / "plan.json"))
@@ -221,10 +219,10 @@ def test_the_plan_replays_without_data(tmp_path: Any) -> None:
 def test_a_graph_module_is_repaired_as_its_model() -> None:
     batch = images(20).float()
     for name, config in (("shallow", {}), ("grouped", {"keep": "mean"})):
-        model = mlpreduce.apply(tiny_vit().eval(), name, repair="least_squares", data=[batch], **config)
+        model = mlpreduce.apply(tiny_vit().eval(), name, repair="parallel", data=[batch], **config)
         graph = mlpreduce.to_graph(tiny_vit().eval())
         before = graph(batch)
-        mlpreduce.plan(graph, name, repair="least_squares", data=[batch], **config)
+        mlpreduce.plan(graph, name, repair="parallel", data=[batch], **config)
         assert torch.equal(graph(batch), before)
-        mlpreduce.apply(graph, name, repair="least_squares", data=[batch], **config)
+        mlpreduce.apply(graph, name, repair="parallel", data=[batch], **config)
         assert torch.equal(graph(batch), model(batch))

@@ -1,30 +1,25 @@
-"""Repair: fc2 and its bias refitted in closed form, so that a reduced MLP best gives what it gave before, on calibration data.
+"""Repair: fc2 and its bias refitted in closed form, so that a reduced model gives what it gave, on calibration data.
 
-With x what an MLP is given in the unreduced model, y what its fc2 gives there, a(x) what fc2 is given in the reduced one, W and
-b its weights as they stay, the new ones are W + D and b + d with the least
-
-    sum |y - (W + D) a(x) - (b + d)|^2 + ridge * |D|^2
-
-over all tokens, images and, of an MLP that is tied, uses. Every MLP is fitted for inputs of the unreduced model, so one pass
-over the data serves all. The ridge is the one that does best when each half of the examples is judged by a fit on the other; an
-MLP that no fit would bring closer there stays as it is.
+fit         least squares from sums
+streams     where what an MLP gives enters the residual stream; runs that begin at a block
+sequential  MLP after MLP, each on what the model gives as repaired so far, judged by what the whole model gives
+parallel    every MLP by itself
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from mlpreduce.calibration import Samples, quiet_copy, running, telling
+from mlpreduce.calibration import Samples, quiet_copy, running
 from mlpreduce.edits import Assign, Plan, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, check_one_of
-from mlpreduce.graph import MLP, module_at, projection
-from mlpreduce.repair.fit import Fit, add_rows, empty_fit, solved
+from mlpreduce.graph import MLP, module_at
+from mlpreduce.repair.parallel import repair_alone
 from mlpreduce.repair.sequential import repair_in_turn
 from mlpreduce.surgery import carry_out
 
@@ -64,45 +59,12 @@ def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Pl
     ]
     if kind != "parallel":
         return _in_turn(model, mlps, made, (uses, moved), samples, kind)
-    problem: Exception | None = None
-    with running(samples.device, gradients=False), samples.shown(f"repair {kind}"):
+    with running(samples.device, gradients=False):
         before, after = quiet_copy(model), _reduced(model, made)
-        fits = _fits(after, moved)
-        try:
-            for images, _ in samples.chunks():
-                for half in range(2):
-                    if len(
-                        some := images[(half + samples.rank) % 2 :: 2]
-                    ):  # so that one image in each process is enough
-                        with telling(some):
-                            _add((before, uses), (after, moved), fits, half, some)
-        except Exception as error:  # whatever the data raises, or the model: the other processes are told
-            problem = error
-        every = {f"{fit.path} {k}": getattr(fit, k) for fit in fits.values() for k in ("square", "cross", "wanted")}
-        sums = samples.finish(every, problem)
-    every_value: dict[str, torch.Tensor] = {}
-    differences, kept = [], 0
-    for fit in fits.values():
-        square, cross, wanted = (sums[f"{fit.path} {key}"] for key in ("square", "cross", "wanted"))
-        fit = replace(fit, square=square, cross=cross, wanted=wanted)
-        if not square[:, -1, -1].all():  # rows of each half
-            raise ReductionError(
-                f"repair fits one half of the examples and judges by the other, and one is empty, with "
-                f"{samples.count} in all; give at least 2, better hundreds"
-            )
-        values, was, now = solved(fit)
-        kept += not values and was > 1e-9  # else there is nothing to repair
-        every_value |= values
-        differences.append((was, now))
-    was, now = (sum(shares) / len(shares) for shares in zip(*differences, strict=True))
-    note = (
-        f"repair={kind!r}, {samples.count:,} examples: what {len(fits)} MLPs give differed from before by {was:.2%} of its "
-        f"variance on average, and does by {now:.2%} after a fit on the half of the examples by which it is not judged"
-    )
-    if kept:
-        note += f"; {kept} of them would be no closer and stay as they are, for which more data would help"
+        values, note = repair_alone((before, uses), (after, moved), samples)
     facts = {"samples": samples.count, "fingerprint": samples.fingerprint}
-    return replace(_with(made, every_value), notes=(*made.notes, note), data=facts)
+    note = f"repair={kind!r}, {samples.count:,} examples: {note}"
+    return replace(_with(made, values), notes=(*made.notes, note), data=facts)
 
 
 def _with(made: Plan, values: Mapping[str, torch.Tensor]) -> Plan:
@@ -123,7 +85,6 @@ def _in_turn(
     with running(samples.device, gradients=False):
         before, after = quiet_copy(model), _reduced(model, made)
         found = repair_in_turn((before, uses[0]), (after, uses[1]), mlps, samples, bias_alone=kind == "bias")
-        samples.finish({}, None)
     note = (
         f"repair={kind!r}, {samples.count:,} examples: what the model gives for {found.held:,} of them that no fit saw is as "
         f"near to the whole model's as cosine {found.after[0]:.3f} and alignment {found.after[1]:.3f} say, without repair "
@@ -164,64 +125,3 @@ def _reduced(model: nn.Module, made: Plan) -> nn.Module:
         setattr(module, name, nn.Parameter(value, requires_grad=False) if name in module._parameters else value)
     carry_out(tree, made)
     return tree
-
-
-def _fits(tree: nn.Module, uses: Sequence[MLP]) -> dict[int, Fit]:
-    """One fit for each fc2 of the reduced model, by the id of the layer."""
-    fits: dict[int, Fit] = {}
-    for mlp in uses:
-        fit = empty_fit(tree, mlp.leaf("fc2").call)
-        fits.setdefault(id(fit.layer), fit)
-    return fits
-
-
-def _add(before: Model, after: Model, fits: Mapping[int, Fit], half: int, images: torch.Tensor) -> None:
-    """Run both models on a few images, the reduced MLPs on inputs of the unreduced ones, and add to the sums."""
-    given: dict[str, torch.Tensor] = {}  # what fc1 is given, and what fc2 gives, at each place
-
-    def note_input(place: str, module: nn.Module, args: Any) -> None:
-        given[place] = args[0]
-
-    def note_output(place: str, module: nn.Module, args: Any, output: Any) -> None:
-        given[place] = output
-
-    def replace_input(place: str, module: nn.Module, args: Any) -> Any:
-        return (given.pop(place), *args[1:])
-
-    def add_output(place: str, module: nn.Module, args: Any, output: Any) -> None:
-        layer = projection(module)
-        assert layer is not None
-        rows = [t.movedim(layer.features, -1).flatten(0, -2).double() for t in (args[0], given.pop(place), output)]
-        add_rows(fits[id(module)], half, rows[0], rows[1], rows[1] - rows[2])
-
-    with ExitStack() as stack:
-        _hook(stack, before, "fc1", note_input)
-        _hook(stack, before, "fc2", note_output)
-        before[0](images)
-    with ExitStack() as stack:
-        _hook(stack, after, "fc1", replace_input)
-        _hook(stack, after, "fc2", add_output)
-        after[0](images)
-
-
-def _hook(stack: ExitStack, model: Model, role: str, hook: Callable[..., Any]) -> None:
-    """Hang a hook on all leaves of a role, which is told the place of each call: a tied leaf is called from several."""
-    tree, uses = model
-    places: dict[int, list[str]] = {}
-    leaves: dict[int, nn.Module] = {}
-    for mlp in uses:
-        for number, leaf in enumerate(leaf for leaf in mlp.leaves if leaf.role == role):
-            module = module_at(tree, leaf.call)
-            if module is not None:
-                leaves[id(module)] = module
-                places.setdefault(id(module), []).append(f"{mlp.name} {role} {number}")
-
-    def called(order: Iterator[str]) -> Callable[..., Any]:
-        return lambda *given: hook(next(order), *given)
-
-    for key, module in leaves.items():
-        told = called(iter(places[key]))
-        if hook.__name__.endswith("input"):
-            stack.callback(module.register_forward_pre_hook(told).remove)
-        else:
-            stack.callback(module.register_forward_hook(told).remove)

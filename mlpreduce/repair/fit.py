@@ -21,7 +21,7 @@ from torch import nn
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import module_at, projection
 
-__all__ = ["RIDGES", "Fit", "add_rows", "empty_fit", "solved"]
+__all__ = ["RIDGES", "Fit", "add_rows", "check_halves", "empty_fit", "solved"]
 
 RIDGES = (1e-4, 1e-2, 1.0, math.inf)  # the last refits the bias alone
 _SHUT = 1e-6  # of the mean square of g: below it the bias stays as it is
@@ -91,6 +91,19 @@ def add_rows(
     fit.square[half].addmm_(given.T, given)
     fit.cross[half].addmm_(missing.T, given)
     fit.wanted[half].add_(torch.stack([wanted.sum(0), wanted.square().sum(0), missing.square().sum(0)]))
+
+
+def check_halves(fit: Fit, count: int) -> None:
+    """Check that there is something in each half of so many examples.
+
+    Raises:
+        ReductionError: there is not.
+    """
+    if not fit.square[:, -1, -1].all():
+        raise ReductionError(
+            f"repair fits one half of the examples and judges by the other, and one is empty, with {count} in all; give at "
+            f"least 2, better hundreds"
+        )
 
 
 def solved(fit: Fit, *, bias_alone: bool = False) -> tuple[dict[str, torch.Tensor], float, float]:

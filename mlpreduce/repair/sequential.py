@@ -11,18 +11,19 @@ Source: the asymmetric target of GPTAQ (arXiv 2504.02692), here for the weights 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from mlpreduce.calibration import CHUNK, Samples, all_reduce, telling
+from mlpreduce.calibration import CHUNK, Samples, all_reduce, raise_together, telling
 from mlpreduce.calibration.samples import together
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at, projection, tensor_of
-from mlpreduce.repair.fit import Fit, add_rows, empty_fit, solved
+from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
 from mlpreduce.repair.streams import Cut, Joint, find_joint, stopping_at
 from mlpreduce.waiting import steps
 
@@ -92,35 +93,43 @@ def repair_in_turn(
     """
     dense, reduced = before[0], after[0]
     batches, held = _read(samples)
-    found = InTurn(held=int(all_reduce(torch.tensor(sum(map(len, held)))).item()))
-    first = (batches or held)[0][:2]
-    with telling(first):
+    some: list[torch.Tensor | None] = [*batches[:1], None]
+    first = next(images for images in together(some[0]) if images is not None)[:2]
+    first = first.to(samples.device)
+    with telling(first), _in_all():
         blocks, stages = _blocks(dense, every, first)
         uses = _uses(before, after, blocks, first)
         wanted = [_output(dense(images)) for images in held]
-        judged = found.before = found.after = _nearness(wanted, [_output(reduced(images)) for images in held])
+        outputs = [_output(reduced(images)) for images in held]
+    judged = _nearness(wanted, outputs)
+    found = InTurn(before=judged, after=judged, cut=bool(blocks))
+    found.held = int(all_reduce(torch.tensor(sum(map(len, held)))).item())
     found.unfollowed = [use.name for some in uses.values() for use in some if not use.dense.followed]
     order = sorted(uses, key=lambda path: max(use.block for use in uses[path]))
     starts = [min(use.block for use in uses[path]) for path in order]
     whole, fitting, judging = (Cut(tree, blocks, stages) for tree in (dense, reduced, reduced))
-    found.cut = bool(blocks)
-    with steps("repair least_squares", len(order)) as advance:
+    with steps("repair", len(order)) as advance:
         for number, path in enumerate(order):
             end = max(use.block for use in uses[path]) + 1
             for cut in (whole, fitting, judging):
                 cut.begin(min(starts[number:]))
             fit = replace(empty_fit(reduced, path), factor=uses[path][0].dense.factor)
-            for index, images in enumerate(batches):
-                with telling(images):
-                    _add(fit, uses[path], (dense, whole), (reduced, fitting), index, images, end)
-            fit = _shared(fit, samples)
+            with _in_all():
+                for index, images in enumerate(batches):
+                    with telling(images):
+                        _add(fit, uses[path], (dense, whole), (reduced, fitting), index, images, end, samples.rank)
+            fit = replace(
+                fit, square=all_reduce(fit.square), cross=all_reduce(fit.cross), wanted=all_reduce(fit.wanted)
+            )
+            check_halves(fit, samples.count)
             new, *_ = solved(fit, bias_alone=bias_alone)
             found.fitted += 1
             old = _exchanged(reduced, new)
-            outputs = []
-            for index, images in enumerate(held):
-                with judging.at(index, end):
-                    outputs.append(_output(reduced(images)))
+            with _in_all():
+                outputs = []
+                for index, images in enumerate(held):
+                    with judging.at(index, end):
+                        outputs.append(_output(reduced(images)))
             now = _nearness(wanted, outputs)
             if new and all(b >= a - _ROUNDING for a, b in zip(judged, now, strict=True)):
                 judged = found.after = now
@@ -135,9 +144,27 @@ def repair_in_turn(
     return found
 
 
+@contextmanager
+def _in_all() -> Iterator[None]:
+    """Raise in all processes what one of them meets inside the block."""
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever the data raises, or the model
+        problem = error
+    raise_together(problem)
+
+
 def _read(samples: Samples) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Batches to fit on, and those held out."""
-    chunks = [images for images, _ in samples.chunks()]
+    chunks: list[torch.Tensor] = []
+    problem: Exception | None = None
+    with samples.shown("repair: data"):
+        try:
+            chunks += [images for images, _ in samples.chunks()]
+        except Exception as error:  # whatever the data raises: the other processes are told
+            problem = error
+        samples.finish({}, problem)
     images = torch.cat(chunks) if chunks else torch.empty(0)
     if len(images) < _FEWEST:
         batches = list(images.split(CHUNK)) if len(images) else []
@@ -197,6 +224,7 @@ def _add(
     index: int,
     images: torch.Tensor,
     until: int,
+    rank: int,
 ) -> None:
     """Add what a batch says of each use."""
     taken: dict[tuple[int, str], torch.Tensor] = {}
@@ -228,26 +256,11 @@ def _add(
         a, y, z, z_r = (rows(what) for what in ("a", "y", "z", "z_r"))
         weight = z.double().var(-1, correction=0).reciprocal() if use.weighed else None
         for half in range(2):
-            pick = slice(half, None, 2)
+            pick = slice((half + rank) % 2, None, 2)  # so that one image in each process is enough
             if len(z[pick]):
                 inputs, given_y, missing = (value[pick].flatten(0, 1) for value in (a, y, z - z_r))
                 counts = None if weight is None else weight[pick].flatten()
                 add_rows(fit, half, inputs, given_y * use.dense.factor.to(y), missing, counts)
-
-
-def _shared(fit: Fit, samples: Samples) -> Fit:
-    """The sums over all processes.
-
-    Raises:
-        ReductionError: half of the examples is missing.
-    """
-    fit = replace(fit, square=all_reduce(fit.square), cross=all_reduce(fit.cross), wanted=all_reduce(fit.wanted))
-    if not fit.square[:, -1, -1].all():  # rows of each half
-        raise ReductionError(
-            f"repair fits one half of the examples and judges by the other, and one is empty, with {samples.count} in all; "
-            f"give at least 2, better hundreds"
-        )
-    return fit
 
 
 def _exchanged(tree: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

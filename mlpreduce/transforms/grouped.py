@@ -61,8 +61,8 @@ def grouped(
         remainder: of `sequence` and `sandwich`, when blocks are left over: `error`, `own` (a smaller group), `merge` (into
             the last).
         share: `mlp`; `attention` in its place, MLPs staying each block's own; or the whole `block`, norms and layer scales too.
-        repair: `least_squares` refits the shared fc2 and its bias on the data, so that it best gives what the MLPs gave that
-            it stands for; or `none`.
+        repair: `least_squares` refits the shared fc2 and its bias on the data, so that the stream after its uses is what it
+            was; `parallel` for what the MLPs gave that it stands for; `bias` the bias alone; or `none`.
         per_use: what each use of a shared layer has of its own: `none`, `ssf` (a scale and shift of what fc1 and fc2 give),
             `lora` (a correction of low rank), `conv` (a depthwise convolution over the tokens before the MLP, which does not
             merge), or with options, `{"name": "lora", "rank": 8}`; `norm`: the norms and layer scales of blocks and MLPs are

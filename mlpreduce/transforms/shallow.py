@@ -63,7 +63,8 @@ def shallow(
             one multiple.
         latency_table: path of a table that `budget.LatencyTable` has saved.
         latency_weight: of the milliseconds that a unit costs, which are taken from its score (the eta of NViT, 5e-4 there).
-        repair: `least_squares` refits fc2 and its bias on the data, so that each MLP best gives what it gave; or `none`.
+        repair: `least_squares` refits fc2 and its bias on the data, MLP by MLP in order of execution, so that the stream
+            after it is what it was; `parallel` each MLP by itself; `bias` the bias alone; or `none`.
         guard: "auto": units that have more than 3 % of the output energy of their MLP, and more than 20 times the average, stay
             whatever the criterion says, at most one in 32 of those kept, where there is data to tell; a number: units above it;
             False: only the criterion counts, as in the papers. Not for `reconstruction`, which counts what they give.
