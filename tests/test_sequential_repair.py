@@ -49,13 +49,16 @@ def by_hand(whole: Any, part: Any, fit: torch.Tensor, held: torch.Tensor) -> lis
     left = []
     wanted = whole(held)
 
-    def near() -> tuple[float, float]:
-        given = part(held)
+    def near(number: int) -> tuple[float, float]:
+        """Of the whole model with the blocks up to this one from the other."""
+        z = streams(part, held)[number]
+        for block in whole.blocks[number + 1 :]:
+            z = block(z)
+        given = whole.forward_head(whole.norm(z))
         x, y = (v - v.mean(0) for v in (wanted, given))
         alignment = (x @ x.T * (y @ y.T)).sum() / (x @ x.T).norm() / (y @ y.T).norm()
         return float(torch.cosine_similarity(wanted, given).mean()), float(alignment)
 
-    best = near()
     for number, block in enumerate(part.blocks):
         kept: list[torch.Tensor] = []
         handle = block.mlp.fc2.register_forward_pre_hook(lambda module, args, kept=kept: kept.append(args[0]))
@@ -92,15 +95,12 @@ def by_hand(whole: Any, part: Any, fit: torch.Tensor, held: torch.Tensor) -> lis
             sums.append(error(*one, *halves[1]) + error(*two, *halves[0]))
         rows = [torch.cat([half[i] for half in halves]) for i in range(2)]
         d, b = change(rows[0], rows[1], RIDGES[sums.index(min(sums))])
-        old = copy.deepcopy(block.mlp.fc2.state_dict())
+        old, without = copy.deepcopy(block.mlp.fc2.state_dict()), near(number)
         with torch.no_grad():
             if min(sums) < float(rows[1].square().sum()):
                 block.mlp.fc2.weight += d
                 block.mlp.fc2.bias += b
-        now = near()
-        if all(after >= before - 1e-6 for after, before in zip(now, best, strict=True)):
-            best = now
-        else:
+        if not all(after >= before - 1e-6 for after, before in zip(near(number), without, strict=True)):
             block.mlp.fc2.load_state_dict(old)
             left.append(number)
     return left

@@ -4,7 +4,9 @@ With z_d the stream after an MLP in the whole model, and z_r the same in the red
 z_r nearer to z_d: it makes up for its own units and for what earlier MLPs left. Where a norm on the stream follows the
 addition, each token counts by 1 over the variance of z_d, by which that norm divides. A fit stays only if what the model gives
 on examples held out is no further from what the whole model gives: neither by cosine, nor in how alike examples are (centred
-kernel alignment).
+kernel alignment). That is asked before the next MLP is fitted, of the whole model whose first blocks, up to this one, are those
+of the reduced model: where the blocks behind it were reduced and not yet repaired, their errors would hide what a repair is
+worth. At the end all repairs are judged together against none.
 
 Source: the asymmetric target of GPTAQ (arXiv 2504.02692), here for the weights that structured pruning leaves.
 """
@@ -108,6 +110,20 @@ def repair_in_turn(
     order = sorted(uses, key=lambda path: max(use.block for use in uses[path]))
     starts = [min(use.block for use in uses[path]) for path in order]
     whole, fitting, judging = (Cut(tree, blocks, stages) for tree in (dense, reduced, reduced))
+    beyond = Cut(dense, blocks, stages, known=judging)
+
+    def near(end: int) -> Nearness:
+        """How near the whole model is with the blocks before `end` from the reduced one; without blocks, the reduced one."""
+        outputs = []
+        beyond.begin_at(end)
+        with _in_all():
+            for index, images in enumerate(held):
+                with judging.at(index, end), stopping_at(reduced, judging.last(end)) as run:
+                    last = run(images)
+                with beyond.at(index):
+                    outputs.append(_output(dense(images) if blocks else last))
+        return _nearness(wanted, outputs)
+
     with steps("repair", len(order)) as advance:
         for number, path in enumerate(order):
             end = max(use.block for use in uses[path]) + 1
@@ -124,24 +140,29 @@ def repair_in_turn(
             check_halves(fit, samples.count)
             new, *_ = solved(fit, bias_alone=bias_alone)
             found.fitted += 1
-            old = _exchanged(reduced, new)
-            with _in_all():
-                outputs = []
-                for index, images in enumerate(held):
-                    with judging.at(index, end):
-                        outputs.append(_output(reduced(images)))
-            now = _nearness(wanted, outputs)
-            if new and all(b >= a - _ROUNDING for a, b in zip(judged, now, strict=True)):
-                judged = found.after = now
-                found.values |= new
-            else:
-                _exchanged(reduced, old)
-                found.left += [path] if new else []
+            if new:
+                without = near(end)
+                old = _exchanged(reduced, new)
+                if _no_further(without, near(end)):
+                    found.values |= new
+                else:
+                    _exchanged(reduced, old)
+                    found.left.append(path)
             whole.end(end)
             fitting.end(starts[number])
             judging.end(starts[number])
             advance(1)
+    with _in_all():
+        outputs = [_output(reduced(images)) for images in held]
+    found.after = _nearness(wanted, outputs)
+    if not _no_further(found.before, found.after):
+        found.after, found.left, found.values = found.before, order, {}
     return found
+
+
+def _no_further(before: Nearness, after: Nearness) -> bool:
+    """Whether neither falls."""
+    return all(now >= was - _ROUNDING for was, now in zip(before, after, strict=True))
 
 
 @contextmanager

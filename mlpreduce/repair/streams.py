@@ -56,7 +56,7 @@ class _Stop(Exception):
 def stopping_at(
     tree: nn.Module, wanted: Sequence[tuple[str, int, bool, Callable[[torch.Tensor], Any]]]
 ) -> Iterator[Any]:
-    """Within, call `run(images)` to run a model until all of these places were passed.
+    """Within, call `run(images)` to run a model until all of these places were passed; what it gives if it comes to its end.
 
     Args:
         tree: the model.
@@ -96,11 +96,11 @@ def stopping_at(
 
         handles.append(module.register_forward_hook(after) if key[1] else module.register_forward_pre_hook(before))
 
-    def run(images: Any) -> None:
+    def run(images: Any) -> Any:
         left[0] = len(wanted)
         counts.update(dict.fromkeys(places, 0))
         with suppress(_Stop):
-            tree(images)
+            return tree(images)
 
     try:
         yield run
@@ -203,11 +203,13 @@ class Cut:
         tree: the model.
         blocks: paths of its blocks, in order of execution, each called once in a run; none where it cannot be cut.
         stages: the stage of each. A block that is left out gives what the last of its stage that is left out gave.
+        known: another's, whose blocks are left out here; what they give comes from there.
     """
 
-    def __init__(self, tree: nn.Module, blocks: Sequence[str], stages: Sequence[str]) -> None:
+    def __init__(self, tree: nn.Module, blocks: Sequence[str], stages: Sequence[str], known: Cut | None = None) -> None:
         self._tree, self._blocks, self._stages = tree, list(blocks), list(stages)
-        self._known: dict[int, dict[int, Any]] = {}  # outputs by batch and number of the block
+        # outputs by batch and number of the block
+        self._known: dict[int, dict[int, Any]] = {} if known is None else known._known
         self._valid = self._start = 0
 
     @property
@@ -217,12 +219,16 @@ class Cut:
 
     def begin(self, most: int) -> None:
         """Leave out what is known, and no more than so many blocks."""
-        self._start = min(self._valid, most)
+        self.begin_at(min(self._valid, most))
         last = {stage: number for number, stage in enumerate(self._stages[: self._start])}
         for outputs in self._known.values():
             for number in list(outputs):
                 if number not in last.values():
                     del outputs[number]
+
+    def begin_at(self, start: int) -> None:
+        """Leave out so many blocks."""
+        self._start = start if self._blocks else 0
 
     def last(self, until: int) -> list[tuple[str, int, bool, Callable[[torch.Tensor], None]]]:
         """The place that a run must pass so that what blocks before `until` give is known."""
