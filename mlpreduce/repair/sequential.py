@@ -2,11 +2,12 @@
 
 With z_d the stream after an MLP in the whole model, and z_r the same in the reduced model as repaired so far, the fit brings
 z_r nearer to z_d: it makes up for its own units and for what earlier MLPs left. Where a norm on the stream follows the
-addition, each token counts by 1 over the variance of z_d, by which that norm divides. A fit stays only if what the model gives
-on examples held out is no further from what the whole model gives: neither by cosine, nor in how alike examples are (centred
-kernel alignment). That is asked before the next MLP is fitted, of the whole model whose first blocks, up to this one, are those
-of the reduced model: where the blocks behind it were reduced and not yet repaired, their errors would hide what a repair is
-worth. At the end all repairs are judged together against none.
+addition, each token counts by 1 over the variance of z_d, by which that norm divides.
+
+A fit stays only if what the model gives on examples held out is no further from the whole model's by more than chance:
+neither by cosine, nor in how alike examples are (centred kernel alignment). That is asked before the next MLP is fitted, of the
+whole model whose first blocks, up to this one, are those of the reduced model: where the blocks behind it were reduced and not
+yet repaired, their errors would hide what a repair is worth. At the end all repairs are judged together against none.
 
 Source: the asymmetric target of GPTAQ (arXiv 2504.02692), here for the weights that structured pruning leaves.
 """
@@ -26,6 +27,7 @@ from mlpreduce.calibration.samples import together
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at, projection, tensor_of
 from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
+from mlpreduce.repair.nearness import Nearness, gathered, is_further, nearness
 from mlpreduce.repair.streams import Cut, Joint, find_joint, stopping_at
 from mlpreduce.waiting import steps
 
@@ -33,11 +35,9 @@ __all__ = ["InTurn", "repair_in_turn"]
 
 _HELD = 4  # one in so many examples is held out
 _FEWEST = 8  # examples, below which all are fitted and judged by
-_ROUNDING = 1e-6
 _OUTPUTS = ("logits", "pooler_output", "last_hidden_state")
 
 Model = tuple[nn.Module, Sequence[MLP]]  # with its MLPs that are repaired, all uses
-Nearness = tuple[float, float]  # cosine and alignment
 
 
 @dataclass
@@ -101,19 +101,17 @@ def repair_in_turn(
     with telling(first), _in_all():
         blocks, stages = _blocks(dense, every, first)
         uses = _uses(before, after, blocks, first)
-        wanted = [_output(dense(images)) for images in held]
-        outputs = [_output(reduced(images)) for images in held]
-    judged = _nearness(wanted, outputs)
-    found = InTurn(before=judged, after=judged, cut=bool(blocks))
-    found.held = int(all_reduce(torch.tensor(sum(map(len, held)))).item())
+        parts = [[_output(tree(images)) for images in held] for tree in (dense, reduced)]
+    wanted, unrepaired = (gathered(part) for part in parts)
+    found = InTurn(before=nearness(wanted, unrepaired), cut=bool(blocks), held=len(wanted))
     found.unfollowed = [use.name for some in uses.values() for use in some if not use.dense.followed]
     order = sorted(uses, key=lambda path: max(use.block for use in uses[path]))
     starts = [min(use.block for use in uses[path]) for path in order]
     whole, fitting, judging = (Cut(tree, blocks, stages) for tree in (dense, reduced, reduced))
     beyond = Cut(dense, blocks, stages, known=judging)
 
-    def near(end: int) -> Nearness:
-        """How near the whole model is with the blocks before `end` from the reduced one; without blocks, the reduced one."""
+    def given(end: int) -> torch.Tensor:
+        """What the whole model gives with the blocks before `end` from the reduced one; without blocks, the reduced one."""
         outputs = []
         beyond.begin_at(end)
         with _in_all():
@@ -122,7 +120,7 @@ def repair_in_turn(
                     last = run(images)
                 with beyond.at(index):
                     outputs.append(_output(dense(images) if blocks else last))
-        return _nearness(wanted, outputs)
+        return gathered(outputs)
 
     with steps("repair", len(order)) as advance:
         for number, path in enumerate(order):
@@ -141,28 +139,24 @@ def repair_in_turn(
             new, *_ = solved(fit, bias_alone=bias_alone)
             found.fitted += 1
             if new:
-                without = near(end)
+                without = given(end)
                 old = _exchanged(reduced, new)
-                if _no_further(without, near(end)):
-                    found.values |= new
-                else:
+                if is_further(wanted, without, given(end)):
                     _exchanged(reduced, old)
                     found.left.append(path)
+                else:
+                    found.values |= new
             whole.end(end)
             fitting.end(starts[number])
             judging.end(starts[number])
             advance(1)
     with _in_all():
         outputs = [_output(reduced(images)) for images in held]
-    found.after = _nearness(wanted, outputs)
-    if not _no_further(found.before, found.after):
-        found.after, found.left, found.values = found.before, order, {}
+    repaired = gathered(outputs)
+    if is_further(wanted, unrepaired, repaired):
+        found.left, found.values, repaired = order, {}, unrepaired
+    found.after = nearness(wanted, repaired)
     return found
-
-
-def _no_further(before: Nearness, after: Nearness) -> bool:
-    """Whether neither falls."""
-    return all(now >= was - _ROUNDING for was, now in zip(before, after, strict=True))
 
 
 @contextmanager
@@ -299,17 +293,3 @@ def _exchanged(tree: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, to
 def _output(given: Any) -> torch.Tensor:
     """What the model gives for each example, (examples, values)."""
     return tensor_of(given, _OUTPUTS).detach().double().flatten(1)
-
-
-def _nearness(wanted: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Nearness:
-    """The mean cosine between what both models give, and the alignment of how alike examples are, over all processes."""
-    empty = torch.empty(0, 0, dtype=torch.float64)
-    pair = [torch.cat(list(some)).cpu() if some else empty for some in (wanted, outputs)]
-    parts = together(pair)
-    x, y = (torch.cat([part[side] for part in parts if part[side].numel()]) for side in range(2))
-    cosine = float(torch.cosine_similarity(x, y, dim=1).mean())
-    kernels = [features @ features.T for features in (x, y)]
-    centred = [k - k.mean(0) - k.mean(1, keepdim=True) + k.mean() for k in kernels]
-    norms = [float(k.norm()) for k in centred]
-    alignment = float((centred[0] * centred[1]).sum()) / (norms[0] * norms[1]) if all(norms) else 1.0
-    return cosine, alignment

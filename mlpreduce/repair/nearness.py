@@ -1,0 +1,57 @@
+"""How near what one model gives is to what another gives for the same examples, and whether a change took it further off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mlpreduce.calibration.samples import together
+
+__all__ = ["Nearness", "gathered", "is_further", "nearness"]
+
+Nearness = tuple[float, float]  # mean cosine, and centred kernel alignment
+
+_PARTS = 10  # that are left out in turn, to tell chance from change
+_ROUNDING = 1e-6
+
+
+def gathered(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What a model gave, (examples, values), of all processes, in float64 on the CPU."""
+    own = (
+        torch.cat([output.double() for output in outputs]).cpu() if outputs else torch.empty(0, 0, dtype=torch.float64)
+    )
+    return torch.cat([part for part in together(own) if part.numel()])
+
+
+def nearness(wanted: torch.Tensor, given: torch.Tensor) -> Nearness:
+    """The mean cosine of both, and how alike the examples are among themselves in either.
+
+    Source of the alignment: linear centred kernel alignment, Kornblith et al., arXiv 1905.00414, from kernels of the examples.
+    """
+    return float(torch.cosine_similarity(wanted, given, dim=1).mean()), _alignment(wanted @ wanted.T, given @ given.T)
+
+
+def is_further(wanted: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether cosine or alignment falls by more than chance: the standard error of the change, by a jackknife over tenths."""
+    every = torch.arange(len(wanted))
+    parts = [every[every % _PARTS != part] for part in range(min(_PARTS, len(wanted)))]
+    kernels = [features @ features.T for features in (wanted, before, after)]
+    cosines = [torch.cosine_similarity(wanted, given, dim=1) for given in (before, after)]
+
+    def changes(some: torch.Tensor) -> tuple[float, float]:
+        mine = [kernel[some][:, some] for kernel in kernels]
+        gain = cosines[1][some].mean() - cosines[0][some].mean()
+        return float(gain), _alignment(mine[0], mine[2]) - _alignment(mine[0], mine[1])
+
+    left_out = torch.tensor([changes(some) for some in parts], dtype=torch.float64)
+    count = len(parts)
+    error = (left_out.var(0, correction=0) * (count - 1)).sqrt()
+    return any(change < -_ROUNDING - float(chance) for change, chance in zip(changes(every), error, strict=True))
+
+
+def _alignment(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Of two kernels (examples, examples); 1 where the examples of one are all alike."""
+    centred = [k - k.mean(0) - k.mean(1, keepdim=True) + k.mean() for k in (one, other)]
+    norms = [float(k.norm()) for k in centred]
+    return float((centred[0] * centred[1]).sum()) / (norms[0] * norms[1]) if all(norms) else 1.0
