@@ -39,7 +39,7 @@ def test_accuracy_of_every_criterion(scope: str, tmp_path: Path, capsys: pytest.
 
 
 def test_the_claims_are_counted_from_the_table() -> None:
-    pair = [(0.5, "none"), (0.5, "least_squares")]
+    pair = [(0.5, "none"), (0.5, "parallel")]
     table = {
         "random": {pair[0]: [90.0, 91.0, 92.0], pair[1]: [91.0, 91.0, 91.0]},
         "taylor": {pair[0]: [92.0, 91.0, 93.0], pair[1]: [93.0, 93.0, 93.0]},

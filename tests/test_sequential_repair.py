@@ -306,8 +306,8 @@ def test_few_examples_are_fitted_and_judged_by_all() -> None:
     from mlpreduce.calibration import Samples
 
     model = tiny_vit()
-    batches, held = _read(Samples([pictures(5).float()], model, labels=False))
+    batches, held = _read(Samples([pictures(5).float()], model, labels=False), "bias")
     assert (sum(map(len, batches)), sum(map(len, held))) == (5, 5)
-    batches, held = _read(Samples([pictures(40).float()], model, labels=False))
+    batches, held = _read(Samples([pictures(40).float()], model, labels=False), "bias")
     assert [len(batch) for batch in batches] == [16, 14]
     assert [len(batch) for batch in held] == [10]

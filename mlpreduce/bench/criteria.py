@@ -45,7 +45,7 @@ CHOICES: tuple[Any, ...] = (
 )
 _ORDERS = ("first", "last", "random", "gram_schmidt")  # give no scores to compare MLPs by
 _DRAWS = 5  # of random, averaged for each seed
-_REPAIRS = ("none", "least_squares")
+_REPAIRS = ("none", "parallel")
 
 Table = dict[str, dict[tuple[float, str], list[float]]]  # criterion -> ratio and repair -> top-1 by seed
 
@@ -150,7 +150,7 @@ def _sliced(
     model: nn.Module, criterion: Any, ratio: float, repair: str, scope: str, data: Any, val: Any
 ) -> float | None:
     """Top-1 after slicing; of random the mean of several draws; None where the criterion gives no scores for the scope."""
-    config = {"ratio": ratio, "criterion": criterion, "scope": scope, "repair": repair}
+    config = {"ratio": ratio, "criterion": criterion, "scope": scope, "repair": repair, "guard": False}
     draws = range(_DRAWS if criterion == "random" else 1)
     if scope != "uniform" and choose(criterion).criterion.name in _ORDERS:
         return None
@@ -202,7 +202,8 @@ def page(table: Table, whole: Sequence[float], facts: dict[str, Any]) -> str:
         "",
         f"Top-1 in percent on the {facts['images']} validation images of the digits, mean and standard deviation (ddof=1) over",
         f"{len(whole)} trained model{'s' if len(whole) > 1 else ''} ({facts['recipe']}, seeds {seeds}), after",
-        f'`shallow(ratio, criterion, scope="{facts["scope"]}", repair)` without any training after.',
+        f'`shallow(ratio, criterion, scope="{facts["scope"]}", guard=False)` without any training after;',
+        'repaired: with repair="parallel".',
         f"Whole models: {_spread(whole)}. Criteria of data and the repair looked at {facts['samples']} training images.",
         f"`random` is the mean of {_DRAWS} draws for each model. One image is {100 / facts['images']:.2f} points.",
         "Rows are sorted by the last ratio without repair. All of it ran on one thread.",
@@ -226,7 +227,7 @@ def _claims(table: Table, columns: Sequence[tuple[float, str]]) -> list[str]:
         gains = [
             after - before
             for row in table.values()
-            for before, after in zip(row[ratio, "none"], row[ratio, "least_squares"], strict=True)
+            for before, after in zip(row[ratio, "none"], row[ratio, "parallel"], strict=True)
         ]
         lines.append(
             f"- at {ratio:.0%} repair adds {statistics.mean(gains):+.2f} points on average over criteria and models "

@@ -143,7 +143,7 @@ class Answers:
             return None
         if not known:
             self._used.add("data")
-            sums, measured = measure_units(self._model, self._mlps, self._data, choose("energy"))
+            sums, measured = measure_units(self._model, self._mlps, self._data, choose("energy"), what="guard")
             self._measured["energy", 0] = replace(measured, sums=sums)
             known = [sums]
         if (one := known[0].get(mlp.owner)) is None:

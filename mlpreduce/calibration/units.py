@@ -22,7 +22,7 @@ __all__ = ["measure_units"]
 
 
 def measure_units(
-    model: nn.Module, mlps: Sequence[MLP], data: Any, choice: Choice, loss: Loss | None = None
+    model: nn.Module, mlps: Sequence[MLP], data: Any, choice: Choice, loss: Loss | None = None, what: str = ""
 ) -> tuple[dict[str, UnitSums], Measured]:
     """Moments of the hidden units of each unique MLP in one pass over the data.
 
@@ -32,6 +32,7 @@ def measure_units(
         data: an iterable of batches of images, or of (images, labels) where the criterion needs a loss.
         choice: the criterion that asks, which says whether it looks at pairs and at a loss.
         loss: as of `measure_scores`.
+        what: is done, as shown while it takes long; by default the criterion.
 
     Returns:
         Sums by owner, and which data was read, without scores.
@@ -42,7 +43,7 @@ def measure_units(
     pairs, slopes = choice.criterion.needs == "pairs", choice.needs_loss
     samples = Samples(data, model, labels=slopes)
     problem: Exception | None = None
-    with running(samples.device, gradients=slopes), samples.shown(f"criterion {choice.criterion.name}"):
+    with running(samples.device, gradients=slopes), samples.shown(what or f"criterion {choice.criterion.name}"):
         tree = quiet_copy(model)
         taps = Taps(tree, mlps, ("fc2",))
         sums = empty_sums(mlps, tree, pairs=pairs, slopes=slopes)

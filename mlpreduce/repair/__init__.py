@@ -84,7 +84,7 @@ def _in_turn(
     """The plan with values of a repair in order of execution, and what it came to."""
     with running(samples.device, gradients=False):
         before, after = quiet_copy(model), _reduced(model, made)
-        found = repair_in_turn((before, uses[0]), (after, uses[1]), mlps, samples, bias_alone=kind == "bias")
+        found = repair_in_turn((before, uses[0]), (after, uses[1]), mlps, samples, kind)
     note = (
         f"repair={kind!r}, {samples.count:,} examples: what the model gives for {found.held:,} of them that no fit saw is as "
         f"near to the whole model's as cosine {found.after[0]:.3f} and alignment {found.after[1]:.3f} say, without repair "

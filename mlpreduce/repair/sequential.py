@@ -78,9 +78,7 @@ class _Use:
     weighed: bool
 
 
-def repair_in_turn(
-    before: Model, after: Model, every: Sequence[MLP], samples: Samples, *, bias_alone: bool = False
-) -> InTurn:
+def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: Samples, kind: str) -> InTurn:
     """Fit fc2 of MLPs one after the other.
 
     Args:
@@ -88,13 +86,13 @@ def repair_in_turn(
         after: the reduced one, whose parameters may be exchanged, with the same MLPs there.
         every: all MLPs of the model, whose blocks say where it can be cut.
         samples: the calibration data.
-        bias_alone: whether only the bias is fitted.
+        kind: `least_squares`, or `bias`, which fits the bias alone.
 
     Raises:
         ReductionError: as `repaired`.
     """
     dense, reduced = before[0], after[0]
-    batches, held = _read(samples)
+    batches, held = _read(samples, kind)
     some: list[torch.Tensor | None] = [*batches[:1], None]
     first = next(images for images in together(some[0]) if images is not None)[:2]
     first = first.to(samples.device)
@@ -122,7 +120,7 @@ def repair_in_turn(
                     outputs.append(_output(dense(images) if blocks else last))
         return gathered(outputs)
 
-    with steps("repair", len(order)) as advance:
+    with steps(f"repair {kind}", len(order)) as advance:
         for number, path in enumerate(order):
             end = max(use.block for use in uses[path]) + 1
             for cut in (whole, fitting, judging):
@@ -136,7 +134,7 @@ def repair_in_turn(
                 fit, square=all_reduce(fit.square), cross=all_reduce(fit.cross), wanted=all_reduce(fit.wanted)
             )
             check_halves(fit, samples.count)
-            new, *_ = solved(fit, bias_alone=bias_alone)
+            new, *_ = solved(fit, bias_alone=kind == "bias")
             found.fitted += 1
             if new:
                 without = given(end)
@@ -170,11 +168,11 @@ def _in_all() -> Iterator[None]:
     raise_together(problem)
 
 
-def _read(samples: Samples) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _read(samples: Samples, kind: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Batches to fit on, and those held out."""
     chunks: list[torch.Tensor] = []
     problem: Exception | None = None
-    with samples.shown("repair: data"):
+    with samples.shown(f"repair {kind}: data"):
         try:
             chunks += [images for images, _ in samples.chunks()]
         except Exception as error:  # whatever the data raises: the other processes are told
