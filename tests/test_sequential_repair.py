@@ -311,3 +311,29 @@ def test_few_examples_are_fitted_and_judged_by_all() -> None:
     batches, held = _read(Samples([pictures(40).float()], model, labels=False), "bias")
     assert [len(batch) for batch in batches] == [16, 14]
     assert [len(batch) for batch in held] == [10]
+
+
+def test_blocks_that_are_shared_as_a_whole() -> None:
+    """Their norms are one; their outputs are not."""
+    model, images = lively(), pictures(64)
+    before = model(images).detach()
+    near = []
+    for repair in ("none", "least_squares"):
+        other = copy.deepcopy(model)
+        made = mlpreduce.plan(other, "grouped", group=2, share="block", scale="none", data=[images], repair=repair)
+        mlpreduce.apply(other, made)
+        near.append(float(torch.cosine_similarity(other(images), before).mean().detach()))
+    assert near[1] > near[0]
+    assert not any("no stream" in note for note in made.notes)
+
+
+def test_a_reduced_model_is_reduced_further() -> None:
+    model, images = lively(), pictures(256)
+    mlpreduce.apply(model, "grouped", group=2, scale="none")
+    before = model(images).detach()
+    near = []
+    for repair in ("none", "least_squares"):
+        other = copy.deepcopy(model)
+        mlpreduce.apply(other, "shallow", ratio=0.5, criterion="reconstruction", data=[images], repair=repair)
+        near.append(float(torch.cosine_similarity(other(images), before).mean().detach()))
+    assert near[1] > near[0]

@@ -99,6 +99,11 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
     with telling(first), _in_all():
         blocks, stages = _blocks(dense, every, first)
         uses = _uses(before, after, blocks, first)
+        if any(
+            joint.followed and joint.at for some in uses.values() for use in some for joint in (use.dense, use.reduced)
+        ):
+            blocks, stages = [], []  # a norm that several blocks share would be called less often
+            uses = _uses(before, after, blocks, first)
         parts = [[_output(tree(images)) for images in held] for tree in (dense, reduced)]
     wanted, unrepaired = (gathered(part) for part in parts)
     found = InTurn(before=nearness(wanted, unrepaired), cut=bool(blocks), held=len(wanted))
@@ -220,9 +225,12 @@ def _uses(before: Model, after: Model, blocks: Sequence[str], images: torch.Tens
         path = paths.setdefault(id(modules[1]), theirs.leaf("fc2").call)
         call = dense_calls[id(modules[0])] = dense_calls.get(id(modules[0]), -1) + 1
         joint = find_joint(before[0], ours.leaf("fc2").call, call, ours.block, layer.features, images)
-        mine = replace(joint, leaf=path, call=len(found.get(path, ())))
-        if not joint.followed:
-            mine = replace(mine, place=path, at=mine.call)
+        mine = find_joint(after[0], path, len(found.get(path, ())), theirs.block, layer.features, images)
+        if (joint.place, joint.output) != (mine.place, mine.output) or not joint.followed:
+            joint, mine = (
+                replace(one, place=one.leaf, at=one.call, output=True, factor=torch.ones_like(one.factor))
+                for one in (joint, mine)
+            )
         block = blocks.index(ours.block) if blocks else order
         weighed = joint.followed and ours.norm_follows
         found.setdefault(path, []).append(_Use(ours.name, joint, mine, block, layer.features, weighed))
