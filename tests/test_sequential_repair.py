@@ -337,3 +337,18 @@ def test_a_reduced_model_is_reduced_further() -> None:
         mlpreduce.apply(other, "shallow", ratio=0.5, criterion="reconstruction", data=[images], repair=repair)
         near.append(float(torch.cosine_similarity(other(images), before).mean().detach()))
     assert near[1] > near[0]
+
+
+def test_mlps_that_need_no_repair_are_passed_by() -> None:
+    model, images = lively(), pictures(64)
+    before = model(images).detach()
+    with torch.no_grad():
+        for number in range(3):
+            model.get_submodule(f"blocks.{number}.mlp.fc2").weight[:, 64:] = 0  # type: ignore[operator]
+    whole = model(images).detach()
+    assert not torch.equal(before, whole)
+    made = mlpreduce.plan(model, "shallow", ratio=0.5, data=[images], repair="least_squares", guard=False)
+    assert len(made.of(Assign)) < 8
+    mlpreduce.apply(model, made)
+    assert made.data is not None
+    assert made.data["cosine"][0] >= made.data["cosine_before"][0]

@@ -149,9 +149,9 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
                     found.left.append(path)
                 else:
                     found.values |= new
+                judging.end(starts[number])  # else it has not run
             whole.end(end)
             fitting.end(starts[number])
-            judging.end(starts[number])
             advance(1)
     with _in_all():
         outputs = [_output(reduced(images)) for images in held]
