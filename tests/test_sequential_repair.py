@@ -352,3 +352,18 @@ def test_mlps_that_need_no_repair_are_passed_by() -> None:
     mlpreduce.apply(model, made)
     assert made.data is not None
     assert made.data["cosine"][0] >= made.data["cosine_before"][0]
+
+
+def test_a_graph_is_judged_as_its_model_is() -> None:
+    model, images = lively(), pictures(96)
+    graph = mlpreduce.to_graph(copy.deepcopy(model))
+    plans = [
+        mlpreduce.plan(each, "shallow", ratio=0.25, criterion="l1", data=[images], repair="least_squares")
+        for each in (model, graph)
+    ]
+    assert plans[0].data is not None
+    assert plans[1].data is not None
+    assert plans[0].data["cosine"] == plans[1].data["cosine"]
+    values = [{edit.tensor: edit.value for edit in plan.of(Assign)} for plan in plans]
+    assert values[0].keys() == values[1].keys()
+    assert all(torch.equal(values[0][path], values[1][path]) for path in values[0])

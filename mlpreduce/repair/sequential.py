@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from mlpreduce.calibration import CHUNK, Samples, all_reduce, raise_together, telling
 from mlpreduce.calibration.samples import together
@@ -28,7 +28,7 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at, projection, tensor_of
 from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
 from mlpreduce.repair.nearness import Nearness, gathered, is_further, nearness
-from mlpreduce.repair.streams import Cut, Joint, find_joint, stopping_at
+from mlpreduce.repair.streams import Cut, Joint, find_joint, graph_from, stopping_at
 from mlpreduce.waiting import steps
 
 __all__ = ["InTurn", "repair_in_turn"]
@@ -113,12 +113,22 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
     whole, fitting, judging = (Cut(tree, blocks, stages) for tree in (dense, reduced, reduced))
     beyond = Cut(dense, blocks, stages, known=judging)
 
-    def given(end: int) -> torch.Tensor:
-        """What the whole model gives with the blocks before `end` from the reduced one; without blocks, the reduced one."""
+    def given(end: int, use: _Use) -> torch.Tensor:
+        """What the whole model gives with the blocks before `end`, whose last has this use, from the reduced one.
+
+        A graph begins at the stream behind it; what is no graph and has no blocks is judged with what follows reduced.
+        """
         outputs = []
         beyond.begin_at(end)
         with _in_all():
             for index, images in enumerate(held):
+                if isinstance(dense, fx.GraphModule) and use.dense.followed:
+                    streams: list[torch.Tensor] = []
+                    place = (use.reduced.place, use.reduced.at, use.reduced.output, streams.append)
+                    with stopping_at(reduced, [place]) as run:
+                        run(images)
+                    outputs.append(_output(graph_from(dense, use.dense, streams[0], images)))
+                    continue
                 with judging.at(index, end), stopping_at(reduced, judging.last(end)) as run:
                     last = run(images)
                 with beyond.at(index):
@@ -142,9 +152,10 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
             new, *_ = solved(fit, bias_alone=kind == "bias")
             found.fitted += 1
             if new:
-                without = given(end)
+                use = max(uses[path], key=lambda use: use.block)
+                without = given(end, use)
                 old = _exchanged(reduced, new)
-                if is_further(wanted, without, given(end)):
+                if is_further(wanted, without, given(end, use)):
                     _exchanged(reduced, old)
                     found.left.append(path)
                 else:

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from mlpreduce.graph import module_at
 
-__all__ = ["Cut", "Joint", "find_joint", "stopping_at"]
+__all__ = ["Cut", "Joint", "find_joint", "graph_from", "stopping_at"]
 
 _NEAR = 1e-3  # by which a change of z may differ from a factor times a change of y, of its size
 
@@ -263,6 +263,18 @@ class Cut:
 
 def _ignore(value: torch.Tensor) -> None:
     """What is remembered elsewhere."""
+
+
+def graph_from(tree: fx.GraphModule, joint: Joint, stream: torch.Tensor, images: torch.Tensor) -> Any:
+    """What a graph gives for images with another stream at a joint."""
+    calls = [node for node in tree.graph.nodes if node.op == "call_module" and node.target == joint.place]
+    place = calls[joint.at] if joint.output else calls[joint.at].args[0]
+
+    class Replaced(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            return stream if n is place else super().run_node(n)
+
+    return Replaced(tree).run(images)
 
 
 def _put_back(module: nn.Module, forward: Any) -> None:
