@@ -491,8 +491,12 @@ def _plans(rank: int, folder: str) -> None:
 
 DISTRIBUTED: list[dict[str, Any]] = [
     *({"criterion": name} for name in OF_DATA),
+    {"criterion": {"name": "reconstruction", "ridge": 1e-2}},
+    {"criterion": "l1", "repair": "parallel"},
     {"criterion": "l1", "repair": "least_squares"},
 ]
+# what is looked at together, or which half or part of the examples an image is in, matters to these
+SHARED = ({"criterion": "entropy_taylor"}, {"criterion": "gate"}, {"criterion": "reconstruction"}, DISTRIBUTED[-1])
 
 
 @pytest.mark.processes
@@ -503,7 +507,7 @@ def test_two_processes_make_the_plan_of_one(together: Together, tmp_path: Path) 
         assert one.to_json() == other.to_json()
         assert one.data is not None
         assert one.data["samples"] == 40
-        if config["criterion"] not in ("entropy_taylor", "gate"):  # what is looked at together matters to these
+        if config not in SHARED:
             alone = mlpreduce.plan(lively_vit(), "shallow", ratio=0.25, data=batches(8), **config)
             assert alone.of(Slice) == one.of(Slice)
             for mine, theirs in zip(alone.of(Assign), one.of(Assign), strict=True):
