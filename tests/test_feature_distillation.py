@@ -516,7 +516,8 @@ def _units(rank: int, folder: str, run: str) -> None:
 @pytest.mark.parametrize("count", [65, 2])
 @pytest.mark.processes
 def test_two_processes_choose_the_units_of_one(together: Together, trained: Path, tmp_path: Path, count: int) -> None:
-    run = _with_images(finetune(tmp_path, trained, GLOBAL, REPAIRED), count)  # of two, each process has one
+    repaired = {**REPAIRED, "repair": "parallel"}  # in turn, what is held out depends on the process that has it
+    run = _with_images(finetune(tmp_path, trained, GLOBAL, repaired), count)  # of two, each process has one
     together(_units, str(tmp_path), run.model_dump_json())
     model = build_model(run)
     assert all(torch.load(tmp_path / f"units{rank}.pt") == kept(model) for rank in range(2))

@@ -253,6 +253,10 @@ def all_do(run: Run, runtime: Runtime, doing: str, action: Callable[[], object] 
         wrong = f"{error.strerror or error} ({error.filename or run.directory})"
     except SafetensorError as error:
         wrong = str(error)
+    except ReductionError as error:
+        if not isinstance(error.__cause__, OSError | SafetensorError):
+            raise
+        wrong = str(error.__cause__)
     everyone: list[str | None] = [wrong]
     if runtime.world > 1:
         everyone = [None] * runtime.world
