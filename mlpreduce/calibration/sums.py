@@ -50,6 +50,12 @@ class UnitSums:
         if self.pairs is not None:
             self.pairs[half] += rows.T @ rows
 
+    def add_slopes(self, rows: torch.Tensor) -> None:
+        """Add gradients by what fc2 gives, (positions, outputs), where they were asked for."""
+        if self.wanted is not None:
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            self.wanted += rows.T @ rows
+
     def shares(self, norms: torch.Tensor, *, centred: bool) -> torch.Tensor:
         """The part of each unit in the output energy of its MLP, by the use where that is largest; (hidden units,).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ def measure_units(
         tree = quiet_copy(model)
         taps = Taps(tree, mlps, ("fc2",))
         sums = empty_sums(mlps, tree, pairs=pairs, slopes=slopes)
+        owners = [mlp for mlp in mlps if mlp.name in sums]
         if not sums:
             raise ReductionError("no MLP has a linear layer or a 1 x 1 convolution for fc2; use a criterion of weights")
         try:
@@ -54,7 +55,7 @@ def measure_units(
                 with telling(images):
                     if number == 0:
                         taps.check_examples(tree, images)
-                    with taps.recording(len(images)) as kept, _probing(tree, mlps if slopes else ()) as probes:
+                    with taps.recording(len(images)) as kept, _probing(tree, owners if slopes else ()) as probes:
                         if slopes:
                             total = objective_of(choice, tree, images, labels, loss)() * len(images)
                         else:
@@ -73,34 +74,24 @@ def measure_units(
 def _probing(tree: nn.Module, mlps: Sequence[MLP]) -> Iterator[list[tuple[str, int, torch.Tensor]]]:
     """Within, zeros that want gradients are added to what each fc2 gives: by owner, with the dimension of its features."""
     probes: list[tuple[str, int, torch.Tensor]] = []
-    leaves: dict[int, tuple[nn.Module, str]] = {}
-    for mlp in mlps:
-        module = module_at(tree, mlp.leaf("fc2").call)
-        assert module is not None
-        leaves.setdefault(id(module), (module, mlp.owner))
-    handles = []
-    for module, owner in leaves.values():
-        layer = projection(module)
-        assert layer is not None
+    with ExitStack() as stack:
+        for mlp in mlps:
+            module = module_at(tree, mlp.leaf("fc2").call)
+            if module is None or (layer := projection(module)) is None:
+                continue
 
-        def after(module: nn.Module, args: Any, output: Any, owner: str = owner, dim: int = layer.features) -> Any:
-            probe = torch.zeros_like(output, requires_grad=True)
-            probes.append((owner, dim, probe))
-            return output + probe
+            def after(
+                module: nn.Module, args: Any, output: Any, owner: str = mlp.owner, dim: int = layer.features
+            ) -> Any:
+                probe = torch.zeros_like(output, requires_grad=True)
+                probes.append((owner, dim, probe))
+                return output + probe
 
-        handles.append(module.register_forward_hook(after))
-    try:
+            stack.callback(module.register_forward_hook(after).remove)
         yield probes
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _add_slopes(sums: dict[str, UnitSums], probes: list[tuple[str, int, torch.Tensor]], total: torch.Tensor) -> None:
     slopes = torch.autograd.grad(total, [probe for *_, probe in probes], materialize_grads=True)
     for (owner, dim, _), slope in zip(probes, slopes, strict=True):
-        rows = slope.movedim(dim, -1).flatten(0, -2)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        wanted = sums[owner].wanted
-        assert wanted is not None
-        wanted += rows.T @ rows
+        sums[owner].add_slopes(slope.movedim(dim, -1).flatten(0, -2))
