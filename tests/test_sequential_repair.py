@@ -10,6 +10,7 @@ import timm
 import torch
 from helpers.kinds import KINDS, built
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import mlpreduce
 from mlpreduce.calibration import quiet_copy
@@ -367,3 +368,52 @@ def test_a_graph_is_judged_as_its_model_is() -> None:
     values = [{edit.tensor: edit.value for edit in plan.of(Assign)} for plan in plans]
     assert values[0].keys() == values[1].keys()
     assert all(torch.equal(values[0][path], values[1][path]) for path in values[0])
+
+
+class Wrapped(nn.Module):
+    """A ViT that gives what `form` makes of its logits."""
+
+    def __init__(self, model: nn.Module, form: Any) -> None:
+        super().__init__()
+        self.model, self.form = model, form
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.form(self.model(images))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: {"scores": x, "count": torch.arange(3)},
+        lambda x: (x, x.mean()),
+        lambda x: {"logits": x, "others": 9 * x.flip(0)},
+        lambda x: BaseModelOutputWithPooling(last_hidden_state=x[:, None], pooler_output=x),
+    ],
+)
+def test_any_output_can_be_judged(form: Any) -> None:
+    model, images = lively(), pictures(64)
+    plans = [
+        mlpreduce.plan(each, "shallow", ratio=0.5, data=[images], repair="least_squares", example_inputs=images[:2])
+        for each in (model, Wrapped(model, form))
+    ]
+    assert plans[0].data is not None
+    assert plans[1].data is not None
+    assert plans[1].data["cosine"] == pytest.approx(plans[0].data["cosine"])
+
+
+def test_outputs_that_say_nothing_of_each_image_are_refused() -> None:
+    model, images = Wrapped(lively(), lambda x: {"loss": x.mean()}), pictures(32)
+    with pytest.raises(
+        mlpreduce.ReductionError, match=r"gives a dict without a tensor of \d+ images.*use repair='parallel'"
+    ):
+        mlpreduce.plan(model, "shallow", ratio=0.5, data=[images], repair="least_squares", example_inputs=images[:2])
+    made = mlpreduce.plan(model, "shallow", ratio=0.5, data=[images], repair="parallel", example_inputs=images[:2])
+    assert made.of(Assign)
+
+
+def test_what_is_not_finite_is_further() -> None:
+    x = torch.randn(40, 6).double()
+    broken = x.clone()
+    broken[3] = torch.nan
+    assert is_further(x, 0.1 * x + torch.randn(40, 6).double(), broken)
+    assert not is_further(x[:1], x[:1], x[:1])

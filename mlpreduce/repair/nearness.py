@@ -33,9 +33,12 @@ def nearness(wanted: torch.Tensor, given: torch.Tensor) -> Nearness:
 
 
 def is_further(wanted: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether cosine or alignment falls by more than chance: the standard error of the change, by a jackknife over tenths."""
+    """Whether cosine or alignment falls by more than chance: the standard error of the change, by a jackknife over tenths.
+
+    What is not finite is further.
+    """
     every = torch.arange(len(wanted))
-    parts = [every[every % _PARTS != part] for part in range(min(_PARTS, len(wanted)))]
+    parts = [every[every % _PARTS != part] for part in range(min(_PARTS, len(wanted)))] if len(wanted) > 1 else [every]
     kernels = [features @ features.T for features in (wanted, before, after)]
     cosines = [torch.cosine_similarity(wanted, given, dim=1) for given in (before, after)]
 
@@ -47,7 +50,7 @@ def is_further(wanted: torch.Tensor, before: torch.Tensor, after: torch.Tensor) 
     left_out = torch.tensor([changes(some) for some in parts], dtype=torch.float64)
     count = len(parts)
     error = (left_out.var(0, correction=0) * (count - 1)).sqrt()
-    return any(change < -_ROUNDING - float(chance) for change, chance in zip(changes(every), error, strict=True))
+    return any(not change >= -_ROUNDING - float(chance) for change, chance in zip(changes(every), error, strict=True))
 
 
 def _alignment(one: torch.Tensor, other: torch.Tensor) -> float:

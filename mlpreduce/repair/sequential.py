@@ -14,18 +14,19 @@ Source: the asymmetric target of GPTAQ (arXiv 2504.02692), here for the weights 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from mlpreduce.calibration import CHUNK, Samples, all_reduce, raise_together, telling
 from mlpreduce.calibration.samples import together
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import MLP, module_at, projection, tensor_of
+from mlpreduce.graph import MLP, module_at, projection
 from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
 from mlpreduce.repair.nearness import Nearness, gathered, is_further, nearness
 from mlpreduce.repair.streams import Cut, Joint, find_joint, graph_from, stopping_at
@@ -104,7 +105,7 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
         ):
             blocks, stages = [], []  # a norm that several blocks share would be called less often
             uses = _uses(before, after, blocks, first)
-        parts = [[_output(tree(images)) for images in held] for tree in (dense, reduced)]
+        parts = [[_output(tree(images), len(images)) for images in held] for tree in (dense, reduced)]
     wanted, unrepaired = (gathered(part) for part in parts)
     found = InTurn(before=nearness(wanted, unrepaired), cut=bool(blocks), held=len(wanted))
     found.unfollowed = [use.name for some in uses.values() for use in some if not use.dense.followed]
@@ -127,12 +128,12 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
                     place = (use.reduced.place, use.reduced.at, use.reduced.output, streams.append)
                     with stopping_at(reduced, [place]) as run:
                         run(images)
-                    outputs.append(_output(graph_from(dense, use.dense, streams[0], images)))
+                    outputs.append(_output(graph_from(dense, use.dense, streams[0], images), len(images)))
                     continue
                 with judging.at(index, end), stopping_at(reduced, judging.last(end)) as run:
                     last = run(images)
                 with beyond.at(index):
-                    outputs.append(_output(dense(images) if blocks else last))
+                    outputs.append(_output(dense(images) if blocks else last, len(images)))
         return gathered(outputs)
 
     with steps(f"repair {kind}", len(order)) as advance:
@@ -165,7 +166,7 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
             fitting.end(starts[number])
             advance(1)
     with _in_all():
-        outputs = [_output(reduced(images)) for images in held]
+        outputs = [_output(reduced(images), len(images)) for images in held]
     repaired = gathered(outputs)
     if is_further(wanted, unrepaired, repaired):
         found.left, found.values, repaired = order, {}, unrepaired
@@ -307,6 +308,24 @@ def _exchanged(tree: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, to
     return old
 
 
-def _output(given: Any) -> torch.Tensor:
-    """What the model gives for each example, (examples, values)."""
-    return tensor_of(given, _OUTPUTS).detach().double().flatten(1)
+def _output(given: Any, count: int) -> torch.Tensor:
+    """What the model gives for each of so many examples, (examples, values).
+
+    Those are its logits or features if they have a name, else all that it gives for each.
+
+    Raises:
+        ReductionError: it gives nothing for each.
+    """
+    for name in _OUTPUTS:
+        named = given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
+        if isinstance(named, torch.Tensor):
+            given = named
+            break
+    values = [value for value in tree_leaves(given) if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    found = [value.detach().double().flatten(1) for value in values if value.dim() > 1 and len(value) == count]
+    if not found:
+        raise ReductionError(
+            f"repair: the model gives a {type(given).__name__} without a tensor of {count} images and their values, by which a "
+            f"repair is judged; wrap it so that it gives one, or use repair='parallel'"
+        )
+    return torch.cat(found, 1)
