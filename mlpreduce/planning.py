@@ -15,7 +15,7 @@ from torch import nn
 
 from mlpreduce.budget import Cost, measure, outcome
 from mlpreduce.builds import build_doubt
-from mlpreduce.calibration import Loss
+from mlpreduce.calibration import Loss, rereadable
 from mlpreduce.edits import Assign, Plan, Replace, Row, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import (
@@ -116,7 +116,7 @@ def make_plan(
             f'mlpreduce.create_model(name, "{transform}", {arguments}), or slice it: mlpreduce.apply(model, "shallow")'
         )
     found = mlps_or_raise(model, call, example_inputs) if found is None else found
-    mlps = found.mlps
+    mlps, data = found.mlps, rereadable(data)
     try:
         scope, left_out = _scope(entry, *select(mlps, include, exclude))
         if not scope:

@@ -22,8 +22,17 @@ from torch.utils.data import DataLoader, TensorDataset
 import mlpreduce
 from mlpreduce import ReductionError, criteria
 from mlpreduce.budget import Loss
-from mlpreduce.calibration import CHUNK, Samples, Taps, full_precision, measure, measure_scores, quiet_copy
-from mlpreduce.criteria import SITES, HiddenUnits, Seen, choose, list_criteria, register_criterion
+from mlpreduce.calibration import (
+    CHUNK,
+    Samples,
+    Taps,
+    full_precision,
+    measure,
+    measure_gates,
+    measure_scores,
+    quiet_copy,
+)
+from mlpreduce.criteria import SITES, HiddenUnits, Ranking, Seen, choose, list_criteria, register_criterion
 from mlpreduce.criteria.entropy_taylor import entropy
 from mlpreduce.edits import Assign, Plan, Slice
 from mlpreduce.graph import find_mlps
@@ -318,7 +327,6 @@ REFUSED = {
     "learning rate": (lambda: batches(8), {"name": "gate", "lr": 0.0}, r"lr is 0\.0; it must be a number above 0"),
     "another learning rate": (lambda: batches(8), {"name": "gate", "lr": "fast"}, "lr is 'fast'; it must be a number above 0"),
     "epochs": (lambda: batches(8), {"name": "gate", "epochs": 1.5}, r"epochs is 1\.5; it must be a whole number from 1"),
-    "read once": (lambda: iter(batches(8)), {"name": "gate", "epochs": 2}, "the data can be read once only"),
 }  # fmt: skip
 
 
@@ -331,6 +339,40 @@ def test_refused_data(case: str, unchanged: Callable[[nn.Module], Callable[[], N
         mlpreduce.apply(model, "shallow", criterion=criterion or "taylor", data=data())
     assert str(raised.value).startswith("shallow(criterion=")
     check()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"criterion": "l2", "repair": "least_squares"},  # the guard reads it too
+        {"criterion": "taylor", "repair": "parallel"},
+        {"criterion": {"name": "gate", "epochs": 2}},
+        {"criterion": "reconstruction", "repair": "bias"},
+    ],
+)
+def test_an_iterator_serves_as_a_list_does(config: dict[str, Any]) -> None:
+    plans = [
+        mlpreduce.plan(tiny_vit(), "shallow", ratio=0.5, data=data, **config)
+        for data in (batches(8), iter(batches(8)), (batch for batch in batches(8)))
+    ]
+    for other in plans[1:]:
+        assert other.to_json() == plans[0].to_json()
+
+
+def test_what_reads_by_itself_refuses_an_iterator_that_is_needed_again() -> None:
+    model = tiny_vit()
+    with pytest.raises(ReductionError, match="the data can be read once only"):
+        measure_gates(model, find_mlps(model), choose({"name": "gate", "epochs": 2}), iter(batches(8)))
+
+
+@pytest.mark.parametrize("answer", [Ranking([0, 1], [1.0, 2.0]), Ranking(torch.rand(128), torch.rand(128))])  # type: ignore[arg-type]
+def test_rankings_of_other_things_are_refused(answer: Ranking, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(criteria.registry, "_CRITERIA", dict(criteria.registry._CRITERIA))
+    register_criterion("ranked")(lambda units: answer)
+    with pytest.raises(
+        ReductionError, match=r"criterion ranked\(\) gave a Ranking of .*; give the order as a tensor of whole"
+    ):
+        mlpreduce.plan(tiny_vit(), "shallow", ratio=0.5, criterion="ranked")
 
 
 @pytest.mark.parametrize(
@@ -373,8 +415,10 @@ def test_refused_models(repair: bool, unchanged: Callable[[nn.Module], Callable[
     if repair:
         with pytest.raises(ReductionError, match=r"repair is 'least_square'; did you mean 'least_squares'"):
             mlpreduce.plan(tiny_vit(), "shallow", data=batches(8), repair="least_square")
+        used = iter(batches(8))
+        assert len(list(used)) == 5
         with pytest.raises(ReductionError, match=r"data is empty.*may be used up"):
-            mlpreduce.plan(tiny_vit(), "shallow", criterion="taylor", data=iter(batches(8)), repair="least_squares")
+            mlpreduce.plan(tiny_vit(), "shallow", criterion="taylor", data=used, repair="least_squares")
 
 
 def test_unlike_widths_and_a_uniform_width() -> None:
@@ -484,9 +528,10 @@ def _plans(rank: int, folder: str) -> None:
     assert made.data is not None
     assert made.data["samples"] == 2
     few = [] if rank else mine
-    made = mlpreduce.plan(lively_vit(), "shallow", criterion="gate", data=few)
-    assert made.data is not None
-    assert made.data["samples"] == 20
+    for config in ({"criterion": "gate"}, {"repair": "least_squares"}):
+        made = mlpreduce.plan(lively_vit(), "shallow", data=few, **config)
+        assert made.data is not None
+        assert made.data["samples"] == 20
 
 
 DISTRIBUTED: list[dict[str, Any]] = [

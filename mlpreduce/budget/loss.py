@@ -16,9 +16,9 @@ from mlpreduce.calibration import (
     Samples,
     Taps,
     all_reduce,
+    in_all,
     objective_of,
     quiet_copy,
-    raise_together,
     running,
     telling,
 )
@@ -143,16 +143,13 @@ class _Kept:
             gate = torch.zeros(1, self._taps.hidden[owner], device=self.device)
             gate[0, some] = 1
             gates[owner, "fc2"] = gate
-        total, problem = torch.zeros(2, dtype=torch.float64), None  # type: torch.Tensor, Exception | None
-        try:
+        total = torch.zeros(2, dtype=torch.float64)
+        with in_all():
             for images, labels in self.batches:
                 masks = {key: gate.to(images) for key, gate in gates.items()}
                 with telling(images), self._taps.multiplying(masks), torch.no_grad():
                     mean = objective_of(self._choice, self._tree, images, labels, self._function)()
                 total += torch.tensor([mean.double().item() * len(images), len(images)], dtype=torch.float64)
-        except Exception as error:  # whatever the model raises: the other processes are told
-            problem = error
-        raise_together(problem)
         total = all_reduce(total)
         found = float(total[0] / total[1])
         if not math.isfinite(found):

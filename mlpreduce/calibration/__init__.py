@@ -18,7 +18,7 @@ from mlpreduce.calibration.quiet import (
     quiet_copy,
     undisturbed_randomness,
 )
-from mlpreduce.calibration.samples import CHUNK, Samples, all_reduce, raise_together
+from mlpreduce.calibration.samples import CHUNK, Samples, all_reduce, in_all, rereadable
 from mlpreduce.calibration.taps import Taps
 
 __all__ = [
@@ -32,11 +32,12 @@ __all__ = [
     "all_reduce",
     "check_twice_differentiable",
     "full_precision",
+    "in_all",
     "measure_gates",
     "measure_scores",
     "objective_of",
     "quiet_copy",
-    "raise_together",
+    "rereadable",
     "running",
     "telling",
     "undisturbed_randomness",

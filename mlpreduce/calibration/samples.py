@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from mlpreduce.errors import ReductionError
 from mlpreduce.waiting import silent, steps
 
-__all__ = ["CHUNK", "Samples", "all_reduce", "raise_together", "together"]
+__all__ = ["CHUNK", "Samples", "all_reduce", "in_all", "raise_together", "rereadable", "together"]
 
 CHUNK = 16  # examples in one pass
 _IMAGES = ("pixel_values", "image", "images")
@@ -210,6 +210,41 @@ def _joined(
     labels = None if kept[0][1] is None else torch.cat([some for _, some in kept if some is not None])
     rest = (images[count:], None if labels is None else labels[count:])
     return (images[:count], None if labels is None else labels[:count]), [rest] if len(rest[0]) else []
+
+
+class _Replayed:
+    """The batches of an iterator, kept as they come, so that they can be read again."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._rest, self._kept = batches, []  # type: Iterator[Any], list[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._kept
+        for batch in self._rest:
+            self._kept.append(batch)
+            yield batch
+
+
+def rereadable(data: Any) -> Any:
+    """Data that can be read more than once: as it is, or if it is an iterator, such as a generator, with what it gave kept.
+
+    Example:
+        >>> data = rereadable(iter([1, 2]))
+        >>> list(data), list(data)
+        ([1, 2], [1, 2])
+    """
+    return _Replayed(data) if isinstance(data, Iterator) else data
+
+
+@contextmanager
+def in_all() -> Iterator[None]:
+    """Raise in all processes what one of them meets inside the block, so that none waits for it."""
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever the data raises, or the model
+        problem = error
+    raise_together(problem)
 
 
 def raise_together(problem: Exception | None) -> None:

@@ -95,6 +95,12 @@ class Choice:
             raise
         except Exception as error:  # whatever a user's criterion raises
             raise ReductionError(f"criterion {self} raised {type(error).__name__}: {error}") from error
+        parts = [found.order, found.scores] if isinstance(found, Ranking) else []
+        if parts and not (all(isinstance(p, torch.Tensor) for p in parts) and not parts[0].is_floating_point()):
+            raise ReductionError(
+                f"criterion {self} gave a Ranking of {' and '.join(type(p).__name__ for p in parts)}; give the order as a "
+                f"tensor of whole numbers, and the scores as one"
+            )
         if not isinstance(found, torch.Tensor | Ranking):
             raise ReductionError(f"criterion {self} gave a {type(found).__name__}; give a tensor")
         return found

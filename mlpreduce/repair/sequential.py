@@ -14,8 +14,7 @@ Source: the asymmetric target of GPTAQ (arXiv 2504.02692), here for the weights 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from mlpreduce.calibration import CHUNK, Samples, all_reduce, raise_together, telling
+from mlpreduce.calibration import CHUNK, Samples, all_reduce, in_all, telling
 from mlpreduce.calibration.samples import together
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at, projection
@@ -97,7 +96,7 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
     some: list[torch.Tensor | None] = [*batches[:1], None]
     first = next(images for images in together(some[0]) if images is not None)[:2]
     first = first.to(samples.device)
-    with telling(first), _in_all():
+    with telling(first), in_all():
         blocks, stages = _blocks(dense, every, first)
         uses = _uses(before, after, blocks, first)
         if any(
@@ -121,7 +120,7 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
         """
         outputs = []
         beyond.begin_at(end)
-        with _in_all():
+        with in_all():
             for index, images in enumerate(held):
                 if isinstance(dense, fx.GraphModule) and use.dense.followed:
                     streams: list[torch.Tensor] = []
@@ -142,7 +141,7 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
             for cut in (whole, fitting, judging):
                 cut.begin(min(starts[number:]))
             fit = replace(empty_fit(reduced, path), factor=uses[path][0].dense.factor)
-            with _in_all():
+            with in_all():
                 for index, images in enumerate(batches):
                     with telling(images):
                         _add(fit, uses[path], (dense, whole), (reduced, fitting), index, images, end, samples.rank)
@@ -165,24 +164,13 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
             whole.end(end)
             fitting.end(starts[number])
             advance(1)
-    with _in_all():
+    with in_all():
         outputs = [_output(reduced(images), len(images)) for images in held]
     repaired = gathered(outputs)
     if is_further(wanted, unrepaired, repaired):
         found.left, found.values, repaired = order, {}, unrepaired
     found.after = nearness(wanted, repaired)
     return found
-
-
-@contextmanager
-def _in_all() -> Iterator[None]:
-    """Raise in all processes what one of them meets inside the block."""
-    problem: Exception | None = None
-    try:
-        yield
-    except Exception as error:  # whatever the data raises, or the model
-        problem = error
-    raise_together(problem)
 
 
 def _read(samples: Samples, kind: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
