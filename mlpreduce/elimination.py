@@ -158,16 +158,17 @@ def _panel(
 
 
 def swapped(
-    weight: torch.Tensor, square: torch.Tensor, ridge: float, kept: Sequence[int], most: int
+    weight: torch.Tensor, square: torch.Tensor, ridge: float, kept: Sequence[int], most: int, *, groups: int = 1
 ) -> tuple[list[int], float, float]:
     """Exchange a kept input for one that went, as long as that lowers the error, at most so many times.
 
     Args:
         weight: as `eliminate`.
         square: as `eliminate`.
-        ridge: as `eliminate`; above 0.
+        ridge: as `eliminate`.
         kept: the inputs that are kept.
         most: exchanges.
+        groups: as `eliminate`; an input is exchanged for one of its group.
 
     Returns:
         The inputs kept, sorted, and the error before and after.
@@ -198,6 +199,8 @@ def swapped(
         gained = missing.square().sum(0) + 2 * share * alone + share.square() * fitted.square().sum(0)[:, None]
         beyond = left + share * cross
         change = cost[:, None] - gained / beyond
+        size = len(ridged) // groups
+        change[(some // size)[:, None] != (others // size)[None]] = torch.inf
         best = int(change.argmin())
         j, i = divmod(best, len(others))
         trial = [*inside[:j], *inside[j + 1 :], int(others[i])]

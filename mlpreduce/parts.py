@@ -307,7 +307,8 @@ class Parts(Sequence[MLP]):
                 f"be a multiple of {mlp.groups}"
             )
         wanted = width if mlp.groups == 1 else None
-        order = self.order(mlp, criterion, seed, wanted)
+        answer = self._answers.of(mlp, choose(criterion), seed, wanted)
+        order = as_order(answer)
         prices = choose(criterion).criterion.needs == "pairs"  # what a unit carries, itself
         shares = None if prices else self._answers.shares(mlp, read=guard is not False)
         if shares is not None:
@@ -315,7 +316,10 @@ class Parts(Sequence[MLP]):
             order = found.order
             for what, units in (("stay", found.stay), ("go", found.go)):
                 self._strong[what] += [f"{mlp.name} {unit} ({shares[unit]:.1%})" for unit in units]
-        return self.slice(mlp, first_units(mlp, order, width))
+        units = first_units(mlp, order, width)
+        if isinstance(answer, Ranking) and answer.refine is not None:
+            units = answer.refine(units)
+        return self.slice(mlp, units)
 
     def guard_notes(self, criterion: str | Mapping[str, Any]) -> list[str]:
         """What became of the units that carry most of what their MLP gives."""

@@ -43,7 +43,7 @@ def test_a_unit_that_carries_the_output_stays(data: list[torch.Tensor]) -> None:
     assert kept(alone, name) == list(range(64))
     assert kept(plan, name) == [*range(63), 77]
     (note,) = [note for note in plan.notes if note.startswith("guard: ")]
-    assert note.startswith("guard: 1 units stay that first() would drop: blocks.1.mlp 77 (")
+    assert note.startswith("guard: 1 unit stays that first() would drop: blocks.1.mlp 77 (")
     assert kept(plan, "blocks.0.mlp") == list(range(64))
 
 
@@ -60,8 +60,8 @@ def test_what_goes_though_it_is_strong_is_told(data: list[torch.Tensor]) -> None
     model = loud(77)
     few = mlpreduce.plan(model, "shallow", width=16, criterion="first", data=data)  # fewer than one in 32
     assert 77 not in kept(few, "blocks.1.mlp")
-    (note,) = [note for note in few.notes if "drops 1 units that carry much" in note]
-    assert "first() drops 1 units that carry much of what their MLP gives: blocks.1.mlp 77 (" in note
+    (note,) = [note for note in few.notes if "drops 1 of the units that carry much" in note]
+    assert "first() drops 1 of the units that carry much of what the MLP gives: blocks.1.mlp 77 (" in note
     assert 'choose criterion="reconstruction"' in note
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 import mlpreduce
 from mlpreduce.calibration import Answers
 from mlpreduce.criteria import Ranking, choose
+from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, find_mlps, module_at, projection
 from mlpreduce.testing import tiny_vit
@@ -181,6 +182,37 @@ def test_widths_are_nested_and_serve_every_target() -> None:
         assert all(units[0][name] < units[1][name] for name in units[0])
 
 
+@pytest.mark.parametrize("kind", ["plain", "groups"])
+def test_swaps_lower_the_error_at_the_width_that_is_kept(kind: str) -> None:
+    if kind == "plain":
+        model, side = tiny_vit().double().eval(), 16
+    else:
+        name, kwargs = KINDS[kind]
+        model, side = built(name, kwargs), kwargs["img_size"]
+    images = pictures(side=side).double()
+    mlps = find_mlps(model)
+    units = []
+    for swaps in (0, 40):
+        criterion = {"name": "reconstruction", "ridge": RIDGE, "swaps": swaps}
+        plan = mlpreduce.plan(model, "shallow", ratio=0.25, criterion=criterion, data=[images])
+        units.append({edit.mlp: list(edit.units) for edit in plan.of(Slice)})
+    rows = given(model, mlps, images)
+    better = 0
+    for mlp in mlps[:4]:
+        a, weight = rows[mlp.name], columns(model, mlp)
+        square = a.T @ a / len(a)
+        ridged = square + RIDGE * float(square.diagonal().mean()) * torch.eye(len(square), dtype=torch.float64)
+        wanted, errors = weight @ ridged, []
+        for some in (one[mlp.name] for one in units):
+            fitted = wanted[:, some] @ torch.linalg.inv(ridged[some][:, some])
+            errors.append(float((wanted * weight).sum() - (fitted * wanted[:, some]).sum()))
+            size = mlp.hidden_features // mlp.groups
+            assert len({sum(unit // size == group for unit in some) for group in range(mlp.groups)}) == 1
+        assert errors[1] <= errors[0] * (1 + 1e-9)
+        better += errors[1] < errors[0] * (1 - 1e-6)
+    assert better
+
+
 def test_dead_units_go_first() -> None:
     model = tiny_vit().eval()
     with torch.no_grad():
@@ -205,6 +237,7 @@ def test_dead_units_go_first() -> None:
     [
         ({"metric": "outputs"}, "metric"),
         ({"ridge": -1.0}, "ridge"),
+        ({"swaps": -1}, "swaps"),
         ({"ridge": 0.0}, "there are fewer rows than units, or units that never change"),
     ],
 )

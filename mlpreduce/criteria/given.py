@@ -73,10 +73,13 @@ class Ranking:
     Attributes:
         order: (hidden units,) whole numbers, the most important first.
         scores: (hidden units,) in floating point, which can be compared between MLPs.
+        refine: makes a better choice of the units that an order keeps at a width that is final, as many of each group; None if
+            the order is all there is. Such choices are not nested.
     """
 
     order: torch.Tensor
     scores: torch.Tensor
+    refine: Callable[[list[int]], list[int]] | None = None
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,12 @@ def guard_notes(criterion: str, stay: Sequence[str], go: Sequence[str]) -> list[
 
     notes = []
     if stay:
-        notes.append(f"guard: {len(stay)} units stay that {criterion} would drop: {some(stay)} of the output energy")
+        units = "1 unit stays" if len(stay) == 1 else f"{len(stay)} units stay"
+        notes.append(f"guard: {units} that {criterion} would drop: {some(stay)} of the output energy")
     if go:
         notes.append(
-            f"{criterion} drops {len(go)} units that carry much of what their MLP gives: {some(go)} of its output energy; keep "
+            f"{criterion} drops {len(go)} of the units that carry much of what the MLP gives: {some(go)} of "
+            f"its output energy; keep "
             f'wider MLPs with guard="auto", or choose criterion="reconstruction"'
         )
     return notes

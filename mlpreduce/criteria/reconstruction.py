@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from mlpreduce.criteria import Moments, Ranking, register_criterion
-from mlpreduce.elimination import eliminate, refit_error
-from mlpreduce.errors import ReductionError, check_number, check_one_of
+from mlpreduce.elimination import eliminate, refit_error, swapped
+from mlpreduce.errors import ReductionError, check_number, check_one_of, check_whole
 
 METRICS = ("output", "loss")
 _SILENT = 1e-10  # of the mean square of all units, below which a unit does nothing
@@ -25,7 +25,7 @@ def _at_the_loss(options: Mapping[str, Any]) -> bool:
 
 
 @register_criterion("reconstruction", needs="pairs", with_loss=_at_the_loss)
-def reconstruction(seen: Moments, *, metric: str = "output", ridge: float | None = None) -> Ranking:
+def reconstruction(seen: Moments, *, metric: str = "output", ridge: float | None = None, swaps: int = 0) -> Ranking:
     """Units in the order in which they are missed, when all others make up for them as well as they can.
 
     The scores of the units that go add up to the squared error of what the MLP gives at a position, after a refit of fc2 and
@@ -37,6 +37,9 @@ def reconstruction(seen: Moments, *, metric: str = "output", ridge: float | None
         ridge: added to the mean squares of the units, as a part of their mean: the larger, the less is made of how units
             correlate on few data. By default the one with which half of the units, on half of the examples, come nearest to
             what the MLP gives on the other half.
+        swaps: how often at most, at the width that is kept, a unit is exchanged for one that went, each time the pair that
+            lowers the error most. Choices of several widths are then no longer parts of each other. As in OSSCAR (arXiv
+            2403.12983).
 
     Raises:
         ReductionError: fewer positions than units and a ridge of 0.
@@ -44,6 +47,7 @@ def reconstruction(seen: Moments, *, metric: str = "output", ridge: float | None
     check_one_of("criterion reconstruction: metric", metric, METRICS)
     if ridge is not None:
         check_number("criterion reconstruction: ridge", ridge)
+    check_whole("criterion reconstruction: swaps", swaps, least=0)
     square = seen.products(centred=seen.folded)
     scale = float(square.diagonal().mean())
     if not scale:  # no unit ever does anything
@@ -55,8 +59,13 @@ def reconstruction(seen: Moments, *, metric: str = "output", ridge: float | None
             raise ReductionError("criterion reconstruction: no gradients were measured")
         weight = _root(seen.wanted) @ weight
     share = _chosen(seen, weight) if ridge is None else ridge
-    found = eliminate(weight, square, share * scale, groups=seen.units.mlp.groups)
-    return Ranking(found.order, found.scores)
+    groups = seen.units.mlp.groups
+    found = eliminate(weight, square, share * scale, groups=groups)
+
+    def exchanged(kept: list[int]) -> list[int]:
+        return swapped(weight, square, share * scale, kept, swaps, groups=groups)[0]
+
+    return Ranking(found.order, found.scores, exchanged if swaps else None)
 
 
 def _root(wanted: torch.Tensor) -> torch.Tensor:
