@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -176,21 +177,21 @@ def test_killed_and_resumed(tmp_path: Path, mark: str) -> None:
 
 
 @pytest.fixture
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a database of a server that ends with the test."""
+def postgres() -> Iterator[str]:
+    """The URL of a database of a server that ends with the test.
+
+    Its files lie beside pytest's folders: those are made private each time another process of the tests takes one.
+    """
     pytest.importorskip("psycopg", reason="psycopg is not installed")
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not found and shutil.which("initdb") is None:
         pytest.skip("there is no PostgreSQL server: apt-get install postgresql")
     programs = found[-1].parent if found else Path(str(shutil.which("initdb"))).parent
-    folder = tmp_path_factory.mktemp("postgres")
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
     person: list[str] = []
     if os.geteuid() == 0:  # the server refuses to be run by root
         person = ["runuser", "-u", "postgres", "--"]
         shutil.chown(folder, "postgres")
-        for parent in folder.parents:
-            if parent.owner() == "root" and parent.stat().st_mode & 0o005 == 0:
-                parent.chmod(parent.stat().st_mode | 0o011)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -205,6 +206,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"postgresql+psycopg://me@127.0.0.1:{port}/postgres"
     finally:
         call("pg_ctl", "-D", str(folder / "data"), "-m", "immediate", "stop")
+        shutil.rmtree(folder)
 
 
 @pytest.mark.postgres
