@@ -290,6 +290,20 @@ def test_moments_make_it_the_nearest_on_those_inputs() -> None:
     assert bool(LowRankLinear.from_linear(layer, 3, moments=silent).down.isfinite().all())
 
 
+def test_the_bias_takes_up_the_means_where_they_are_known() -> None:
+    layer, x = dense(), tokens().flatten(0, 1) + torch.arange(12)
+    beside = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    made = LowRankLinear.from_linear(layer, 3, moments=beside.T @ beside)
+    error = float((made(x) - layer(x)).detach().square().sum())
+    y = (x @ layer.weight.T).detach()
+    assert error == pytest.approx(float(torch.linalg.svdvals(y - y.mean(0))[3:].square().sum()), rel=1e-3)
+    without = LowRankLinear.from_linear(layer, 3, moments=x.T @ x)
+    assert error < 0.95 * float((without(x) - layer(x)).detach().square().sum())
+    bare = nn.Linear(12, 8, bias=False).double()
+    one, other = (LowRankLinear.from_linear(bare, 3, moments=m) for m in (beside.T @ beside, x.T @ x))
+    torch.testing.assert_close(one.merged().weight, other.merged().weight)  # nothing takes the means there
+
+
 def test_a_new_low_rank_layer_starts_as_strong_as_a_linear() -> None:
     torch.manual_seed(0)
     made, plain = LowRankLinear(256, 512, 64), nn.Linear(256, 512)

@@ -121,7 +121,8 @@ class LowRankLinear(StandIn):
             rank: features between.
             energy: in place of the rank, the share of the energy to keep, in (0, 1]; the rank is the least that does.
             moments: (inputs, inputs), sums of products of the inputs. With them what is nearest is W x over those inputs, and
-                not W.
+                not W. Or (inputs + 1, inputs + 1), of the inputs with a 1 beside them, as calibration gives them: then the bias
+                takes up the means, and what varies is nearest.
 
         Raises:
             ReductionError: neither or both of rank and energy, one out of range, or moments of another size.
@@ -130,14 +131,17 @@ class LowRankLinear(StandIn):
         weight = weight_of(layer, call).double()
         if (rank is None) == (energy is None):
             raise ReductionError(f"{call}: give one of rank and energy")
-        root = None
+        root, mean = None, weight.new_zeros(weight.shape[1])
         if moments is not None:
-            if moments.shape != (weight.shape[1], weight.shape[1]) or not bool(moments.isfinite().all()):
-                raise ReductionError(
-                    f"{call}: moments are {tuple(moments.shape)}; give finite ones of {weight.shape[1]} inputs"
-                )
-            sums = moments.to(weight)
-            ridge = RIDGE * sums.diagonal().mean() + torch.finfo(torch.float64).tiny
+            inputs = weight.shape[1]
+            if moments.shape not in ((inputs,) * 2, (inputs + 1,) * 2) or not bool(moments.isfinite().all()):
+                raise ReductionError(f"{call}: moments are {tuple(moments.shape)}; give finite ones of {inputs} inputs")
+            sums = moments.to(weight)[:inputs, :inputs]
+            lost = torch.finfo(torch.float64).eps * inputs * sums.diagonal().max()  # by taking the means away
+            if len(moments) > inputs and layer.bias is not None:
+                mean = moments.to(weight)[:-1, -1] / moments[-1, -1]
+                sums = sums - moments[-1, -1].double() * torch.outer(mean, mean)
+            ridge = RIDGE * sums.diagonal().mean() + lost + torch.finfo(torch.float64).tiny
             root, failed = torch.linalg.cholesky_ex(sums + ridge * torch.eye(len(sums)).to(sums))
             if failed:
                 raise ReductionError(
@@ -159,7 +163,8 @@ class LowRankLinear(StandIn):
             made.up.copy_(left[:, :rank] * scale)
             made.down.copy_(scale[:, None] * down)
             if made.bias is not None:
-                made.bias.copy_(layer.bias)
+                off = weight - made.up.double() @ made.down.double()
+                made.bias.copy_(layer.bias.double() + off @ mean)
         made._kept = float(shares[rank - 1]) if bool(values.any()) else 1.0
         return made
 
