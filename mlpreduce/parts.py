@@ -174,7 +174,9 @@ class Parts(Sequence[MLP]):
         return [(path, m) for path, m in named if m._parameters and is_leaf(m) and not path.startswith(blocks)]
 
     def moments(self, leaf: Leaf) -> torch.Tensor:
-        """Sums of x x^T, x what an expanding or contracting layer is given on the calibration data: (inputs, inputs), float64.
+        """Sums of x x^T, x what an expanding or contracting layer is given on the calibration data, and a 1.
+
+        They are (inputs + 1, inputs + 1), in float64; padding is left out.
 
         Raises:
             ReductionError: there is no data, or it is not what is needed.

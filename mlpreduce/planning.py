@@ -116,7 +116,7 @@ def make_plan(
             f'mlpreduce.create_model(name, "{transform}", {arguments}), or slice it: mlpreduce.apply(model, "shallow")'
         )
     found = mlps_or_raise(model, call, example_inputs) if found is None else found
-    mlps, data = found.mlps, rereadable(data)
+    mlps, data = found.mlps, rereadable(data, model)
     try:
         scope, left_out = _scope(entry, *select(mlps, include, exclude))
         if not scope:

@@ -15,6 +15,7 @@ from torch import nn
 import mlpreduce
 from mlpreduce import ReductionError
 from mlpreduce import recipe as recipes
+from mlpreduce.calibration import Batch
 from mlpreduce.calibration.similarity import cka, outputs_of
 from mlpreduce.edits import Plan
 from mlpreduce.recipe.schema import runs
@@ -66,7 +67,7 @@ def test_similarity_puts_those_together_that_give_the_like(
 def test_similarity_is_that_of_the_probe() -> None:
     """Where all tokens count: of few images, the probe takes all."""
     model, batch = tiny_vit().eval(), images(20)
-    rows = outputs_of(model, mlpreduce.find_mlps(model), batch, 10**6)
+    rows = outputs_of(model, mlpreduce.find_mlps(model), Batch(batch), 10**6)
     expected = layer_similarity(model, batch)
     for mine, theirs in zip(cka(rows), expected, strict=True):
         assert mine == pytest.approx(theirs)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import mlpreduce
-from mlpreduce.calibration import quiet_copy
+from mlpreduce.calibration import Batch, quiet_copy
 from mlpreduce.edits import Assign
 from mlpreduce.graph import find_mlps
 from mlpreduce.repair.fit import RIDGES
@@ -207,7 +207,7 @@ def test_the_stream_is_found(kind: str) -> None:
         for mlp in find_mlps(model):
             dim = -1 if "conv" not in kind else 1
             joint = find_joint(
-                tree, mlp.leaf("fc2").call, 0, mlp.block, dim, pictures(2, side=kwargs.get("img_size", 64))
+                tree, mlp.leaf("fc2").call, 0, mlp.block, dim, Batch(pictures(2, side=kwargs.get("img_size", 64)))
             )
             assert joint.followed, mlp.name
             scale = getattr(model.get_submodule(mlp.block), "ls2", None)
@@ -242,8 +242,8 @@ def test_where_no_stream_is_found_the_mlps_own_output_is_wanted() -> None:
     data = [torch.randn(64, 5, 6).double()]
     mlp = find_mlps(model, data[0][:2])[0]
     with torch.no_grad():
-        assert not find_joint(quiet_copy(model), mlp.leaf("fc2").call, 0, "", -1, data[0][:2]).followed
-        assert find_joint(quiet_copy(model), mlp.leaf("fc2").call, 0, mlp.name, -1, data[0][:2]).followed
+        assert not find_joint(quiet_copy(model), mlp.leaf("fc2").call, 0, "", -1, Batch(data[0][:2])).followed
+        assert find_joint(quiet_copy(model), mlp.leaf("fc2").call, 0, mlp.name, -1, Batch(data[0][:2])).followed
 
 
 def test_runs_that_begin_at_a_block_give_the_same() -> None:

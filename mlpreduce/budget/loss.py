@@ -124,6 +124,7 @@ class _Kept:
     def __init__(self, model: nn.Module, mlps: list[MLP], choice: Choice, data: Any, loss: LossFunction | None) -> None:
         own = choice.criterion.objective is not None
         samples = Samples(data, model, labels=not own, compared=own)
+        self._like = samples.like
         self.device, self._choice, self._function = samples.device, choice, loss
         self.batches: list[Any] = []
         problem: Exception | None = None
@@ -145,11 +146,11 @@ class _Kept:
             gates[owner, "fc2"] = gate
         total = torch.zeros(2, dtype=torch.float64)
         with in_all():
-            for images, labels in self.batches:
-                masks = {key: gate.to(images) for key, gate in gates.items()}
-                with telling(images), self._taps.multiplying(masks), torch.no_grad():
-                    mean = objective_of(self._choice, self._tree, images, labels, self._function)()
-                total += torch.tensor([mean.double().item() * len(images), len(images)], dtype=torch.float64)
+            for batch, labels in self.batches:
+                masks = {key: gate.to(self._like) for key, gate in gates.items()}
+                with telling(batch), self._taps.multiplying(masks), torch.no_grad():
+                    mean = objective_of(self._choice, self._tree, batch, labels, self._function)()
+                total += torch.tensor([mean.double().item() * len(batch), len(batch)], dtype=torch.float64)
         total = all_reduce(total)
         found = float(total[0] / total[1])
         if not math.isfinite(found):

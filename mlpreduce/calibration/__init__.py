@@ -9,13 +9,15 @@ mode and full precision, whose tensors are the model's own.
 from __future__ import annotations
 
 from mlpreduce.calibration.answers import Answers
+from mlpreduce.calibration.batches import Batch
 from mlpreduce.calibration.learn import measure_gates
-from mlpreduce.calibration.measure import Loss, Measured, measure_scores, objective_of, running, telling
+from mlpreduce.calibration.measure import Loss, Measured, measure_scores, objective_of, telling
 from mlpreduce.calibration.quiet import (
     CHECKPOINTING,
     check_twice_differentiable,
     full_precision,
     quiet_copy,
+    running,
     undisturbed_randomness,
 )
 from mlpreduce.calibration.samples import CHUNK, Samples, all_reduce, in_all, rereadable
@@ -25,6 +27,7 @@ __all__ = [
     "CHECKPOINTING",
     "CHUNK",
     "Answers",
+    "Batch",
     "Loss",
     "Measured",
     "Samples",

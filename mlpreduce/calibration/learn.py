@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlpreduce.calibration.measure import Loss, Measured, objective_of, running, telling
-from mlpreduce.calibration.quiet import quiet_copy
+from mlpreduce.calibration.measure import Loss, Measured, objective_of, telling
+from mlpreduce.calibration.quiet import quiet_copy, running
 from mlpreduce.calibration.samples import Samples, all_reduce
 from mlpreduce.calibration.taps import Taps
 from mlpreduce.criteria import Choice, Ranking
@@ -46,10 +46,7 @@ def measure_gates(
     with running(samples.device, gradients=True), samples.shown(f"criterion {choice.criterion.name}", epochs):
         tree = quiet_copy(model)
         taps = Taps(tree, mlps, ("fc2",))
-        gates = {
-            key: gate[:1]
-            for key, gate in taps.gates(1, torch.empty(0, device=samples.device, dtype=samples.dtype)).items()
-        }
+        gates = {key: gate[:1] for key, gate in taps.gates(1, samples.like).items()}
         gates = {key: nn.Parameter(gate.detach()) for key, gate in gates.items()}
         optimizer = torch.optim.Adam(gates.values(), lr=lr)
         for _ in range(epochs):
@@ -58,14 +55,14 @@ def measure_gates(
                 flat = torch.zeros(sum(gate.numel() for gate in gates.values()) + 2, dtype=torch.float64)
                 try:
                     if problem is None and (batch := next(batches, None)) is not None:
-                        images, labels = batch
-                        with telling(images), taps.multiplying(gates):
-                            total = objective_of(choice, tree, images, labels, loss)() * len(images)
+                        inputs, labels = batch
+                        with telling(inputs), taps.multiplying(gates):
+                            total = objective_of(choice, tree, inputs, labels, loss)() * len(inputs)
                         slopes = torch.autograd.grad(
                             total, list(gates.values()), allow_unused=True, materialize_grads=True
                         )
                         flat = torch.cat(
-                            [*(s.flatten().cpu().double() for s in slopes), flat.new_tensor([len(images), 0])]
+                            [*(s.flatten().cpu().double() for s in slopes), flat.new_tensor([len(inputs), 0])]
                         )
                 except Exception as error:  # whatever the data raises, or the model: the other processes are told
                     problem = error

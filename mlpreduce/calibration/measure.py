@@ -11,12 +11,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mlpreduce.calibration.quiet import (
-    check_twice_differentiable,
-    full_precision,
-    quiet_copy,
-    undisturbed_randomness,
-)
+from mlpreduce.calibration.batches import Batch, described
+from mlpreduce.calibration.quiet import check_twice_differentiable, quiet_copy, running
 from mlpreduce.calibration.samples import Samples
 from mlpreduce.calibration.sums import UnitSums, add_calls, empty_sums, shared, take_back
 from mlpreduce.calibration.taps import Gates, Taps
@@ -24,7 +20,7 @@ from mlpreduce.criteria import Choice, Ranking, Seen, derived_seed
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, tensor_of
 
-__all__ = ["Loss", "Measured", "measure_scores", "objective_of", "running", "telling"]
+__all__ = ["Loss", "Measured", "measure_scores", "objective_of", "telling"]
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 
@@ -91,25 +87,25 @@ def _sums(
     sums = {mlp.owner: torch.zeros(mlp.hidden_features, dtype=torch.float64, device="cpu") for mlp in mlps}
     problem: Exception | None = None
     try:
-        for number, (images, labels) in enumerate(samples.chunks()):
-            with telling(images):
+        for number, (batch, labels) in enumerate(samples.chunks()):
+            with telling(batch):
                 if number == 0:
-                    taps.check_examples(tree, images)
-                with given.recording(len(images)) as kept:
+                    taps.check_examples(tree, batch)
+                with given.recording(len(batch)) as kept:
                     if criterion.needs == "images":
-                        tree(images)
+                        batch.run(tree)
                         seen = {owner: Seen(torch.cat(calls, 1), {}, {}) for owner, calls in kept.items() if calls}
                     else:
-                        objective = objective_of(choice, tree, images, labels, loss)
-                        seen = _changes(taps, objective, images, signs, criterion.name)
-            add_calls(units, kept, samples.rank)
+                        objective = objective_of(choice, tree, batch, labels, loss)
+                        seen = _changes(taps, objective, len(batch), samples.like, signs, criterion.name)
+            add_calls(units, kept, samples.rank, batch.mask)
             for owner, what in seen.items():
                 value = choice.values(what)
                 if isinstance(value, Ranking):
                     raise ReductionError(f"criterion {choice} gave a Ranking for a few examples; give values of each")
-                if tuple(value.shape) != (len(images), len(sums[owner])):
+                if tuple(value.shape) != (len(batch), len(sums[owner])):
                     raise ReductionError(
-                        f"criterion {choice} gave values of shape {tuple(value.shape)} for {len(images)} examples and "
+                        f"criterion {choice} gave values of shape {tuple(value.shape)} for {len(batch)} examples and "
                         f"{len(sums[owner])} hidden units of {owner}; give one for each of both"
                     )
                 sums[owner] += value.detach().cpu().double().sum(0)
@@ -121,18 +117,7 @@ def _sums(
 
 
 @contextmanager
-def running(device: torch.device, *, gradients: bool) -> Iterator[None]:
-    """Full precision, undisturbed random states, with or without gradients."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(gradients))
-        stack.enter_context(full_precision(device))
-        stack.enter_context(undisturbed_randomness(device))
-        yield
-
-
-@contextmanager
-def telling(images: torch.Tensor) -> Iterator[None]:
+def telling(batch: Batch) -> Iterator[None]:
     """Tell what the model was given where its own code raises."""
     try:
         yield
@@ -140,23 +125,23 @@ def telling(images: torch.Tensor) -> Iterator[None]:
         if isinstance(error, ReductionError):
             raise
         raise ReductionError(
-            f"the model does not run on images {tuple(images.shape)} of the data: {type(error).__name__}: "
+            f"the model does not run on {described(batch)} of the data: {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else 'no reason'}"
         ) from error
 
 
 def objective_of(
-    choice: Choice, tree: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, loss: Loss | None
+    choice: Choice, tree: nn.Module, batch: Batch, labels: torch.Tensor | None, loss: Loss | None
 ) -> Callable[[], torch.Tensor]:
-    """The mean loss of a few images."""
+    """The mean loss of a few examples."""
     own = choice.criterion.objective
     if loss is not None and not callable(loss):
         raise ReductionError(f"loss is {loss!r}; give a function of what the model gives and labels")
 
     def value() -> torch.Tensor:
         if own is not None:
-            return own(tree, images)
-        output = tree(images)
+            return batch.seen_by(own, tree)
+        output = batch.run(tree)
         try:
             found: Any = (loss or _cross_entropy)(output, labels)  # type: ignore[arg-type]
         except Exception as error:  # whatever a user's loss raises
@@ -179,16 +164,16 @@ def _cross_entropy(output: Any, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _changes(
-    taps: Taps, objective: Callable[[], torch.Tensor], images: torch.Tensor, signs: Sequence[Gates], name: str
+    taps: Taps, objective: Callable[[], torch.Tensor], count: int, like: torch.Tensor, signs: Sequence[Gates], name: str
 ) -> dict[str, Seen]:
     """Derivatives of the loss of each example by a factor on each unit, and along random signs the second ones."""
-    gates = taps.gates(len(images), images)
+    gates = taps.gates(count, like)
     keys, values = list(gates), list(gates.values())
     with ExitStack() as stack:
         if signs:  # the fused kernels of attention have no second derivative
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(taps.multiplying(gates))
-        total = objective() * len(images)
+        total = objective() * count
         slopes = torch.autograd.grad(total, values, create_graph=bool(signs), allow_unused=True, materialize_grads=True)
         bend = {key: torch.zeros_like(value, requires_grad=False) for key, value in gates.items()}
         for sign in signs:

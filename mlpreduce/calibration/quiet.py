@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,14 @@ from torch import nn
 
 from mlpreduce.graph import structural_copy
 
-__all__ = ["CHECKPOINTING", "check_twice_differentiable", "full_precision", "quiet_copy", "undisturbed_randomness"]
+__all__ = [
+    "CHECKPOINTING",
+    "check_twice_differentiable",
+    "full_precision",
+    "quiet_copy",
+    "running",
+    "undisturbed_randomness",
+]
 
 CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # flags of timm and transformers
 
@@ -48,6 +55,17 @@ def undisturbed_randomness(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+@contextmanager
+def running(device: torch.device, *, gradients: bool) -> Iterator[None]:
+    """Full precision, undisturbed random states, with or without gradients."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        stack.enter_context(full_precision(device))
+        stack.enter_context(undisturbed_randomness(device))
+        yield
 
 
 def quiet_copy(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Calibration data: images, and their labels where they are needed, a few at a time."""
+"""Calibration data: what a model is called with, and labels where they are needed, a few examples at a time."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from mlpreduce.calibration.batches import Batch, Labelled, accepted, calls_of, chunked, read_batch
+from mlpreduce.calibration.quiet import quiet_copy, running
 from mlpreduce.errors import ReductionError
+from mlpreduce.graph import tensors_in
 from mlpreduce.waiting import silent, steps
 
 __all__ = ["CHUNK", "Samples", "all_reduce", "in_all", "raise_together", "rereadable", "together"]
 
 CHUNK = 16  # examples in one pass
-_IMAGES = ("pixel_values", "image", "images")
-_LABELS = ("labels", "label")
 
 Value = TypeVar("Value")
 
 
 class Samples:
-    """Examples out of any iterable of batches: images, (images, labels), or a dictionary with them.
+    """Examples out of any iterable of batches: inputs, (inputs, labels), or a dictionary with both, see `read_batch`.
 
     Attributes:
         count: examples that were read, over all processes, once `finish` was called.
@@ -34,10 +35,10 @@ class Samples:
         rank: of this process.
 
     Args:
-        data: the iterable, or one batch of images.
+        data: the iterable, one batch, or a function that is given a model and calls it with each batch.
         model: gives the device and the type of its inputs.
         labels: whether labels are needed.
-        compared: whether the images of one pass are compared with each other, so that a few must not be left alone.
+        compared: whether the examples of one pass are compared with each other, so that a few must not be left alone.
 
     Raises:
         ReductionError: there is no data, or the model is in half precision or without weights, here or in another process.
@@ -51,7 +52,10 @@ class Samples:
         except ReductionError as error:
             problem = error
         raise_together(problem)
-        self._data = [data] if isinstance(data, torch.Tensor) else data
+        self._data = [data] if isinstance(data, torch.Tensor | Mapping) else data
+        if callable(data) and not isinstance(data, Iterable):
+            self._data = _Called(data, model)
+        self._names = accepted(model)
         self.device, self.dtype, self.labels = parameter.device, parameter.dtype, labels
         self._most = 2 * CHUNK - 1 if compared else CHUNK - 1  # examples of the last pass
         self.count = 0
@@ -60,6 +64,11 @@ class Samples:
         self.fingerprint = ""
         self._read = False
         self._advance: Callable[[int], None] = _unseen
+
+    @property
+    def like(self) -> torch.Tensor:
+        """An empty tensor of the model's place and type."""
+        return torch.empty(0, device=self.device, dtype=self.dtype)
 
     @contextmanager
     def shown(self, what: str, passes: int = 1) -> Iterator[None]:
@@ -81,82 +90,72 @@ class Samples:
             finally:
                 self._advance = _unseen
 
-    def chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Images and labels, `CHUNK` examples at a time, whatever the batches are; the last time what is left.
+    def chunks(self) -> Iterator[Labelled]:
+        """Batches and labels, `CHUNK` examples at a time, whatever the loader's batches are; the last time what is left.
 
-        Where images are compared, what is left goes with the last `CHUNK` examples.
+        Where examples are compared, what is left goes with the last `CHUNK`. Token ids of another length begin anew.
 
         Raises:
-            ReductionError: what the loader gives are no images, or not finite, or labels are missing.
+            ReductionError: what the loader gives is nothing to call a model with, or not finite, or labels are missing.
         """
         if self._read and iter(self._data) is self._data:
             raise ReductionError("the data can be read once only, and is needed again; give a list or a DataLoader")
         first, self._read = not self._read, True
-        kept: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        waiting = 0
-        for batch in self._data:
-            images, labels = self._parts(batch)
+        for batch, labels in chunked(self._batches(first), CHUNK, self._most):
+            yield batch.placed(self.device, self.dtype), None if labels is None else labels.to(self.device)
+            self._advance(len(batch))
+
+    def _batches(self, first: bool) -> Iterator[Labelled]:
+        """The batches of the loader; those of the first reading count."""
+        shapes: list[tuple[int, ...]] | None = None
+        for given in self._data:
+            batch, labels = self._parts(given)
             if first:
-                self._note(images, labels)
-            if kept and (there := tuple(kept[0][0].shape[1:])) != tuple(images.shape[1:]):
+                self._note(batch, labels)
+            if shapes is not None and shapes != batch.shapes and batch.floats:
                 raise ReductionError(
-                    f"data has images of shapes {there} and {tuple(images.shape[1:])}, which do not go together"
+                    f"data has images of shapes {shapes[0]} and {batch.shapes[0]}, which do not go together"
                 )
-            for start in range(0, len(images), CHUNK):
-                kept.append(
-                    (images[start : start + CHUNK], labels if labels is None else labels[start : start + CHUNK])
-                )
-                waiting += len(kept[-1][0])
-                while waiting > self._most:
-                    chunk, kept = _joined(kept, CHUNK)
-                    waiting -= CHUNK
-                    yield self._placed(*chunk)
-                    self._advance(CHUNK)
-        if kept:
-            yield self._placed(*_joined(kept, waiting)[0])
-            self._advance(waiting)
+            shapes = batch.shapes
+            yield batch, labels
 
-    def _parts(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Images and labels of one batch."""
-        images, labels = batch, None
-        if isinstance(batch, Mapping):
-            images = next((batch[key] for key in _IMAGES if key in batch), None)
-            labels = next((batch[key] for key in _LABELS if key in batch), None)
-        elif isinstance(batch, (list, tuple)):
-            images, labels = (*batch, None)[:2] if batch else (None, None)
-        if not isinstance(images, torch.Tensor):
-            keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+    def _parts(self, given: Any) -> Labelled:
+        """One batch, checked, and its labels."""
+        inputs, labels = read_batch(given, *self._names)
+        if inputs is None:
+            keys = f" with {', '.join(map(str, given))}" if isinstance(given, Mapping) else ""
             raise ReductionError(
-                f"data has a {type(batch).__name__}{keys} for a batch; it must be a tensor of images, (images, labels), or a "
-                f"dictionary with {' or '.join(_IMAGES)}, and {' or '.join(_LABELS)} if a loss is needed"
+                f"data has a {type(given).__name__}{keys} for a batch; it must be a tensor, (inputs, labels), or a dictionary "
+                f"with arguments of the model, pixel_values or image, and labels or label if a loss is needed"
             )
-        if images.dim() < 2:
+        batch = Batch(inputs)
+        tensors = tensors_in(inputs)
+        if tensors[0].dim() < 2:
             raise ReductionError(
-                f"data has a batch of shape {tuple(images.shape)}; its first dimension must be of images"
+                f"data has a batch of shape {tuple(tensors[0].shape)}; its first dimension must be of examples"
             )
-        if not images.is_floating_point():
-            raise ReductionError(f"data has images of {images.dtype}; give them as the model takes them, normalised")
-        if not images.isfinite().all():
-            raise ReductionError(f"data has an image that is not finite, within {self.count + len(images)} examples")
+        if not batch.floats and tensors[0].dim() > 2:
+            raise ReductionError(
+                f"data has images of {tensors[0].dtype}; give them as the model takes them, normalised"
+            )
+        if not all(tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()):
+            raise ReductionError(f"data has an example that is not finite, within {self.count + len(batch)} examples")
         if not self.labels:
-            return images, None
-        if not isinstance(labels, torch.Tensor) or labels.dim() < 1 or len(labels) != len(images):
-            given = f"labels of shape {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else "no labels"
+            return batch, None
+        if not isinstance(labels, torch.Tensor) or labels.dim() < 1 or len(labels) != len(batch):
+            what = f"labels of shape {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else "no labels"
             raise ReductionError(
-                f"data has {given} for {len(images)} images, which the loss needs; give (images, labels)"
+                f"data has {what} for {len(batch)} examples, which the loss needs; give (inputs, labels)"
             )
-        return images, labels
+        return batch, labels
 
-    def _note(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
-        self.count += len(images)
-        for digest, values in zip(self._digests, (images, labels), strict=True):
-            if values is not None:
+    def _note(self, batch: Batch, labels: torch.Tensor | None) -> None:
+        self.count += len(batch)
+        every: list[list[torch.Tensor]] = [tensors_in(batch.inputs), [] if labels is None else [labels]]
+        for digest, some in zip(self._digests, every, strict=True):
+            for values in some:
                 flat = values.detach().cpu().contiguous().reshape(-1)
                 digest.update(flat.view(torch.uint8).numpy().tobytes())
-
-    def _placed(self, images: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        images = images.detach().to(self.device, self.dtype)
-        return images, None if labels is None else labels.to(self.device)
 
     def finish(self, sums: dict[Any, torch.Tensor], problem: Exception | None) -> dict[Any, torch.Tensor]:
         """Sums over all processes, once each has read its data; all raise what one of them has met.
@@ -178,7 +177,7 @@ def _check(data: Any, model: nn.Module, parameter: torch.Tensor, labels: bool) -
     if data is None:
         wanted = "of (images, labels)" if labels else "of images"
         raise ReductionError(f"needs calibration data; give data=, a loader {wanted}")
-    if not isinstance(data, Iterable):
+    if not isinstance(data, Iterable) and not callable(data):
         raise ReductionError(f"data is a {type(data).__name__}; give a loader, or a list of batches")
     if parameter.is_meta:
         raise ReductionError("needs to run the model, which is on the meta device; give it weights first")
@@ -202,16 +201,6 @@ def _expected(data: Any) -> int | None:
     return sum(map(len, firsts)) if all(isinstance(one, torch.Tensor) and one.dim() for one in firsts) else None
 
 
-def _joined(
-    kept: list[tuple[torch.Tensor, torch.Tensor | None]], count: int
-) -> tuple[tuple[torch.Tensor, torch.Tensor | None], list[tuple[torch.Tensor, torch.Tensor | None]]]:
-    """The first examples of what is kept, and the others."""
-    images = torch.cat([some for some, _ in kept])
-    labels = None if kept[0][1] is None else torch.cat([some for _, some in kept if some is not None])
-    rest = (images[count:], None if labels is None else labels[count:])
-    return (images[:count], None if labels is None else labels[:count]), [rest] if len(rest[0]) else []
-
-
 class _Replayed:
     """The batches of an iterator, kept as they come, so that they can be read again."""
 
@@ -225,15 +214,33 @@ class _Replayed:
             yield batch
 
 
-def rereadable(data: Any) -> Any:
-    """Data that can be read more than once: as it is, or if it is an iterator, such as a generator, with what it gave kept.
+class _Called:
+    """What a function calls a model with, as batches; it runs once, when they are first read."""
+
+    def __init__(self, run: Callable[[nn.Module], Any], model: nn.Module) -> None:
+        self._run, self._model, self._kept = run, model, []  # type: Callable[[nn.Module], Any], nn.Module, list[Batch]
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._kept:
+            device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+            with running(device, gradients=False):
+                self._kept = calls_of(quiet_copy(self._model), self._run)
+        return iter(self._kept)
+
+
+def rereadable(data: Any, model: nn.Module) -> Any:
+    """Data that can be read more than once: of an iterator, such as a generator, with what it gave kept.
+
+    A function is run on a copy of the model, and what it calls that with is the data.
 
     Example:
-        >>> data = rereadable(iter([1, 2]))
+        >>> data = rereadable(iter([1, 2]), nn.Identity())
         >>> list(data), list(data)
         ([1, 2], [1, 2])
     """
-    return _Replayed(data) if isinstance(data, Iterator) else data
+    if isinstance(data, Iterator):
+        return _Replayed(data)
+    return _Called(data, model) if callable(data) and not isinstance(data, Iterable) else data
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlpreduce.calibration.measure import Measured, running, telling
-from mlpreduce.calibration.quiet import quiet_copy
+from mlpreduce.calibration.batches import Batch
+from mlpreduce.calibration.measure import Measured, telling
+from mlpreduce.calibration.quiet import quiet_copy, running
 from mlpreduce.calibration.samples import Samples, together
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at, projection
@@ -47,11 +48,11 @@ def measure_similarity(
     with running(samples.device, gradients=False), samples.shown("similarity of the MLPs"):
         tree = quiet_copy(model)
         try:
-            for images, _ in samples.chunks():
+            for batch, _ in samples.chunks():
                 if kept and sum(map(len, kept[0])) >= _TOKENS * _IMAGES:
                     continue
-                with telling(images):
-                    for rows, output in zip(kept, outputs_of(tree, mlps, images, _TOKENS), strict=True):
+                with telling(batch):
+                    for rows, output in zip(kept, outputs_of(tree, mlps, batch, _TOKENS), strict=True):
                         rows.append(output.cpu())
         except Exception as error:  # whatever the data raises, or the model: the other processes are told
             problem = error
@@ -90,19 +91,19 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
     return cka([x, y])[0][1]
 
 
-def outputs_of(model: nn.Module, mlps: Sequence[MLP], images: torch.Tensor, most: int) -> list[torch.Tensor]:
-    """For each MLP the outputs (examples, features) for some images, at most `most` examples of each image."""
+def outputs_of(model: nn.Module, mlps: Sequence[MLP], batch: Batch, most: int) -> list[torch.Tensor]:
+    """For each MLP the outputs (examples, features) for some examples, at most `most` positions of each."""
     leaves = [module_at(model, mlp.leaf("fc2").call) for mlp in mlps]
     calls: dict[int, list[torch.Tensor]] = {id(leaf): [] for leaf in leaves}
 
     def keep(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         layer = projection(module)
         output = output.movedim(-1 if layer is None else layer.features, -1)
-        calls[id(module)].append(output.reshape(len(images), -1, output.shape[-1]))
+        calls[id(module)].append(output.reshape(len(batch), -1, output.shape[-1]))
 
     handles = [leaf.register_forward_hook(keep) for leaf in {id(leaf): leaf for leaf in leaves}.values() if leaf]
     try:
-        model(images)
+        batch.run(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -118,7 +119,7 @@ def outputs_of(model: nn.Module, mlps: Sequence[MLP], images: torch.Tensor, most
         return [output.mean(1) for output in found]
     (count,) = counts
     taken = min(most, count)
-    tokens = torch.arange(taken, device=images.device) * count // taken
+    tokens = torch.arange(taken, device=found[0].device) * count // taken
     return [output[:, tokens].flatten(0, 1) for output in found]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at, projection
 
-__all__ = ["UnitSums", "add_calls", "empty_sums", "shared", "take_back"]
+__all__ = ["UnitSums", "add_calls", "empty_sums", "live_rows", "shared", "take_back"]
 
 _TENSORS = ("rows", "total", "squares", "pairs", "wanted")
 
@@ -40,9 +40,8 @@ class UnitSums:
     biased: bool
     examples: int = 0
 
-    def add(self, use: int, half: int, hidden: torch.Tensor) -> None:
-        """Add what fc2 was given, (examples, positions, hidden units). Products are of its type, sums float64."""
-        rows = hidden.flatten(0, 1)
+    def add(self, use: int, half: int, rows: torch.Tensor) -> None:
+        """Add what fc2 was given, (positions, hidden units). Products are of its type, sums float64."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         self.rows[use, half] += len(rows)
         self.total[use, half] += rows.sum(0, dtype=torch.float64)
@@ -88,13 +87,27 @@ def empty_sums(mlps: Sequence[MLP], tree: nn.Module, *, pairs: bool, slopes: boo
     return found
 
 
-def add_calls(sums: Mapping[str, UnitSums], kept: Mapping[str, Sequence[torch.Tensor]], rank: int) -> None:
-    """Add what each fc2 was given in its calls, (examples, positions, hidden units) each."""
+def live_rows(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The rows of values (examples, ..., features), but for positions that are padding; (rows, features)."""
+    if mask is not None and values.shape[:-1] == mask.shape:
+        return values[mask]
+    return values.flatten(0, -2)
+
+
+def add_calls(
+    sums: Mapping[str, UnitSums],
+    kept: Mapping[str, Sequence[torch.Tensor]],
+    rank: int,
+    mask: torch.Tensor | None = None,
+) -> None:
+    """Add what each fc2 was given in its calls, (examples, positions, hidden units) each, but for padding."""
     for owner, calls in kept.items():
         for number, hidden in enumerate(calls if owner in sums else ()):
             for half in range(2):
-                if len(some := hidden.detach()[(half + rank) % 2 :: 2]):  # so that one image in each process is enough
-                    sums[owner].add(min(number, len(sums[owner].rows) - 1), half, some)
+                pick = slice((half + rank) % 2, None, 2)  # so that one example in each process is enough
+                if len(some := hidden.detach()[pick]):
+                    rows = live_rows(some, None if mask is None else mask[pick])
+                    sums[owner].add(min(number, len(sums[owner].rows) - 1), half, rows)
 
 
 def shared(sums: Mapping[str, UnitSums]) -> dict[Any, torch.Tensor]:

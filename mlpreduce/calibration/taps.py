@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mlpreduce.calibration.batches import Batch
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, Leaf, module_at, projection
 
@@ -107,27 +108,34 @@ class Taps:
                 handle.remove()
 
     @torch.no_grad()
-    def check_examples(self, tree: nn.Module, images: torch.Tensor) -> None:
-        """Whether every MLP has the examples along the first dimension, one after the other: one with NaN spoils no other.
+    def check_examples(self, tree: nn.Module, batch: Batch) -> None:
+        """Whether every MLP has the examples along the first dimension, one after the other: a spoilt one spoils no other.
 
         Raises:
             ReductionError: an MLP has not.
         """
-        pair = torch.cat([images[:1], torch.full_like(images[:1], torch.nan)])
+        first, spoilt = batch[:1], batch[:1].spoilt()
         with self.recording(2) as pairs:
-            tree(pair)
+            Batch.joined([first, spoilt]).run(tree)
         with self.recording(1) as alone:
-            tree(images[:1])
+            first.run(tree)
         for owner, calls in pairs.items():
             if not all(call.isfinite().all() for call in alone[owner]):
                 raise ReductionError(
-                    f"what {owner} makes of the first image is not finite; look at the weights and the data"
+                    f"what {owner} makes of the first example is not finite; look at the weights and the data"
                 )
-            if any(not call[0].isfinite().all() or call[1].isfinite().all() for call in calls):
+            if not all(_apart(*both, batch.floats) for both in zip(calls, alone[owner], strict=True)):
                 raise ReductionError(
-                    f"{owner} does not have the images one after the other along its first dimension, so that what a unit "
-                    f"does cannot be told by image; use a criterion of the weights"
+                    f"{owner} does not have the examples one after the other along its first dimension, so that what a unit "
+                    f"does cannot be told by example; use a criterion of the weights"
                 )
+
+
+def _apart(pair: torch.Tensor, alone: torch.Tensor, floats: bool) -> bool:
+    """Whether the first of a pair is as alone, whatever the second is."""
+    if floats:
+        return bool(pair[0].isfinite().all()) and not bool(pair[1].isfinite().all())
+    return torch.allclose(pair[:1], alone, rtol=1e-2, atol=1e-3 * float(alone.abs().max()))
 
 
 def _tap(mlp: MLP, leaf: Leaf, module: nn.Module) -> _Tap | None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlpreduce.calibration.measure import Loss, Measured, objective_of, running, telling
-from mlpreduce.calibration.quiet import quiet_copy
+from mlpreduce.calibration.measure import Loss, Measured, objective_of, telling
+from mlpreduce.calibration.quiet import quiet_copy, running
 from mlpreduce.calibration.samples import Samples
 from mlpreduce.calibration.sums import UnitSums, add_calls, empty_sums, shared, take_back
 from mlpreduce.calibration.taps import Taps
@@ -51,16 +51,16 @@ def measure_units(
         if not sums:
             raise ReductionError("no MLP has a linear layer or a 1 x 1 convolution for fc2; use a criterion of weights")
         try:
-            for number, (images, labels) in enumerate(samples.chunks()):
-                with telling(images):
+            for number, (batch, labels) in enumerate(samples.chunks()):
+                with telling(batch):
                     if number == 0:
-                        taps.check_examples(tree, images)
-                    with taps.recording(len(images)) as kept, _probing(tree, owners if slopes else ()) as probes:
+                        taps.check_examples(tree, batch)
+                    with taps.recording(len(batch)) as kept, _probing(tree, owners if slopes else ()) as probes:
                         if slopes:
-                            total = objective_of(choice, tree, images, labels, loss)() * len(images)
+                            total = objective_of(choice, tree, batch, labels, loss)() * len(batch)
                         else:
-                            tree(images)
-                add_calls(sums, kept, samples.rank)
+                            batch.run(tree)
+                add_calls(sums, kept, samples.rank, batch.mask)
                 if slopes:
                     _add_slopes(sums, probes, total)
         except Exception as error:  # whatever the data raises, or the model: the other processes are told

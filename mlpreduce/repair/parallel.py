@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlpreduce.calibration import Samples, telling
+from mlpreduce.calibration import Batch, Samples, telling
+from mlpreduce.calibration.sums import live_rows
 from mlpreduce.graph import MLP, module_at, projection
 from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
 
@@ -42,10 +43,11 @@ def repair_alone(before: Model, after: Model, samples: Samples) -> tuple[dict[st
     fits = _fits(after[0], after[1])
     with samples.shown("repair parallel"):
         try:
-            for images, _ in samples.chunks():
+            for batch, _ in samples.chunks():
                 for half in range(2):
-                    # so that one image in each process is enough
-                    if len(some := images[(half + samples.rank) % 2 :: 2]):
+                    # so that one example in each process is enough
+                    if len(range((half + samples.rank) % 2, len(batch), 2)):
+                        some = batch[(half + samples.rank) % 2 :: 2]
                         with telling(some):
                             _add(before, after, fits, half, some)
         except Exception as error:  # whatever the data raises, or the model: the other processes are told
@@ -81,8 +83,8 @@ def _fits(tree: nn.Module, uses: Sequence[MLP]) -> dict[int, Fit]:
     return fits
 
 
-def _add(before: Model, after: Model, fits: Mapping[int, Fit], half: int, images: torch.Tensor) -> None:
-    """Run both models on a few images, the reduced MLPs on inputs of the unreduced ones, and add to the sums."""
+def _add(before: Model, after: Model, fits: Mapping[int, Fit], half: int, batch: Batch) -> None:
+    """Run both models on a few examples, the reduced MLPs on inputs of the unreduced ones, and add to the sums."""
     given: dict[str, torch.Tensor] = {}  # what fc1 is given, and what fc2 gives, at each place
 
     def note_input(place: str, module: nn.Module, args: Any) -> None:
@@ -97,17 +99,19 @@ def _add(before: Model, after: Model, fits: Mapping[int, Fit], half: int, images
     def add_output(place: str, module: nn.Module, args: Any, output: Any) -> None:
         layer = projection(module)
         assert layer is not None
-        rows = [t.movedim(layer.features, -1).flatten(0, -2).double() for t in (args[0], given.pop(place), output)]
+        rows = [
+            live_rows(t.movedim(layer.features, -1), batch.mask).double() for t in (args[0], given.pop(place), output)
+        ]
         add_rows(fits[id(module)], half, rows[0], rows[1], rows[1] - rows[2])
 
     with ExitStack() as stack:
         _hook(stack, before, "fc1", note_input)
         _hook(stack, before, "fc2", note_output)
-        before[0](images)
+        batch.run(before[0])
     with ExitStack() as stack:
         _hook(stack, after, "fc1", replace_input)
         _hook(stack, after, "fc2", add_output)
-        after[0](images)
+        batch.run(after[0])
 
 
 def _hook(stack: ExitStack, model: Model, role: str, hook: Callable[..., Any]) -> None:

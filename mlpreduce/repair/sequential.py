@@ -22,8 +22,10 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from mlpreduce.calibration import CHUNK, Samples, all_reduce, in_all, telling
+from mlpreduce.calibration import CHUNK, Batch, Samples, all_reduce, in_all, telling
+from mlpreduce.calibration.batches import chunked
 from mlpreduce.calibration.samples import together
+from mlpreduce.calibration.sums import live_rows
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at, projection
 from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
@@ -36,6 +38,11 @@ __all__ = ["InTurn", "repair_in_turn"]
 _HELD = 4  # one in so many examples is held out
 _FEWEST = 8  # examples, below which all are fitted and judged by
 _OUTPUTS = ("logits", "pooler_output", "last_hidden_state")
+_OF_TEXT = (
+    "logits",
+    "last_hidden_state",
+    "pooler_output",
+)  # many encoders of text have a pooler that was never trained
 
 Model = tuple[nn.Module, Sequence[MLP]]  # with its MLPs that are repaired, all uses
 
@@ -93,9 +100,9 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
     """
     dense, reduced = before[0], after[0]
     batches, held = _read(samples, kind)
-    some: list[torch.Tensor | None] = [*batches[:1], None]
-    first = next(images for images in together(some[0]) if images is not None)[:2]
-    first = first.to(samples.device)
+    some: list[Batch | None] = [*batches[:1], None]
+    first = next(batch for batch in together(some[0]) if batch is not None)[:2]
+    first = first.placed(samples.device, samples.dtype)
     with telling(first), in_all():
         blocks, stages = _blocks(dense, every, first)
         uses = _uses(before, after, blocks, first)
@@ -104,7 +111,7 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
         ):
             blocks, stages = [], []  # a norm that several blocks share would be called less often
             uses = _uses(before, after, blocks, first)
-        parts = [[_output(tree(images), len(images)) for images in held] for tree in (dense, reduced)]
+        parts = [[_output(batch.run(tree), batch) for batch in held] for tree in (dense, reduced)]
     wanted, unrepaired = (gathered(part) for part in parts)
     found = InTurn(before=nearness(wanted, unrepaired), cut=bool(blocks), held=len(wanted))
     found.unfollowed = [use.name for some in uses.values() for use in some if not use.dense.followed]
@@ -121,18 +128,18 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
         outputs = []
         beyond.begin_at(end)
         with in_all():
-            for index, images in enumerate(held):
+            for index, batch in enumerate(held):
                 if isinstance(dense, fx.GraphModule) and use.dense.followed:
                     streams: list[torch.Tensor] = []
                     place = (use.reduced.place, use.reduced.at, use.reduced.output, streams.append)
                     with stopping_at(reduced, [place]) as run:
-                        run(images)
-                    outputs.append(_output(graph_from(dense, use.dense, streams[0], images), len(images)))
+                        run(batch)
+                    outputs.append(_output(graph_from(dense, use.dense, streams[0], batch), batch))
                     continue
                 with judging.at(index, end), stopping_at(reduced, judging.last(end)) as run:
-                    last = run(images)
+                    last = run(batch)
                 with beyond.at(index):
-                    outputs.append(_output(dense(images) if blocks else last, len(images)))
+                    outputs.append(_output(batch.run(dense) if blocks else last, batch))
         return gathered(outputs)
 
     with steps(f"repair {kind}", len(order)) as advance:
@@ -142,9 +149,9 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
                 cut.begin(min(starts[number:]))
             fit = replace(empty_fit(reduced, path), factor=uses[path][0].dense.factor)
             with in_all():
-                for index, images in enumerate(batches):
-                    with telling(images):
-                        _add(fit, uses[path], (dense, whole), (reduced, fitting), index, images, end, samples.rank)
+                for index, batch in enumerate(batches):
+                    with telling(batch):
+                        _add(fit, uses[path], (dense, whole), (reduced, fitting), index, batch, end, samples.rank)
             fit = replace(
                 fit, square=all_reduce(fit.square), cross=all_reduce(fit.cross), wanted=all_reduce(fit.wanted)
             )
@@ -165,7 +172,7 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
             fitting.end(starts[number])
             advance(1)
     with in_all():
-        outputs = [_output(reduced(images), len(images)) for images in held]
+        outputs = [_output(batch.run(reduced), batch) for batch in held]
     repaired = gathered(outputs)
     if is_further(wanted, unrepaired, repaired):
         found.left, found.values, repaired = order, {}, unrepaired
@@ -173,25 +180,32 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
     return found
 
 
-def _read(samples: Samples, kind: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _read(samples: Samples, kind: str) -> tuple[list[Batch], list[Batch]]:
     """Batches to fit on, and those held out."""
-    chunks: list[torch.Tensor] = []
+    chunks: list[Batch] = []
     problem: Exception | None = None
     with samples.shown(f"repair {kind}: data"):
         try:
-            chunks += [images for images, _ in samples.chunks()]
+            chunks += [batch for batch, _ in samples.chunks()]
         except Exception as error:  # whatever the data raises: the other processes are told
             problem = error
         samples.finish({}, problem)
-    images = torch.cat(chunks) if chunks else torch.empty(0)
-    if len(images) < _FEWEST:
-        batches = list(images.split(CHUNK)) if len(images) else []
-        return batches, batches
-    out = torch.arange(len(images), device=images.device) % _HELD == _HELD - 1
-    return list(images[~out].split(CHUNK)), list(images[out].split(CHUNK))
+    if sum(map(len, chunks)) < _FEWEST:
+        return chunks, chunks
+    fitted, held, start = [], [], 0
+    for batch in chunks:
+        out = torch.arange(start, start + len(batch)) % _HELD == _HELD - 1
+        fitted.append(batch[~out])
+        held.append(batch[out])
+        start += len(batch)
+    return _chunked(fitted), _chunked(held)
 
 
-def _blocks(tree: nn.Module, mlps: Sequence[MLP], images: torch.Tensor) -> tuple[list[str], list[str]]:
+def _chunked(batches: Sequence[Batch]) -> list[Batch]:
+    return [batch for batch, _ in chunked(((batch, None) for batch in batches if len(batch)), CHUNK, CHUNK - 1)]
+
+
+def _blocks(tree: nn.Module, mlps: Sequence[MLP], batch: Batch) -> tuple[list[str], list[str]]:
     """Paths and stages of the blocks of MLPs, in order, if each is a module that is called once, and none lies in another."""
     found = {mlp.block: mlp.stage for mlp in mlps}
     calls: list[str] = []
@@ -202,7 +216,7 @@ def _blocks(tree: nn.Module, mlps: Sequence[MLP], images: torch.Tensor) -> tuple
             return [], []
         handles.append(module.register_forward_pre_hook(lambda m, args, path=path: calls.append(path)))
     try:
-        tree(images)
+        batch.run(tree)
     finally:
         for handle in handles:
             handle.remove()
@@ -210,7 +224,7 @@ def _blocks(tree: nn.Module, mlps: Sequence[MLP], images: torch.Tensor) -> tuple
     return ([], []) if calls != list(found) or nested else (list(found), list(found.values()))
 
 
-def _uses(before: Model, after: Model, blocks: Sequence[str], images: torch.Tensor) -> dict[str, list[_Use]]:
+def _uses(before: Model, after: Model, blocks: Sequence[str], batch: Batch) -> dict[str, list[_Use]]:
     """Calls of each fc2 that is refitted, by its path in the reduced model."""
     found: dict[str, list[_Use]] = {}
     paths: dict[int, str] = {}
@@ -224,8 +238,8 @@ def _uses(before: Model, after: Model, blocks: Sequence[str], images: torch.Tens
             )
         path = paths.setdefault(id(modules[1]), theirs.leaf("fc2").call)
         call = dense_calls[id(modules[0])] = dense_calls.get(id(modules[0]), -1) + 1
-        joint = find_joint(before[0], ours.leaf("fc2").call, call, ours.block, layer.features, images)
-        mine = find_joint(after[0], path, len(found.get(path, ())), theirs.block, layer.features, images)
+        joint = find_joint(before[0], ours.leaf("fc2").call, call, ours.block, layer.features, batch)
+        mine = find_joint(after[0], path, len(found.get(path, ())), theirs.block, layer.features, batch)
         if (joint.place, joint.output) != (mine.place, mine.output) or not joint.followed:
             joint, mine = (
                 replace(one, place=one.leaf, at=one.call, output=True, factor=torch.ones_like(one.factor))
@@ -243,7 +257,7 @@ def _add(
     whole: tuple[nn.Module, Cut],
     part: tuple[nn.Module, Cut],
     index: int,
-    images: torch.Tensor,
+    batch: Batch,
     until: int,
     rank: int,
 ) -> None:
@@ -261,26 +275,27 @@ def _add(
             places.append((joint.place, joint.at, joint.output, take(number, what)))
     for (tree, cut), places in ((whole, wanted), (part, given)):
         with cut.at(index, until), stopping_at(tree, [*places, *cut.last(until)]) as run:
-            run(images)
+            run(batch)
     for number, use in enumerate(uses):
 
         def rows(what: str, number: int = number, use: _Use = use) -> torch.Tensor:
             value = taken[number, what]
             value = value.movedim(use.dim, -1)
-            if len(value) % len(images):
+            if len(value) % len(batch):
                 raise ReductionError(
-                    f"{use.name} does not have the images along its first dimension, so that a repair cannot judge by half "
+                    f"{use.name} does not have the examples along its first dimension, so that a repair cannot judge by half "
                     f"of them; exclude it"
                 )
-            return value.reshape(len(images), -1, value.shape[-1])
+            return value.reshape(len(batch), -1, value.shape[-1])
 
         a, y, z, z_r = (rows(what) for what in ("a", "y", "z", "z_r"))
         weight = z.double().var(-1, correction=0).reciprocal() if use.weighed else None
         for half in range(2):
             pick = slice((half + rank) % 2, None, 2)  # so that one image in each process is enough
             if len(z[pick]):
-                inputs, given_y, missing = (value[pick].flatten(0, 1) for value in (a, y, z - z_r))
-                counts = None if weight is None else weight[pick].flatten()
+                mask = None if batch.mask is None else batch.mask[pick]
+                inputs, given_y, missing = (live_rows(value[pick], mask) for value in (a, y, z - z_r))
+                counts = None if weight is None else live_rows(weight[pick][..., None], mask)[:, 0]
                 add_rows(fit, half, inputs, given_y * use.dense.factor.to(y), missing, counts)
 
 
@@ -296,24 +311,31 @@ def _exchanged(tree: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, to
     return old
 
 
-def _output(given: Any, count: int) -> torch.Tensor:
-    """What the model gives for each of so many examples, (examples, values).
+def _output(given: Any, batch: Batch) -> torch.Tensor:
+    """What the model gives for each example, (examples, values).
 
-    Those are its logits or features if they have a name, else all that it gives for each.
+    Those are its logits or features if they have a name, else all that it gives for each. What it gives for each token of a
+    text is averaged over those that are no padding.
 
     Raises:
         ReductionError: it gives nothing for each.
     """
-    for name in _OUTPUTS:
+    for name in _OUTPUTS if batch.floats else _OF_TEXT:
         named = given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
         if isinstance(named, torch.Tensor):
             given = named
             break
     values = [value for value in tree_leaves(given) if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    found = [value.detach().double().flatten(1) for value in values if value.dim() > 1 and len(value) == count]
+    found = []
+    for value in (value.detach().double() for value in values if value.dim() > 1 and len(value) == len(batch)):
+        if value.dim() == 3 and not batch.floats:
+            mask = batch.mask
+            live = value.new_ones(value.shape[:2]) if mask is None or mask.shape != value.shape[:2] else mask.to(value)
+            value = (value * live[..., None]).sum(1) / live.sum(1, keepdim=True).clamp(min=1)
+        found.append(value.flatten(1))
     if not found:
         raise ReductionError(
-            f"repair: the model gives a {type(given).__name__} without a tensor of {count} images and their values, by which a "
-            f"repair is judged; wrap it so that it gives one, or use repair='parallel'"
+            f"repair: the model gives a {type(given).__name__} without a tensor of {len(batch)} examples and their values, by "
+            f"which a repair is judged; wrap it so that it gives one, or use repair='parallel'"
         )
     return torch.cat(found, 1)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from mlpreduce.calibration import Batch
 from mlpreduce.graph import module_at
 
 __all__ = ["Cut", "Joint", "find_joint", "graph_from", "stopping_at"]
@@ -56,7 +57,7 @@ class _Stop(Exception):
 def stopping_at(
     tree: nn.Module, wanted: Sequence[tuple[str, int, bool, Callable[[torch.Tensor], Any]]]
 ) -> Iterator[Any]:
-    """Within, call `run(images)` to run a model until all of these places were passed; what it gives if it comes to its end.
+    """Within, call `run(batch)` to run a model until all of these places were passed; what it gives if it comes to its end.
 
     Args:
         tree: the model.
@@ -96,11 +97,11 @@ def stopping_at(
 
         handles.append(module.register_forward_hook(after) if key[1] else module.register_forward_pre_hook(before))
 
-    def run(images: Any) -> Any:
+    def run(batch: Batch) -> Any:
         left[0] = len(wanted)
         counts.update(dict.fromkeys(places, 0))
         with suppress(_Stop):
-            return tree(images)
+            return batch.run(tree)
 
     try:
         yield run
@@ -109,7 +110,7 @@ def stopping_at(
             handle.remove()
 
 
-def find_joint(tree: nn.Module, leaf: str, call: int, block: str, dim: int, images: torch.Tensor) -> Joint:
+def find_joint(tree: nn.Module, leaf: str, call: int, block: str, dim: int, batch: Batch) -> Joint:
     """Where the output of an fc2 enters a stream.
 
     Args:
@@ -118,19 +119,19 @@ def find_joint(tree: nn.Module, leaf: str, call: int, block: str, dim: int, imag
         call: which call of it.
         block: path of the block around it.
         dim: the dimension of features in what it gives.
-        images: a few.
+        batch: a few examples.
     """
     fc2 = module_at(tree, leaf)
     assert fc2 is not None
     candidates = {path: False for path, module in tree.named_modules() if path and _is_norm(module)}
     if block and not isinstance(tree, fx.GraphModule) and module_at(tree, block) is not None:
         candidates[block] = True
-    plain = _observed(tree, fc2, call, candidates, images, None)
+    plain = _observed(tree, fc2, call, candidates, batch, None)
     given = plain["", 0]
     change = torch.randn(given.shape, generator=torch.Generator().manual_seed(0)).to(given) * given.std().clamp(
         min=1e-6
     )
-    changed = _observed(tree, fc2, call, candidates, images, change)
+    changed = _observed(tree, fc2, call, candidates, batch, change)
     alone = torch.ones(given.shape[dim], dtype=torch.float64, device=given.device)
     for key, value in plain.items():
         other = changed.get(key)
@@ -152,7 +153,7 @@ def _observed(
     fc2: nn.Module,
     call: int,
     candidates: dict[str, bool],
-    images: torch.Tensor,
+    batch: Batch,
     change: torch.Tensor | None,
 ) -> dict[tuple[str, int], torch.Tensor]:
     """What candidates are given or give after a call of fc2, in order; under ("", 0) what that gave."""
@@ -185,7 +186,7 @@ def _observed(
                 module.register_forward_pre_hook(lambda m, args, path=path: note(path, args[0] if args else None))
             )
     try:
-        tree(images)
+        batch.run(tree)
     finally:
         for handle in handles:
             handle.remove()
@@ -265,8 +266,8 @@ def _ignore(value: torch.Tensor) -> None:
     """What is remembered elsewhere."""
 
 
-def graph_from(tree: fx.GraphModule, joint: Joint, stream: torch.Tensor, images: torch.Tensor) -> Any:
-    """What a graph gives for images with another stream at a joint."""
+def graph_from(tree: fx.GraphModule, joint: Joint, stream: torch.Tensor, batch: Batch) -> Any:
+    """What a graph gives for examples with another stream at a joint."""
     calls = [node for node in tree.graph.nodes if node.op == "call_module" and node.target == joint.place]
     place = calls[joint.at] if joint.output else calls[joint.at].args[0]
 
@@ -274,7 +275,7 @@ def graph_from(tree: fx.GraphModule, joint: Joint, stream: torch.Tensor, images:
         def run_node(self, n: fx.Node) -> Any:
             return stream if n is place else super().run_node(n)
 
-    return Replaced(tree).run(images)
+    return batch.run_by(Replaced(tree))
 
 
 def _put_back(module: nn.Module, forward: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mlpreduce.calibration.batches import Batch
 from mlpreduce.calibration.similarity import cka, linear_cka, outputs_of
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, find_mlps
@@ -41,7 +42,7 @@ def layer_similarity(model: nn.Module, images: torch.Tensor) -> list[list[float]
     with undisturbed(model, images.device), torch.no_grad():
         mlps = mlps_of("layer_similarity", model, images)
         most = max(1, _EXAMPLES // len(images))
-        chunks = [outputs_of(model, mlps, some, most) for some in images.split(CHUNK)]
+        chunks = [outputs_of(model, mlps, Batch(some), most) for some in images.split(CHUNK)]
     return cka([torch.cat(outputs) for outputs in zip(*chunks, strict=True)])
 
 
