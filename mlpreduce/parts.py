@@ -13,7 +13,7 @@ from torch.func import functional_call
 from mlpreduce.budget import Baseline, counted, measure
 from mlpreduce.calibration import Answers, Loss
 from mlpreduce.criteria import Ranking, as_order, choose, guard_notes, guarded
-from mlpreduce.edits import Slice
+from mlpreduce.edits import Edit, Slice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import (
     MLP,
@@ -29,6 +29,7 @@ from mlpreduce.graph import (
     structural_copy,
 )
 from mlpreduce.layers import Wrapper
+from mlpreduce.repair import refit_errors
 
 __all__ = ["Parts"]
 
@@ -246,6 +247,34 @@ class Parts(Sequence[MLP]):
         """
         names = {mlp.name for mlp in self._mlps}
         return {pair: value for pair, value in self._answers.similarity().items() if names.issuperset(pair)}
+
+    def relate(self, pairs: Sequence[tuple[MLP, MLP]]) -> None:
+        """Read the data once for the correlations of all these pairs of MLPs.
+
+        Raises:
+            ReductionError: there is no data, or it is not what is needed.
+        """
+        self._answers.relate(pairs)
+
+    def correlations(self, one: MLP, other: MLP) -> torch.Tensor:
+        """How the units of two MLPs go together at the same positions of the calibration data: (units of one, of the other).
+
+        Raises:
+            ReductionError: there is no data, or it is not what is needed.
+        """
+        return self._answers.correlations(one, other)
+
+    def trial(self, edits: Sequence[Edit]) -> dict[str, tuple[float, float]]:
+        """How far MLPs are from what they gave with these edits, for inputs of the whole model, on the calibration data.
+
+        Returns:
+            By path of fc2 that stays, shares of the variance of what is wanted: without a refit of it, and with one, judged on
+            the half of the examples by which it is not fitted.
+
+        Raises:
+            ReductionError: there is no data, or an fc2 that cannot be refitted.
+        """
+        return self._answers.read_by("trial", lambda data: refit_errors(self._model, self._every, edits, data))
 
     def scores(self, mlp: MLP, criterion: str | Mapping[str, Any], seed: int = 0) -> torch.Tensor:
         """Scores of the hidden units of an MLP, (hidden units,), which can be compared between MLPs.

@@ -152,9 +152,12 @@ def make_plan(
     unused = parts.unused
     if config.get("repair", "none") != "none":
         unused = [name for name in unused if name != "data"]
+        layers = {leaf.path for mlp in mlps for leaf in mlp.leaves}
+        whole = [edit for edit in edits if isinstance(edit, Replace) and edit.module not in layers]  # around MLPs
         try:
-            draft = repaired(model, mlps, draft.without(Replace), data)
-            draft = replace(draft, edits=(*draft.edits, *(edit for edit in edits if isinstance(edit, Replace))))
+            draft = replace(draft, edits=tuple(edit for edit in draft.edits if edit not in whole))
+            draft = repaired(model, mlps, draft, data)
+            draft = replace(draft, edits=(*draft.edits, *whole))
         except ReductionError as error:
             raise ReductionError(str(error) if str(error).startswith(call) else f"{call}: {error}") from error
     if unused:

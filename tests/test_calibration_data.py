@@ -193,7 +193,7 @@ def test_batches_do_not_matter() -> None:
     ("data", "message"),
     [
         (lambda d: [(d["input_ids"], d["attention_mask"])], "if that is a mask, give a dictionary"),
-        (lambda d: [tuple(d.values())], "a batch of 3 tensors"),
+        (lambda d: [tuple(d.values())], "a batch of 3 parts"),
         (lambda d: [{"text": ["a"], "idx": torch.zeros(24)}], "a dict with text, idx"),
         (lambda d: lambda model: None, "does not call the model"),
         (lambda d: [d["input_ids"][:, 0]], "its first dimension must be of examples"),

@@ -491,7 +491,7 @@ def test_images_that_are_not_along_the_first_dimension() -> None:
     inputs = torch.zeros(2, 4, 4, 4)
     for count in (16, 24):
         data = batches(count, count, channels=4, side=4)
-        with pytest.raises(ReductionError, match="does not have the images one after the other"):
+        with pytest.raises(ReductionError, match="does not have the examples one after the other"):
             mlpreduce.plan(model, "shallow", criterion="taylor", data=data, example_inputs=inputs)
     assert mlpreduce.plan(model, "shallow", criterion="l1", example_inputs=inputs).edits
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
+from mlpreduce.calibration.correlations import measure_correlations
 from mlpreduce.calibration.learn import measure_gates
 from mlpreduce.calibration.measure import Loss, Measured, measure_scores
 from mlpreduce.calibration.moments import measure_moments
@@ -21,6 +22,8 @@ from mlpreduce.graph import MLP, module_at
 from mlpreduce.layers import merged
 
 __all__ = ["Answers"]
+
+Value = TypeVar("Value")
 
 
 class Answers:
@@ -49,6 +52,7 @@ class Answers:
         self._sums: dict[tuple[bool, bool], dict[str, UnitSums]] = {}  # by whether of pairs, and of a loss
         self._of_moments: dict[tuple[str, str], torch.Tensor | Ranking] = {}  # by criterion and owner
         self._moments: dict[str, torch.Tensor] | None = None
+        self._correlations: dict[tuple[str, str], torch.Tensor] = {}
         self._used: set[str] = set()
 
     @property
@@ -156,6 +160,24 @@ class Answers:
         self._used.add("data")
         pairs, self._measured["similarity", 0] = measure_similarity(self._model, self._mlps, self._data)
         return pairs
+
+    def relate(self, pairs: Sequence[tuple[MLP, MLP]]) -> None:
+        """Measure how units of MLPs go together, for all pairs in one reading of the data."""
+        self._used.add("data")
+        found, self._measured["correlations", 0] = measure_correlations(self._model, self._mlps, pairs, self._data)
+        self._correlations |= found
+
+    def correlations(self, one: MLP, other: MLP) -> torch.Tensor:
+        """Of what fc2 is given in two MLPs that were related, (hidden units of the one, of the other)."""
+        if (one.name, other.name) not in self._correlations:
+            self.relate([(one, other)])
+        return self._correlations[one.name, other.name]
+
+    def read_by(self, what: str, look: Callable[[Any], tuple[Value, Measured]]) -> Value:
+        """What something else makes of the data, which is then looked at."""
+        self._used.add("data")
+        found, self._measured[what, 0] = look(self._data)
+        return found
 
     def moments(self) -> dict[str, torch.Tensor]:
         """What the layers of all MLPs are given on the data, by path: see `measure_moments`."""

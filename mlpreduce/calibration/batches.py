@@ -132,12 +132,12 @@ def read_batch(batch: Any, names: frozenset[str], others: bool) -> tuple[Inputs 
     """
     inputs, labels = batch, None
     if isinstance(batch, (list, tuple)):
-        if len(batch) > 2:
-            raise ReductionError(
-                f"data has a batch of {len(batch)} tensors, and which of them are labels is not known; give (inputs, labels), "
-                f"with a tuple or a dictionary for inputs"
-            )
         inputs, labels = (*batch, None)[:2] if batch else (None, None)
+        if len(batch) > 2 and isinstance(inputs, torch.Tensor) and not inputs.is_floating_point():
+            raise ReductionError(
+                f"data has a batch of {len(batch)} parts that begins with token ids, and which are labels is not known; give "
+                f"(inputs, labels), with a tuple or a dictionary for inputs"
+            )
         if _is_mask(inputs, labels):
             raise ReductionError(
                 f"data has a batch of token ids {tuple(inputs.shape)} and, where labels are looked for, zeros and ones of the "

@@ -126,7 +126,7 @@ class Samples:
             keys = f" with {', '.join(map(str, given))}" if isinstance(given, Mapping) else ""
             raise ReductionError(
                 f"data has a {type(given).__name__}{keys} for a batch; it must be a tensor, (inputs, labels), or a dictionary "
-                f"with arguments of the model, pixel_values or image, and labels or label if a loss is needed"
+                f"with pixel_values, image or names that the model's forward has, and labels or label if a loss is needed"
             )
         batch = Batch(inputs)
         tensors = tensors_in(inputs)
@@ -139,13 +139,14 @@ class Samples:
                 f"data has images of {tensors[0].dtype}; give them as the model takes them, normalised"
             )
         if not all(tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()):
-            raise ReductionError(f"data has an example that is not finite, within {self.count + len(batch)} examples")
+            raise ReductionError(f"data has an image that is not finite, within {self.count + len(batch)} examples")
         if not self.labels:
             return batch, None
         if not isinstance(labels, torch.Tensor) or labels.dim() < 1 or len(labels) != len(batch):
+            noun = "images" if batch.floats else "examples"
             what = f"labels of shape {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else "no labels"
             raise ReductionError(
-                f"data has {what} for {len(batch)} examples, which the loss needs; give (inputs, labels)"
+                f"data has {what} for {len(batch)} {noun}, which the loss needs; give (inputs, labels)"
             )
         return batch, labels
 

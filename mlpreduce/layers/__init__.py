@@ -18,7 +18,7 @@ from mlpreduce.layers.block_gate import BlockGate, NoMlp
 from mlpreduce.layers.channel_covariance import ChannelCovariance
 from mlpreduce.layers.energy import BlockOrders, block_orders
 from mlpreduce.layers.lora import LoraLinear
-from mlpreduce.layers.low_rank import LowRankLinear
+from mlpreduce.layers.low_rank import LowRankLinear, nearest_factors
 from mlpreduce.layers.scale_shift import ScaleShift, is_scalable
 from mlpreduce.layers.svft import SvftLinear
 from mlpreduce.layers.token_convolution import GridConvolution, TokenConvolution
@@ -48,6 +48,7 @@ __all__ = [
     "make_layer",
     "merged",
     "merges",
+    "nearest_factors",
     "register_layer",
     "wraps",
 ]

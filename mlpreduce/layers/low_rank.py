@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.layers.linear import decomposed, linear_of, place_of, undisturbed, weight_of
 from mlpreduce.layers.wrapper import Axes, StandIn
 
-__all__ = ["LowRankLinear"]
+__all__ = ["Factors", "LowRankLinear", "nearest_factors"]
 
 RIDGE = 1e-6  # of the mean second moment, so that inputs that never vary divide nothing by zero
 
@@ -131,41 +132,15 @@ class LowRankLinear(StandIn):
         weight = weight_of(layer, call).double()
         if (rank is None) == (energy is None):
             raise ReductionError(f"{call}: give one of rank and energy")
-        root, mean = None, weight.new_zeros(weight.shape[1])
-        if moments is not None:
-            inputs = weight.shape[1]
-            if moments.shape not in ((inputs,) * 2, (inputs + 1,) * 2) or not bool(moments.isfinite().all()):
-                raise ReductionError(f"{call}: moments are {tuple(moments.shape)}; give finite ones of {inputs} inputs")
-            sums = moments.to(weight)[:inputs, :inputs]
-            lost = torch.finfo(torch.float64).eps * inputs * sums.diagonal().max()  # by taking the means away
-            if len(moments) > inputs and layer.bias is not None:
-                mean = moments.to(weight)[:-1, -1] / moments[-1, -1]
-                sums = sums - moments[-1, -1].double() * torch.outer(mean, mean)
-            ridge = RIDGE * sums.diagonal().mean() + lost + torch.finfo(torch.float64).tiny
-            root, failed = torch.linalg.cholesky_ex(sums + ridge * torch.eye(len(sums)).to(sums))
-            if failed:
-                raise ReductionError(
-                    f"{call}: moments are no sums of products of inputs: they have a negative eigenvalue"
-                )
-        left, values, right = decomposed(weight if root is None else weight @ root, call)
-        shares = values.square().cumsum(0) / values.square().sum()
-        if energy is not None:
-            check_number(f"{call}: energy", energy, most=1, above=True)
-            rank = min(int((shares < energy * (1 - 1e-12)).sum()) + 1, len(values))
-        assert rank is not None
+        near = nearest_factors(weight, rank, energy=energy, moments=moments, biased=layer.bias is not None, call=call)
         with undisturbed(weight):
-            made = cls.in_place_of(layer, rank)
-        scale = values[:rank].sqrt()
-        down = right[:rank]
-        if root is not None:
-            down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
+            made = cls.in_place_of(layer, len(near.down) if rank is None else rank)
         with torch.no_grad():
-            made.up.copy_(left[:, :rank] * scale)
-            made.down.copy_(scale[:, None] * down)
+            made.up.copy_(near.up)
+            made.down.copy_(near.down)
             if made.bias is not None:
-                off = weight - made.up.double() @ made.down.double()
-                made.bias.copy_(layer.bias.double() + off @ mean)
-        made._kept = float(shares[rank - 1]) if bool(values.any()) else 1.0
+                made.bias.copy_(layer.bias.double() + (weight - made.up.double() @ made.down.double()) @ near.mean)
+        made._kept = near.kept
         return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -180,3 +155,69 @@ class LowRankLinear(StandIn):
     def extra_repr(self) -> str:
         """Widths, rank and whether there is a bias."""
         return f"{self.down.shape[1]}, {self.up.shape[0]}, rank={self.down.shape[0]}, bias={self.bias is not None}"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A product of two thin matrices that is near to a weight.
+
+    Attributes:
+        up: (outputs, rank).
+        down: (rank, inputs).
+        mean: of the inputs, (inputs,), which a bias takes up; 0 where there is none, or it is not known.
+        kept: share of the energy, 0..1.
+    """
+
+    up: torch.Tensor
+    down: torch.Tensor
+    mean: torch.Tensor
+    kept: float
+
+
+def nearest_factors(
+    weight: torch.Tensor,
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    moments: torch.Tensor | None = None,
+    biased: bool = False,
+    call: str,
+) -> Factors:
+    """Factors of the nearest weight of a rank: a truncated singular value decomposition, in float64.
+
+    Args:
+        weight: (outputs, inputs), in float64.
+        rank: features between.
+        energy: as of `LowRankLinear.from_linear`.
+        moments: as of it.
+        biased: whether a bias takes up the means of the inputs.
+        call: what asks, for messages.
+
+    Raises:
+        ReductionError: as of it.
+    """
+    root, mean = None, weight.new_zeros(weight.shape[1])
+    if moments is not None:
+        inputs = weight.shape[1]
+        if moments.shape not in ((inputs,) * 2, (inputs + 1,) * 2) or not bool(moments.isfinite().all()):
+            raise ReductionError(f"{call}: moments are {tuple(moments.shape)}; give finite ones of {inputs} inputs")
+        sums = moments.to(weight)[:inputs, :inputs]
+        lost = torch.finfo(torch.float64).eps * inputs * sums.diagonal().max()  # by taking the means away
+        if len(moments) > inputs and biased:
+            mean = moments.to(weight)[:-1, -1] / moments[-1, -1]
+            sums = sums - moments[-1, -1].double() * torch.outer(mean, mean)
+        ridge = RIDGE * sums.diagonal().mean() + lost + torch.finfo(torch.float64).tiny
+        root, failed = torch.linalg.cholesky_ex(sums + ridge * torch.eye(len(sums)).to(sums))
+        if failed:
+            raise ReductionError(f"{call}: moments are no sums of products of inputs: they have a negative eigenvalue")
+    left, values, right = decomposed(weight if root is None else weight @ root, call)
+    shares = values.square().cumsum(0) / values.square().sum()
+    if energy is not None:
+        check_number(f"{call}: energy", energy, most=1, above=True)
+        rank = min(int((shares < energy * (1 - 1e-12)).sum()) + 1, len(values))
+    assert rank is not None
+    scale, down = values[:rank].sqrt(), right[:rank]
+    if root is not None:
+        down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
+    kept = float(shares[min(rank, len(shares)) - 1]) if bool(values.any()) else 1.0
+    return Factors(left[:, :rank] * scale, scale[:, None] * down, mean, kept)

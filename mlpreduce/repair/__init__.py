@@ -10,24 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
-from mlpreduce.calibration import Samples, quiet_copy, running
-from mlpreduce.edits import Assign, Plan, Scale, Share, Slice
+from mlpreduce.calibration import Measured, Samples, quiet_copy, running
+from mlpreduce.edits import Assign, Edit, Plan, Replace, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, check_one_of
-from mlpreduce.graph import MLP, module_at
+from mlpreduce.graph import MLP, Leaf, module_at
+from mlpreduce.layers import wraps
 from mlpreduce.repair.parallel import repair_alone
 from mlpreduce.repair.sequential import repair_in_turn
 from mlpreduce.surgery import carry_out
 
-__all__ = ["REPAIRS", "repaired"]
+__all__ = ["REPAIRS", "refit_errors", "repaired"]
 
 REPAIRS = ("none", "bias", "parallel", "least_squares")
 _FAR = 0.9  # cosine of what the models give, below which the plan warns
 Model = tuple[nn.Module, Sequence[MLP]]  # with its MLPs that are repaired, all uses
+Value = TypeVar("Value")
 
 
 def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Plan:
@@ -45,32 +47,79 @@ def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Pl
     kind = made.config["repair"]
     check_one_of("repair", kind, REPAIRS)
     samples = Samples(data, model, labels=False)
-    changed = {edit.mlp for edit in made.of(Slice)}
-    tied = {path for share in made.of(Share) for path in (share.source, share.target)}
-    uses = [mlp for mlp in mlps if mlp.owner in changed or mlp.leaf("fc2").path in tied]
-    fused = [mlp.name for mlp in uses if "fused" in mlp.kind]
+    uses = _uses(mlps, made)
+    fused = [mlp.name for mlp, _ in uses if "fused" in mlp.kind]
     if fused:
         raise ReductionError(
             f"repair={kind!r}: {fused[0]} shares a layer with attention, which would change too; exclude it"
         )
-    places = {share.target: share.source for share in made.of(Share)}  # a graph knows a tied leaf by one path only
-    moved = [
-        replace(m, leaves=tuple(replace(one, path=places.get(one.path, one.path)) for one in m.leaves)) for m in uses
-    ]
+    before, after = ([pair[number] for pair in uses] for number in range(2))
     if kind != "parallel":
-        return _in_turn(model, mlps, made, (uses, moved), samples, kind)
+        return _in_turn(model, mlps, made, (before, after), samples, kind)
     with running(samples.device, gradients=False):
-        before, after = quiet_copy(model), _reduced(model, made)
-        values, note = repair_alone((before, uses), (after, moved), samples)
+        found = repair_alone((quiet_copy(model), before), (_reduced(model, made), after), samples)
     facts = {"samples": samples.count, "fingerprint": samples.fingerprint}
-    note = f"repair={kind!r}, {samples.count:,} examples: {note}"
-    return replace(_with(made, values), notes=(*made.notes, note), data=facts)
+    note = f"repair={kind!r}, {samples.count:,} examples: {found}"
+    return replace(_with(made, found.values), notes=(*made.notes, note), data=facts)
+
+
+def refit_errors(
+    model: nn.Module, mlps: Sequence[MLP], edits: Sequence[Edit], data: Any
+) -> tuple[dict[str, tuple[float, float]], Measured]:
+    """How far MLPs are from what they gave with these edits, without a refit and with one: see `Alone.differences`.
+
+    Args:
+        model: the unreduced model; it is not changed.
+        mlps: its MLPs.
+        edits: of a plan for it.
+        data: calibration data.
+
+    Raises:
+        ReductionError: as `repaired`.
+    """
+    made = Plan("trial", {}, tuple(edits))
+    samples, uses = Samples(data, model, labels=False), _uses(mlps, made)
+    before, after = ([pair[number] for pair in uses] for number in range(2))
+    with running(samples.device, gradients=False):
+        found = repair_alone((quiet_copy(model), before), (_reduced(model, made), after), samples)
+    return _within(made, found.differences), Measured({}, samples.count, samples.fingerprint)
+
+
+def _uses(mlps: Sequence[MLP], made: Plan) -> list[tuple[MLP, MLP]]:
+    """The MLPs that a plan changes, all uses, each as it is and as it is found in the reduced model.
+
+    A graph knows a tied leaf by one path only. Where a layer is put around a leaf, each use has its own around the same one.
+    """
+    changed = {edit.mlp for edit in made.of(Slice)}
+    tied = {path for share in made.of(Share) for path in (share.source, share.target)}
+    places = {share.target: share.source for share in made.of(Share)}
+    around = {edit.module for edit in made.of(Replace) if wraps(edit.layer)}
+
+    def moved(leaf: Leaf) -> Leaf:
+        if leaf.path in around:
+            return replace(leaf, path=f"{leaf.path}.base", around=leaf.path)
+        return replace(leaf, path=places.get(leaf.path, leaf.path))
+
+    uses = [mlp for mlp in mlps if mlp.owner in changed or mlp.leaf("fc2").path in tied]
+    return [(mlp, replace(mlp, leaves=tuple(map(moved, mlp.leaves)))) for mlp in uses]
+
+
+def _within(made: Plan, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Values by the paths of the unreduced model: layers come around others after tensors have their values."""
+    around = {f"{edit.module}.base": edit.module for edit in made.of(Replace)}
+    found = {}
+    for path, value in values.items():
+        inner = next((key for key in around if path.startswith(key)), None)
+        found[path if inner is None else around[inner] + path.removeprefix(inner)] = value
+    return found
 
 
 def _with(made: Plan, values: Mapping[str, torch.Tensor]) -> Plan:
     """The plan with new values of tensors."""
+    values = _within(made, values)
     edits = [edit for edit in made.edits if not (isinstance(edit, Assign | Scale) and edit.tensor in values)]
-    return replace(made, edits=(*edits, *(Assign(path, value) for path, value in values.items())))
+    new = [Assign(path, value) for path, value in values.items()]
+    return replace(made, edits=tuple(sorted([*edits, *new], key=lambda edit: isinstance(edit, Replace))))
 
 
 def _in_turn(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,13 +23,39 @@ from mlpreduce.calibration.sums import live_rows
 from mlpreduce.graph import MLP, module_at, projection
 from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
 
-__all__ = ["repair_alone"]
+__all__ = ["Alone", "repair_alone"]
 
 Model = tuple[nn.Module, Sequence[MLP]]  # with its MLPs that are repaired, all uses
 
 
-def repair_alone(before: Model, after: Model, samples: Samples) -> tuple[dict[str, torch.Tensor], str]:
-    """New tensors by path, and what that comes to in words.
+@dataclass
+class Alone:
+    """What fits of single MLPs come to.
+
+    Attributes:
+        values: new tensors by path.
+        differences: by path of fc2, how far what its uses give is from what they gave, as a share of its variance: without a
+            fit, and with one, on the half of the examples by which it was not fitted.
+        left: fits that would be no closer.
+    """
+
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    differences: dict[str, tuple[float, float]] = field(default_factory=dict)
+    left: int = 0
+
+    def __str__(self) -> str:
+        was, now = (sum(shares) / len(shares) for shares in zip(*self.differences.values(), strict=True))
+        text = (
+            f"what {len(self.differences)} MLPs give differed from before by {was:.2%} of its variance on average, and does by "
+            f"{now:.2%} after a fit on the half of the examples by which it is not judged"
+        )
+        if self.left:
+            text += f"; {self.left} of them would be no closer and stay as they are, for which more data would help"
+        return text
+
+
+def repair_alone(before: Model, after: Model, samples: Samples) -> Alone:
+    """Fit the fc2 of every MLP by itself.
 
     Args:
         before: the whole model.
@@ -54,33 +80,27 @@ def repair_alone(before: Model, after: Model, samples: Samples) -> tuple[dict[st
             problem = error
         every = {f"{fit.path} {k}": getattr(fit, k) for fit in fits.values() for k in ("square", "cross", "wanted")}
         sums = samples.finish(every, problem)
-    found: dict[str, torch.Tensor] = {}
-    differences, kept = [], 0
-    for fit in fits.values():
+    found = Alone()
+    for fit in {id(fit): fit for fit in fits.values()}.values():
         square, cross, wanted = (sums[f"{fit.path} {key}"] for key in ("square", "cross", "wanted"))
         fit = replace(fit, square=square, cross=cross, wanted=wanted)
         check_halves(fit, samples.count)
         values, was, now = solved(fit)
-        kept += not values and was > 1e-9  # else there is nothing to repair
-        found |= values
-        differences.append((was, now))
-    was, now = (sum(shares) / len(shares) for shares in zip(*differences, strict=True))
-    note = (
-        f"what {len(fits)} MLPs give differed from before by {was:.2%} of its variance on average, and does by {now:.2%} after "
-        f"a fit on the half of the examples by which it is not judged"
-    )
-    if kept:
-        note += f"; {kept} of them would be no closer and stay as they are, for which more data would help"
-    return found, note
+        found.left += not values and was > 1e-9  # else there is nothing to repair
+        found.values |= values
+        found.differences[fit.path] = was, now
+    return found
 
 
 def _fits(tree: nn.Module, uses: Sequence[MLP]) -> dict[int, Fit]:
-    """One fit for each fc2 of the reduced model, by the id of the layer."""
+    """One fit for each fc2 of the reduced model, by the ids of the layers that are called: it, or layers around it."""
     fits: dict[int, Fit] = {}
+    calls: dict[int, Fit] = {}
     for mlp in uses:
-        fit = empty_fit(tree, mlp.leaf("fc2").call)
-        fits.setdefault(id(fit.layer), fit)
-    return fits
+        leaf = mlp.leaf("fc2")
+        fit = empty_fit(tree, leaf.path)
+        calls[id(module_at(tree, leaf.call))] = fits.setdefault(id(fit.layer), fit)
+    return calls
 
 
 def _add(before: Model, after: Model, fits: Mapping[int, Fit], half: int, batch: Batch) -> None:

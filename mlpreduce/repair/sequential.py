@@ -230,13 +230,12 @@ def _uses(before: Model, after: Model, blocks: Sequence[str], batch: Batch) -> d
     paths: dict[int, str] = {}
     dense_calls: dict[int, int] = {}
     for order, (ours, theirs) in enumerate(zip(before[1], after[1], strict=True)):
-        modules = module_at(before[0], ours.leaf("fc2").call), module_at(after[0], theirs.leaf("fc2").call)
+        leaf = theirs.leaf("fc2")  # a layer around it may be of each use, and is not refitted
+        modules = module_at(before[0], ours.leaf("fc2").call), module_at(after[0], leaf.path)
         layer = projection(modules[1])
         if layer is None:
-            raise ReductionError(
-                f"repair: {theirs.leaf('fc2').call} is no linear layer or 1 x 1 convolution; exclude it"
-            )
-        path = paths.setdefault(id(modules[1]), theirs.leaf("fc2").call)
+            raise ReductionError(f"repair: {leaf.path} is no linear layer or 1 x 1 convolution; exclude it")
+        path = paths.setdefault(id(modules[1]), leaf.path)
         call = dense_calls[id(modules[0])] = dense_calls.get(id(modules[0]), -1) + 1
         joint = find_joint(before[0], ours.leaf("fc2").call, call, ours.block, layer.features, batch)
         mine = find_joint(after[0], path, len(found.get(path, ())), theirs.block, layer.features, batch)

@@ -14,18 +14,17 @@ from typing import Any
 
 import torch
 
-from mlpreduce.criteria import unit_weights
 from mlpreduce.edits import Assign, Edit, Scale, Share
 from mlpreduce.errors import ReductionError, check_one_of, did_you_mean
 from mlpreduce.graph import MLP
 from mlpreduce.parts import Parts
 from mlpreduce.transforms import register
+from mlpreduce.transforms.merging import KEEPS, MEANS, merge_of
 from mlpreduce.transforms.patterns import groups_of
-from mlpreduce.transforms.per_use import check_per_use, multiplies, scaled_tensor, uses_of_their_own
+from mlpreduce.transforms.per_use import check_per_use, multiplies, scaled_tensor, uses_of_their_own, with_rank
 
 SCALED = ("fc1.weight", "fc1.bias", "fc2.weight")  # equation 1; fc2.bias stays
 SHARES = {"mlp": (), "attention": ("attention",), "block": ("attention", "other")}  # roles of leaves beside the MLP
-KEEPS = ("first", "last", "mean", "align_mean")
 
 
 @register("grouped", scope="chains")
@@ -56,8 +55,9 @@ def grouped(
             (0.707), `none`, a number, a number for each of these tensors, or `match_forward`: measured, so that the shared
             MLP gives noise as much energy as the MLPs it stands for did on average. For training from scratch; keep
             trained weights with `none`.
-        keep: whose weights stay: `first`, `last`, their `mean`, or `align_mean`, the mean after the hidden units of
-            each are matched with those of the first.
+        keep: whose weights stay: `first`, `last`, their `mean`, `align_mean`, the mean after the hidden units of each are
+            matched with those of the first by their weights, `align_activations`, the same by what they do on the data, or
+            `auto`: for each group that of these with which its MLPs are nearest to what they gave on the data.
         remainder: of `sequence` and `sandwich`, when blocks are left over: `error`, `own` (a smaller group), `merge` (into
             the last).
         share: `mlp`; `attention` in its place, MLPs staying each block's own; or the whole `block`, norms and layer scales too.
@@ -66,7 +66,9 @@ def grouped(
         per_use: what each use of a shared layer has of its own: `none`, `ssf` (a scale and shift of what fc1 and fc2 give),
             `lora` (a correction of low rank), `conv` (a depthwise convolution over the tokens before the MLP, which does not
             merge), or with options, `{"name": "lora", "rank": 8}`; `norm`: the norms and layer scales of blocks and MLPs are
-            not shared.
+            not shared. For trained weights `{"name": "lora", "init": "residual"}` starts each correction as the nearest to
+            what the use had and the shared layer lacks, on the data; `target_params` in place of `rank` takes the highest rank
+            with which the model has no more parameters, at most 1: a fraction.
 
     Raises:
         ReductionError: the blocks do not split so, are tied already, or an option is out of range; or there is no data
@@ -84,22 +86,68 @@ def grouped(
             f"{names} are tied already, and nothing is scaled twice; mlpreduce.untie(model) undoes ties of this library, "
             f"exclude= leaves out those the model was built with"
         )
+    groups = groups_of(parts, group, pattern, remainder)
+    shared = [members for members in groups if len(members) > 1] if share != "attention" else []
+    if keep in ("align_activations", "auto"):
+        parts.relate([(members[0], other) for members in shared for other in members[1:]])
+    per_use = with_rank(parts, shared, per_use)
+    keeps = [keep] * len(shared)
+    if keep == "auto":
+        if scale != "none" or share != "mlp":
+            raise ReductionError("keep='auto' measures trained MLPs: use it with scale='none' and share='mlp'")
+        keeps = _least_lost(parts, shared, per_use, refitted=repair in ("least_squares", "parallel"))
     together: set[tuple[str, ...]] = set()
-    for members in groups_of(parts, group, pattern, remainder):
-        factors = _factors(scale, len(members))
+    for members in groups:
         blocks = tuple(member.block for member in members)
         if len(members) > 1 and share != "mlp" and blocks not in together:  # a block may have several MLPs
             together.add(blocks)
             yield from _tie_beside(parts, members, keep, SHARES[share], norms=per_use != "norm")
-        if len(members) > 1 and share != "attention":
-            means = dict(_means(parts, members, align=keep == "align_mean")) if keep in ("mean", "align_mean") else {}
-            keeper = members[-1] if keep == "last" else members[0]
-            if scale == "match_forward":
-                factors = dict.fromkeys(SCALED, _matching_factor(parts, members, keeper, means))
-            yield from (Assign(path, value) for path, value in means.items())
-            yield from _tie(parts, members, keeper, factors, own="norm" if per_use == "norm" else "")
-        if len(members) > 1:
-            yield from uses_of_their_own(parts, members, per_use)
+        if members in shared:
+            yield from _sharing(parts, members, keeps[shared.index(members)], scale, per_use)
+
+
+def _sharing(
+    parts: Parts,
+    members: list[MLP],
+    keep: str,
+    scale: str | float | Mapping[str, float],
+    per_use: str | Mapping[str, Any] | None,
+) -> Iterator[Edit]:
+    """The edits that leave one MLP for all members, each use with what it has of its own."""
+    merge, factors = merge_of(parts, members, keep), _factors(scale, len(members))
+    if scale == "match_forward":
+        factors = dict.fromkeys(SCALED, _matching_factor(parts, members, merge.keeper, merge.values))
+    yield from (Assign(path, value) for path, value in merge.values.items())
+    yield from _tie(parts, members, merge.keeper, factors, own="norm" if per_use == "norm" else "")
+    yield from uses_of_their_own(parts, merge, factors, per_use)
+
+
+def _least_lost(
+    parts: Parts, shared: Sequence[list[MLP]], per_use: str | Mapping[str, Any] | None, *, refitted: bool
+) -> list[str]:
+    """For each group what is best kept, by how far its MLPs are then from what they gave."""
+    lost: dict[str, list[float]] = {}
+    refused = []
+    for keep in KEEPS[:-1]:
+        try:
+            check_per_use(parts, per_use, "mlp", keep)
+            edits = [list(_sharing(parts, members, keep, "none", per_use)) for members in shared]
+        except ReductionError as error:  # units in groups, or layers without a mean: what is left can still be kept
+            refused.append(str(error))
+            continue
+        errors = parts.trial([edit for some in edits for edit in some])
+        paths = [[member.leaf("fc2").path for member in members] for members in shared]
+        lost[keep] = [next(errors[path] for path in some if path in errors)[refitted] for some in paths]
+    chosen = [min(lost, key=lambda keep: lost[keep][number]) for number in range(len(shared))]
+    means = ", ".join(f"{keep} {sum(some) / len(some):.1%}" for keep, some in lost.items())
+    taken = ", ".join(f"{keep} for {chosen.count(keep)}" for keep in dict.fromkeys(chosen))
+    after = " after a refit" if refitted else ""
+    parts.notes.append(
+        f"keep='auto': {taken} of {len(shared)} groups; of the variance of what their MLPs give is lost{after}, on average: "
+        f"{means}"
+    )
+    parts.notes += [f"keep='auto' leaves out: {text}" for text in refused[:1]]
+    return chosen
 
 
 def _factors(scale: str | float | Mapping[str, float], uses: int) -> dict[str, float]:
@@ -150,7 +198,7 @@ def _tie_beside(parts: Parts, members: list[MLP], keep: str, roles: Sequence[str
                 f"{member.block} cannot share with {members[0].block}: {fact}; use share='mlp', or exclude it"
             )
     for relative, source in keeper.items():
-        if keep in ("mean", "align_mean"):
+        if keep in MEANS:
             for path in parts.tensors_of(source):
                 name = path.removeprefix(source.path)
                 values = [parts.tensor(block[relative].path + name).detach() for block in blocks]
@@ -188,40 +236,3 @@ def _matching_factor(parts: Parts, members: list[MLP], keeper: MLP, means: Mappi
             f"that {', '.join(member.name for member in members)} have on average; use another scale"
         )
     return float(2 ** optimize.brentq(excess, low, high, xtol=1e-6))
-
-
-def _means(parts: Parts, members: list[MLP], *, align: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Mean of the members' tensors, after their hidden units are put in the order of the first's, if asked.
-
-    An MLP computes the same for any order of its hidden units, so trained ones differ in it by chance.
-    """
-    first = members[0]
-    if align and first.groups > 1:
-        raise ReductionError(
-            f"keep='align_mean': {first.name} has units in {first.groups} groups, which cannot trade places; "
-            f"use keep='mean'"
-        )
-    orders = [None, *(_matching(parts, first, member) if align else None for member in members[1:])]
-    axes = {axis.tensor: axis for axis in first.axes}
-    for position, leaf in enumerate(first.leaves):
-        if not leaf.shareable:
-            continue
-        for path in parts.tensors_of(leaf):
-            values = []
-            for member, order in zip(members, orders, strict=True):
-                value = parts.tensor(f"{member.leaves[position].path}{path[len(leaf.path) :]}").detach()
-                if order is not None and path in axes:
-                    index = torch.cat([order + offset for offset in axes[path].offsets])
-                    value = value.index_select(axes[path].dim, index.to(value.device))
-                values.append(value)
-            yield path, torch.stack(values).mean(0)
-
-
-def _matching(parts: Parts, first: MLP, member: MLP) -> torch.Tensor:
-    """Units of `member` in the order in which each comes closest to its unit of `first`, as a linear assignment."""
-    from scipy import optimize
-
-    gain = unit_weights(first, parts.tensor) @ unit_weights(member, parts.tensor).T
-    if not gain.isfinite().all():
-        raise ReductionError(f"keep='align_mean': the weights of {first.name} or {member.name} are not finite")
-    return torch.from_numpy(optimize.linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])

@@ -12,7 +12,7 @@ import torch
 from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Replace
 from mlpreduce.graph import Leaf
-from mlpreduce.layers import LoraLinear, make_layer
+from mlpreduce.layers import LoraLinear, make_layer, nearest_factors
 from mlpreduce.parts import Parts
 from mlpreduce.transforms import register
 from mlpreduce.transforms.layers import LAYERS, replacing, uses_of_linears
@@ -49,9 +49,23 @@ def lora(
 
 
 def lora_around(
-    leaf: Leaf, layer: torch.nn.Linear, rank: int = 4, alpha: float | None = None, seed: int = 0
+    leaf: Leaf,
+    layer: torch.nn.Linear,
+    rank: int = 4,
+    alpha: float | None = None,
+    seed: int = 0,
+    missing: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Replace:
-    """The edit that puts a correction around one use of a layer."""
+    """The edit that puts a correction around one use of a layer.
+
+    Args:
+        leaf: the layer.
+        layer: it.
+        rank: as of `lora`.
+        alpha: as of `lora`.
+        seed: as of `lora`.
+        missing: a weight that the correction is to be nearest to, and sums of products of what the layer is given.
+    """
     config = {"rank": rank, "alpha": alpha}
     made = make_layer("lora", layer, config)
     assert isinstance(made, LoraLinear)
@@ -61,4 +75,8 @@ def lora_around(
         drawn = torch.rand(made.down.shape, generator=generator, device="cpu")
         with torch.no_grad():
             made.down.copy_((2 * drawn - 1) * bound)
+            if missing is not None and bool(missing[0].any()):  # else it would never train
+                near = nearest_factors(missing[0], rank, moments=missing[1], call="lora")
+                made.up.copy_(near.up / made.scale)
+                made.down.copy_(near.down)
     return replacing(leaf.path, "lora", config, made)

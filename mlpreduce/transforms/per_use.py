@@ -13,17 +13,24 @@ import torch
 from torch import nn
 
 from mlpreduce.edits import Edit, Replace
-from mlpreduce.errors import ReductionError, check_one_of, did_you_mean
+from mlpreduce.errors import ReductionError, check_number, check_one_of, did_you_mean
 from mlpreduce.graph import MLP, Leaf
 from mlpreduce.layers import BlockDiagonalLinear, LowRankLinear, StandIn, TokenConvolution, make_layer
 from mlpreduce.parts import Parts
 from mlpreduce.transforms.lora import lora_around
+from mlpreduce.transforms.merging import ALIGNED, MEANS, Merge
 from mlpreduce.transforms.ssf import scale_around
 
-__all__ = ["check_per_use", "multiplies", "scaled_tensor", "uses_of_their_own"]
+__all__ = ["check_per_use", "multiplies", "scaled_tensor", "uses_of_their_own", "with_rank"]
 
 KINDS = ("none", "ssf", "lora", "norm", "conv")
-OPTIONS = {"lora": ("rank", "alpha", "seed"), "ssf": (), "norm": (), "none": (), "conv": ("kernel",)}
+OPTIONS = {
+    "lora": ("rank", "alpha", "seed", "init", "target_params"),
+    "ssf": (),
+    "norm": (),
+    "none": (),
+    "conv": ("kernel",),
+}
 
 
 def check_per_use(parts: Parts, per_use: str | Mapping[str, Any] | None, share: str, keep: str) -> None:
@@ -40,12 +47,12 @@ def check_per_use(parts: Parts, per_use: str | Mapping[str, Any] | None, share: 
     if share == "attention" and kind in ("ssf", "lora", "conv"):
         raise ReductionError(f"per_use={kind!r} is of shared MLPs, and share='attention' leaves each block its own")
     orders: dict[str, nn.Module] = {}  # by role, the first layer
-    for mlp in parts if keep in ("mean", "align_mean") and share != "attention" else ():
+    for mlp in parts if keep in MEANS and share != "attention" else ():
         for leaf in mlp.leaves:
             layer = parts.module(leaf.path)
-            if leaf.around and keep == "align_mean":
+            if leaf.around and keep in ALIGNED:
                 raise ReductionError(
-                    f"keep='align_mean': {leaf.around} is a layer around {leaf.path} and knows its units in their order; share "
+                    f"keep={keep!r}: {leaf.around} is a layer around {leaf.path} and knows its units in their order; share "
                     f"first, or merge the model"
                 )
             ordered = isinstance(layer, BlockDiagonalLinear) and not _ordered_alike(
@@ -70,23 +77,71 @@ def _ordered_alike(first: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def uses_of_their_own(parts: Parts, members: Sequence[MLP], per_use: str | Mapping[str, Any] | None) -> Iterator[Edit]:
-    """The edits that give each member something of its own around its shared layers."""
+def with_rank(
+    parts: Parts, shared: Sequence[Sequence[MLP]], per_use: str | Mapping[str, Any] | None
+) -> str | Mapping[str, Any] | None:
+    """The same with the highest rank that keeps the model within `target_params`, where that is given.
+
+    Raises:
+        ReductionError: both are given, or no rank does.
+    """
     kind, options = _chosen(per_use)
+    if kind != "lora" or (target := options.get("target_params")) is None:
+        return per_use
+    if "rank" in options:
+        raise ReductionError("per_use: rank and target_params both say the size; give one of them")
+    check_number("per_use: target_params", target, above=True)
+    present = parts.counts.cost.params
+    most = int(target * present) if target <= 1 else int(target)
+    saved = sum(
+        (len(members) - 1) * sum(leaf.parameters for leaf in members[0].leaves if leaf.shareable) for members in shared
+    )
+    shapes = [parts.module(leaf.path).get_parameter("weight").shape for leaf in _corrected(shared)]
+    each, highest = sum(map(sum, shapes)), min(min(shape) for shape in shapes)
+    rank = min((most - present + saved) // each, highest)
+    if rank < 1:
+        raise ReductionError(
+            f"per_use: target_params={target}: the model has {present - saved:,} parameters with these MLPs shared, and "
+            f"{each:,} more for each rank of the corrections, of at most {most:,}; share among more blocks"
+        )
+    return {"name": kind, **{key: value for key, value in options.items() if key != "target_params"}, "rank": rank}
+
+
+def _corrected(shared: Sequence[Sequence[MLP]]) -> Iterator[Leaf]:
+    """The layers of all uses that a correction is of."""
+    for mlp in (mlp for members in shared for mlp in members):
+        yield from (leaf for leaf in mlp.leaves if leaf.role in ("fc1", "fc2") and leaf.shareable)
+
+
+def uses_of_their_own(
+    parts: Parts, merge: Merge, factors: Mapping[str, float], per_use: str | Mapping[str, Any] | None
+) -> Iterator[Edit]:
+    """The edits that give each member something of its own around its shared layers, whose tensors have those factors."""
+    kind, options = _chosen(per_use)
+    members = merge.members
     for mlp in members if kind == "conv" else ():
         config = {"features": mlp.in_features, "kernel": options.get("kernel", 3), "grid": parts.grid(mlp)}
         made = make_layer("token_convolution", parts.whole(mlp), config)
         assert isinstance(made, TokenConvolution)
         values = {"convolution.weight": made.convolution.weight.detach()}
         yield Replace(mlp.name, "token_convolution", config, values)
-    for mlp in members if kind in ("ssf", "lora") else ():
-        for leaf in mlp.leaves:
+    for number, mlp in enumerate(members if kind in ("ssf", "lora") else ()):
+        for place, leaf in enumerate(mlp.leaves):
             if leaf.role in ("fc1", "fc2") and leaf.shareable:
                 layer = parts.module(leaf.path)
                 if kind == "ssf":
                     yield scale_around(leaf.path, layer)
                 elif isinstance(layer, nn.Linear):
-                    yield lora_around(leaf, layer, **options)
+                    init = options.get("init", "zero")
+                    check_one_of("per_use='lora': init", init, ("zero", "residual"))
+                    beside = {key: value for key, value in options.items() if key != "init"}
+                    missing = None
+                    if init == "residual" and not layer.weight.is_meta:
+                        kept = merge.keeper.leaves[place].path
+                        there = merge.values.get(f"{kept}.weight", parts.tensor(f"{kept}.weight"))
+                        shared = there.detach().double() * factors.get(f"{leaf.role}.weight", 1.0)
+                        missing = merge.own(parts, number, leaf).double() - shared, merge.moments(parts, number, leaf)
+                    yield lora_around(leaf, layer, **beside, missing=missing)
                 else:
                     raise ReductionError(f"per_use='lora': {leaf.path} is a {type(layer).__name__}, and no Linear")
 
