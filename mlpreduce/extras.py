@@ -23,6 +23,7 @@ EXTRAS = {
     "sklearn": "train",
     "sqlalchemy": "search",
     "torch_pruning": "bench",
+    "transformers": "bench",
     "webdataset": "data",
 }
 

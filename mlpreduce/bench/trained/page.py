@@ -1,0 +1,101 @@
+"""The page of the bench: a table for each model, what repairs are worth, and what several draws say."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mlpreduce.report.content import Table
+from mlpreduce.report.pages import markdown_table
+
+__all__ = ["page_of"]
+
+MEASURES = {"cosine": 3, "probe": 1, "knn": 1, "spearman": 3}  # and their digits
+_TITLES = {"vit_s": "A DINOv2 ViT-S/14", "minilm": "MiniLM-L6, a sentence encoder"}
+
+
+def page_of(document: dict[str, Any]) -> str:
+    """Make the page from the JSON that `--write` stores beside it."""
+    lines = [
+        "# Trained models, reduced without training",
+        "",
+        "Trained models whose MLPs are sliced or shared, and not trained after. Cosine is that of what the reduced model gives",
+        "and what the whole one gives, on tests that no calibration saw. All MLPs keep the same part of their hidden units,",
+        "but for rows with `global`. Columns are parts of the hidden units that are kept; pairs that share have as many",
+        "parameters as half of them. Units that carry much of what an MLP gives stay by the guard of `shallow`, as by default.",
+        "",
+    ]
+    for name, entry in document["subjects"].items():
+        lines += _subject(name, entry)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _subject(name: str, entry: dict[str, Any]) -> Iterable[str]:
+    cells = [cell for cell in entry["cells"] if "measured" in cell]
+    for tests in sorted({cell["tests"] for cell in cells}):
+        facts = entry["of"][str(tests)]
+        some = [cell for cell in cells if cell["tests"] == tests]
+        draws = sorted({cell["draw"] for cell in some})
+        yield from (f"## {_TITLES[name]}, {facts['tests']:,} tests", "")
+        whole = ", ".join(f"{key} {value:.{MEASURES[key]}f}" for key, value in facts["of_whole"].items() if value != 1)
+        yield f"{facts['conditions'][0].upper()}{facts['conditions'][1:]}. {facts['whole']['params']:,} parameters and"
+        yield f"{facts['whole']['macs'] / 1e6:,.0f} M MACs as it is{': ' + whole if whole else ''}."
+        several = "; of several the mean and the standard deviation (ddof=1)" if len(draws) > 1 else ""
+        yield f"Draws of the calibration data: {', '.join(map(str, draws))}{several}."
+        yield ""
+        measures = [key for key in MEASURES if key in facts["of_whole"]]
+        for kind, title in _KINDS.items():
+            chosen = [cell for cell in some if cell["kind"] in (kind, *_BESIDE.get(kind, ()))]
+            if chosen:
+                yield from (f"### {title}", "", markdown_table(_table(chosen, measures)), "")
+        yield from _repairs([cell for cell in some if cell["kind"] == "criteria"], measures)
+
+
+_KINDS = {"criteria": "Which units stay", "sharing": "Pairs that share, at the parameters of half the width"}
+_BESIDE = {"criteria": ("advice", "peers")}
+
+
+def _table(cells: Sequence[dict[str, Any]], measures: Sequence[str]) -> Table:
+    """A row for each way, a column for each width: the measures one after the other."""
+    widths = sorted({cell["width"] for cell in cells}, reverse=True)
+    by_row: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
+    for cell in cells:
+        by_row.setdefault((cell["row"], cell["repair"]), {}).setdefault(cell["width"], []).append(cell)
+
+    def worth(found: dict[float, list[dict[str, Any]]]) -> float:
+        return -statistics.mean(cell["measured"]["cosine"] for some in found.values() for cell in some)
+
+    def texts(some: Sequence[dict[str, Any]]) -> str:
+        parts = []
+        for key in measures:
+            values = [cell["measured"][key] for cell in some]
+            spread = f" ± {statistics.stdev(values):.{MEASURES[key]}f}" if len(values) > 1 else ""
+            parts.append(f"{statistics.mean(values):.{MEASURES[key]}f}{spread}")
+        return " / ".join(parts)
+
+    rows = [
+        [name, repair, *(texts(found[width]) if width in found else "" for width in widths)]
+        for (name, repair), found in sorted(by_row.items(), key=lambda item: worth(item[1]))
+    ]
+    return Table("", ["units by", "repair", *(f"{width:.0%}: {' / '.join(measures)}" for width in widths)], rows)
+
+
+def _repairs(cells: Sequence[dict[str, Any]], measures: Sequence[str]) -> Iterable[str]:
+    """Where a repair ends below none."""
+    known = {(c["row"], c["repair"], c["width"], c["draw"]): c["measured"] for c in cells}
+    for key in (key for key in ("cosine", "spearman") if key in measures):
+        for repair in ("parallel", "least_squares"):
+            gains = [
+                (found[key] - known[row, "none", width, draw][key], row, width)
+                for (row, kind, width, draw), found in known.items()
+                if kind == repair and (row, "none", width, draw) in known
+            ]
+            if gains:
+                worst, row, width = min(gains)
+                below = sum(gain < 0 for gain, *_ in gains)
+                yield (
+                    f"- {key}: `{repair}` is above none in {len(gains) - below} of {len(gains)} cells; the least gain is "
+                    f"{worst:+.3f} (`{row}` at {width:.0%}), the mean {statistics.mean(gain for gain, *_ in gains):+.3f}"
+                )
+    yield ""
