@@ -40,7 +40,8 @@ def loss_of(model: nn.Module) -> float:
 @pytest.mark.parametrize("round_to", [1, 8])
 def test_loss_finds_the_narrowest_width_within_the_limit(round_to: int) -> None:
     model, limit = lively_vit(), 2e-4
-    widths = Loss(limit=limit, round_to=round_to).widths(model, data(), criterion="taylor")
+    search = Loss(limit=limit, round_to=round_to, halvings=None, cumulative=False)
+    widths = search.widths(model, data(), criterion="taylor")
     assert list(widths) == [f"blocks.{i}.mlp" for i in range(4)]
     assert all(width % round_to == 0 for width in widths.values())
     assert min(widths.values()) < 128
@@ -59,11 +60,39 @@ def test_loss_finds_the_narrowest_width_within_the_limit(round_to: int) -> None:
     assert {edit.mlp: len(edit.units) for edit in made.of(Slice)} == {k: w for k, w in widths.items() if w < 128}
 
 
+def test_loss_goes_from_the_last_to_the_first_beside_what_was_narrowed() -> None:
+    model, limit = lively_vit(), 2e-4
+    widths = Loss(limit=limit, halvings=None).widths(model, data(), criterion="taylor")
+    given: dict[str, int] = {}
+
+    def loss(some: dict[str, int]) -> float:
+        some = {name: width for name, width in some.items() if width < 128}
+        if not some:
+            return loss_of(model)
+        return loss_of(
+            mlpreduce.apply(copy.deepcopy(model), "shallow", widths=some, criterion="taylor", data=data(), guard=False)
+        )
+
+    for name, width in reversed(widths.items()):
+        before = loss(given)
+        assert loss(given | {name: width}) - before <= limit + 1e-6
+        assert width == 1 or loss(given | {name: width - 1}) - before > limit - 1e-6
+        given[name] = width
+    assert widths != Loss(limit=limit, halvings=None, cumulative=False).widths(model, data(), criterion="taylor")
+
+
+def test_loss_halves_the_range_so_often() -> None:
+    model = lively_vit()
+    for halvings, least in ((1, 64), (3, 16), (None, 1)):
+        widths = Loss(limit=1e9, halvings=halvings).widths(model, data(), criterion="l2")
+        assert set(widths.values()) == {least}
+
+
 def test_loss_takes_all_that_has_no_effect() -> None:
     model = lively_vit()
     for number, block in enumerate(model.blocks):
         block.mlp.fc2.weight.data[:, 10 * (number + 1) :] = 0
-    widths = Loss(limit=1e-7).widths(model, data(), criterion="fisher")
+    widths = Loss(limit=1e-7, halvings=None).widths(model, data(), criterion="fisher")
     assert all(width <= 10 * (i + 1) for i, width in enumerate(widths.values()))
 
 
@@ -81,6 +110,8 @@ def test_loss_refuses() -> None:
         ReductionError, match=r"budget\.Loss\(limit=-1, round_to=1\): limit is -1; it must be a number from 0"
     ):
         Loss(limit=-1).widths(model, data())
+    with pytest.raises(ReductionError, match="halvings is 0; it must be a whole number from 1"):
+        Loss(halvings=0).widths(model, data())
     with pytest.raises(ReductionError, match=r"blocks\.0\.mlp has 128 hidden units, .* of 129; a smaller round_to"):
         Loss(round_to=129).widths(model, data())
     with pytest.raises(ReductionError, match=r"budget\.Loss\(.*\): data has no labels for 40 images"):
