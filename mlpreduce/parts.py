@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.func import functional_call
 
 from mlpreduce.budget import Baseline, counted, measure
@@ -24,37 +24,14 @@ from mlpreduce.graph import (
     first_units,
     is_leaf,
     module_at,
-    projection,
     slice_edit,
     structural_copy,
+    token_grid,
+    whole_module,
 )
-from mlpreduce.layers import Wrapper
 from mlpreduce.repair import refit_errors
 
 __all__ = ["Parts"]
-
-
-def _holds(module: nn.Module) -> bool:
-    """Whether a module has tensors itself, other than those that a layer around another adds."""
-    return bool(module._parameters or module._buffers) and not isinstance(module, Wrapper)
-
-
-def _gives_without_weights(module: nn.Module, mlp: MLP) -> bool:
-    """Whether a module gives something though all its tensors are zero: its input, for one."""
-    zeros = {
-        name: torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
-    shape = mlp.input_shape or (1, mlp.in_features)
-    dtype = next((zero.dtype for zero in zeros.values() if zero.is_floating_point()), None)
-    sizes = (1 if shape[-1] == mlp.in_features else size for size in shape[1:-1])
-    ones = torch.ones(1, *sizes, shape[-1], dtype=dtype, device="cpu")
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            given = functional_call(structural_copy(module).eval(), zeros, (ones,))
-    except Exception:  # whatever a foreign forward raises: it takes other arguments, so this cannot be asked
-        return False
-    return isinstance(given, torch.Tensor) and bool(given.any())
 
 
 class Parts(Sequence[MLP]):
@@ -134,18 +111,7 @@ class Parts(Sequence[MLP]):
         Raises:
             ReductionError: there is none, or the model is a graph.
         """
-        if isinstance(self._model, fx.GraphModule):
-            raise ReductionError(f"{mlp.name} is part of a torch.fx graph and no module by itself; give the model")
-        module = module_at(self._model, mlp.name)
-        leaves = {leaf.path for leaf in mlp.leaves}
-        held = [] if module is None else [path for path, m in module.named_modules(remove_duplicate=False) if _holds(m)]
-        if module is None or not {f"{mlp.name}.{path}".rstrip(".") for path in held} <= leaves:
-            raise ReductionError(f"{mlp.name} is no module of the MLP alone, as this needs")
-        if _gives_without_weights(module, mlp):
-            raise ReductionError(
-                f"{mlp.name} adds its input to what it computes, so it is more than an MLP; exclude it"
-            )
-        return module
+        return whole_module(self._model, mlp)
 
     def grid(self, mlp: MLP) -> list[int] | None:
         """Number of tokens before the others, height and width of those; None where an MLP is given a grid.
@@ -153,20 +119,7 @@ class Parts(Sequence[MLP]):
         Raises:
             ReductionError: the model does not say, drops some of its patches, or the MLP is given something else.
         """
-        shape, layer = mlp.input_shape, projection(self.module(mlp.leaf("fc1").call))
-        channels_last = layer is not None and layer.features == -1
-        if len(shape) == 4 and channels_last:
-            return None
-        sides = getattr(getattr(self._model, "patch_embed", None), "grid_size", None)
-        before = getattr(self._model, "num_prefix_tokens", 0)
-        drop = getattr(getattr(self._model, "patch_drop", None), "prob", 0.0)
-        whole = isinstance(sides, (tuple, list)) and len(sides) == 2 and not drop and channels_last
-        if not whole or shape[1:] != (before + sides[0] * sides[1], mlp.in_features):  # type: ignore[index]
-            raise ReductionError(
-                f"{mlp.name} is given {shape or 'what is not known'}, and the model does not say which of that is a grid of "
-                f"tokens, or drops some of them"
-            )
-        return [before, *sides]  # type: ignore[misc]
+        return token_grid(self._model, mlp)
 
     def outside(self) -> list[tuple[str, nn.Module]]:
         """Leaf modules with parameters that lie in no block of an MLP, such as the patch embedding and the last norm."""

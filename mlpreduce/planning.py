@@ -167,7 +167,7 @@ def make_plan(
     notes = (
         *parts.notes,
         *draft.notes,
-        *_notes(edits, chosen="criterion" in config),
+        *_notes(edits, chosen="criterion" in config or config.get("scale") == "none"),
         *_look_alikes(found.others),
         *_unseen(found.hidden),
     )
@@ -301,10 +301,11 @@ def _costs(model: nn.Module, mlps: list[MLP], made: Plan, inputs: Inputs | None)
 def _notes(edits: Sequence[object], *, chosen: bool) -> tuple[str, ...]:
     notes = []
     if any(isinstance(edit, Share) for edit in edits):
-        notes.append(
-            'scale and keep are for training from scratch; for trained weights use scale="none" with keep="mean" or '
-            '"align_mean". Sharing saves parameters and memory, not compute.'
-        )
+        if not chosen:
+            notes.append(
+                'scale and keep are for training from scratch; for trained weights use scale="none", and keep="auto" with data'
+            )
+        notes.append("Sharing saves parameters and memory, not compute.")
     if any(isinstance(edit, Slice) for edit in edits) and not chosen:
         notes.append(
             "units are chosen for training from scratch; for trained weights choose a criterion, then fine-tune."

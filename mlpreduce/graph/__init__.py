@@ -35,6 +35,7 @@ from mlpreduce.graph.trace import (
     trace,
     unwrapped,
 )
+from mlpreduce.graph.whole import token_grid, whole_module
 
 __all__ = [
     "MLP",
@@ -66,7 +67,9 @@ __all__ = [
     "tensor_of",
     "tensors_in",
     "to_graph",
+    "token_grid",
     "unwrapped",
+    "whole_module",
 ]
 
 
