@@ -19,7 +19,7 @@ def cosine(whole: torch.Tensor, found: torch.Tensor) -> float:
 def similarities(features: torch.Tensor) -> torch.Tensor:
     """Of all pairs of examples, each once."""
     table = features @ features.T
-    rows, columns = torch.triu_indices(*table.shape, offset=1)
+    rows, columns = torch.triu_indices(len(table), len(table), offset=1)
     return table[rows, columns]
 
 

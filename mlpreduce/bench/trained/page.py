@@ -64,7 +64,7 @@ def _table(cells: Sequence[dict[str, Any]], measures: Sequence[str]) -> Table:
         by_row.setdefault((cell["row"], cell["repair"]), {}).setdefault(cell["width"], []).append(cell)
 
     def worth(found: dict[float, list[dict[str, Any]]]) -> float:
-        return -statistics.mean(cell["measured"]["cosine"] for some in found.values() for cell in some)
+        return -float(statistics.mean(cell["measured"]["cosine"] for some in found.values() for cell in some))
 
     def texts(some: Sequence[dict[str, Any]]) -> str:
         parts = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -108,7 +109,8 @@ def _peer(name: str, subject: Subject, width: float, data: Data) -> nn.Module:
     model = copy.deepcopy(subject.model)
     importance = getattr(pruning.importance, _PEERS[name])()
     inputs = data[0][0][:1]
-    graph = pruning.DependencyGraph().build_dependency(model, example_inputs=inputs)
+    with warnings.catch_warnings(action="ignore"):  # of tokens and positions, which are not pruned
+        graph = pruning.DependencyGraph().build_dependency(model, example_inputs=inputs)
     if name != "magnitude":
         for some, labels in data:
             parts = [(some, labels)] if name == "taylor" else zip(some.split(1), labels.split(1), strict=True)
