@@ -238,7 +238,10 @@ def test_dead_units_go_first() -> None:
         ({"metric": "outputs"}, "metric"),
         ({"ridge": -1.0}, "ridge"),
         ({"swaps": -1}, "swaps"),
-        ({"ridge": 0.0}, "there are fewer rows than units, or units that never change"),
+        (
+            {"ridge": 0.0},
+            "34 positions .* too few for 128 hidden units of blocks.0.mlp: at least 128 .* 4 times as many",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
@@ -246,6 +249,15 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> Non
         mlpreduce.plan(
             tiny_vit(), "shallow", criterion={"name": "reconstruction", **options}, data=[pictures(2)], ratio=0.5
         )
+
+
+def test_units_that_never_change_need_a_ridge() -> None:
+    model = tiny_vit()
+    nn.init.zeros_(model.get_submodule("blocks.0.mlp.fc1").weight[7])  # type: ignore[index, union-attr, arg-type, operator]
+    config: dict[str, Any] = {"data": [pictures(200)], "ratio": 0.5, "repair": "parallel"}
+    with pytest.raises(ReductionError, match=r"have no inverse with a ridge of 0: .* units that never change"):
+        mlpreduce.plan(model, "shallow", criterion={"name": "reconstruction", "ridge": 0.0}, **config)
+    mlpreduce.plan(model, "shallow", criterion="reconstruction", **config)
 
 
 def test_labels_are_asked_for_where_the_loss_counts() -> None:

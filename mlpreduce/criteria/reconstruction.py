@@ -6,6 +6,7 @@ SlimGPT (arXiv 2412.18110): backward elimination with exact updates, see `mlpred
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,6 +60,13 @@ def reconstruction(seen: Moments, *, metric: str = "output", ridge: float | None
             raise ReductionError("criterion reconstruction: no gradients were measured")
         weight = _root(seen.wanted) @ weight
     share = _chosen(seen, weight) if ridge is None else ridge
+    count, least = int(seen.rows.sum()), len(square) + seen.folded
+    if not share and count < least:
+        raise ReductionError(
+            f"criterion reconstruction(ridge={ridge}): {count:,} positions of the data are too few for {len(square):,} hidden "
+            f"units of {seen.units.mlp.name}: at least {least:,} are needed, {math.ceil(least / count)} times as many; give "
+            f"more examples, or leave out ridge"
+        )
     groups = seen.units.mlp.groups
     found = eliminate(weight, square, share * scale, groups=groups)
 
