@@ -305,6 +305,8 @@ class Parts(Sequence[MLP]):
             units = answer.refine(units)
         return self.slice(mlp, units)
 
-    def guard_notes(self, criterion: str | Mapping[str, Any]) -> list[str]:
-        """What became of the units that carry most of what their MLP gives."""
-        return guard_notes(str(choose(criterion)), self._strong["stay"], self._strong["go"])
+    def criterion_notes(self, criterion: str | Mapping[str, Any]) -> list[str]:
+        """What became of the units that carry most of what their MLP gives, and what speaks against the criterion."""
+        choice = choose(criterion)
+        doubt = [f"{choice}: {choice.criterion.doubt}"] if choice.criterion.doubt else []
+        return guard_notes(str(choice), self._strong["stay"], self._strong["go"]) + doubt

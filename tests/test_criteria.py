@@ -123,6 +123,12 @@ def test_a_unit_whose_column_is_zero_scores_zero(criterion: str, site: str | Non
     assert (found != 0).sum() == 127
 
 
+def test_a_plan_says_what_speaks_against_its_criterion() -> None:
+    for criterion, told in (("hessian_diag", True), ("fisher", False)):
+        notes = mlpreduce.plan(tiny_vit(), "shallow", criterion=criterion, data=batches(16)).notes
+        assert any("too coarsely to order units" in note for note in notes) == told
+
+
 def test_hessian_diag_is_the_second_derivative() -> None:
     """Over all patterns of signs the estimate is exact; here of an MLP of three units."""
     model = tiny_vit(mlp_ratio=3 / 32, depth=2).double().eval()

@@ -36,6 +36,7 @@ class Criterion:
         probes: random sign vectors along which it looks at the second derivative of the loss; 0 for none.
         draws: whether it draws random numbers by `HiddenUnits.seed`, so that the runs of a recipe each draw their own.
         with_loss: `(options) -> bool`: whether one that needs pairs also looks at the loss.
+        doubt: why others are better, which a plan with it says; empty if nothing is known.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Criterion:
     probes: int = 0
     draws: bool = False
     with_loss: Callable[[Mapping[str, Any]], bool] | None = None
+    doubt: str = ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -117,6 +119,7 @@ def register_criterion(
     probes: int = 0,
     draws: bool = False,
     with_loss: Callable[[Mapping[str, Any]], bool] | None = None,
+    doubt: str = "",
 ) -> Callable[[Function], Function]:
     """Add a criterion under `name`.
 
@@ -131,6 +134,7 @@ def register_criterion(
         probes: random sign vectors along which the second derivative is estimated.
         draws: whether it draws random numbers by `HiddenUnits.seed`; in a recipe each run then gives its own seed.
         with_loss: `(options) -> bool`: whether one that needs pairs also looks at the loss.
+        doubt: why others are better; a plan with it says so.
 
     Raises:
         ReductionError: the name is no identifier or is taken, or an option has no default.
@@ -141,7 +145,7 @@ def register_criterion(
         if name in _CRITERIA:
             raise ReductionError(f"register_criterion({name!r}): {taken('criterion', name)}")
         check_one_of(f"register_criterion({name!r}): needs", needs, get_args(Needs))
-        criterion = Criterion(name, function, needs, objective, probes, draws, with_loss)
+        criterion = Criterion(name, function, needs, objective, probes, draws, with_loss, doubt)
         missing = [] if needs != "gates" else [key for key in GATE_OPTIONS if key not in criterion.options]
         if missing:
             raise ReductionError(

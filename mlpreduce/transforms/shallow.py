@@ -124,7 +124,7 @@ def shallow(
     for mlp in owners:
         if kept[mlp.name] < mlp.hidden_features:
             yield parts.keep(mlp, kept[mlp.name], criterion, seed, guard)
-    parts.notes += parts.guard_notes(criterion)
+    parts.notes += parts.criterion_notes(criterion)
 
 
 def _rounded(mlp: MLP, target: int, round_to: int) -> int:
