@@ -251,6 +251,40 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> Non
         )
 
 
+@pytest.mark.parametrize("count", [2, 40])
+def test_the_ridge_is_the_best_of_halves_judged_by_the_other(count: int) -> None:
+    """Half of the units, those of most energy, are refitted on every second example and judged on the others, both ways."""
+    model, images = tiny_vit().double(), pictures(count).double()
+    (mlp, *_) = find_mlps(model)
+    rows: list[torch.Tensor] = []
+    fc2 = model.get_submodule("blocks.0.mlp.fc2")
+    fc2.register_forward_pre_hook(lambda m, args: rows.append(args[0].detach()))
+    model(images)
+    halves = [rows[0][half::2].flatten(0, 1) for half in range(2)]
+    weight = fc2.weight.detach()  # type: ignore[union-attr]
+    every = rows[0].flatten(0, 1)
+    energy = every.square().mean(0) * weight.square().sum(0)
+    kept = energy.argsort(descending=True)[:64]
+    errors = {}
+    for ridge in (1e-3, 1e-2, 1e-1, 1.0):
+        errors[ridge] = 0.0
+        for here, there in (halves, halves[::-1]):
+            square = here.T @ here / len(here)
+            ridged = square + ridge * square.diagonal().mean() * torch.eye(128, dtype=torch.float64)
+            change = -weight.clone()
+            change[:, kept] += (weight @ ridged)[:, kept] @ torch.linalg.inv(ridged[kept][:, kept])
+            errors[ridge] += float((change @ there.T).square().sum()) / len(there)
+    best = min(errors, key=lambda ridge: errors[ridge])
+    assert (best == 1e-2) == (count == 40)  # what is taken where there are no halves; else nothing is tested
+    fc2._forward_pre_hooks.clear()
+    answers = Answers(model, find_mlps(model), [images])
+    chosen, given = (answers.of(mlp, choose(c)) for c in ("reconstruction", {"name": "reconstruction", "ridge": best}))
+    assert isinstance(chosen, Ranking)
+    assert isinstance(given, Ranking)
+    assert torch.equal(chosen.order, given.order)
+    torch.testing.assert_close(chosen.scores, given.scores)
+
+
 def test_units_that_never_change_need_a_ridge() -> None:
     model = tiny_vit()
     nn.init.zeros_(model.get_submodule("blocks.0.mlp.fc1").weight[7])  # type: ignore[index, union-attr, arg-type, operator]

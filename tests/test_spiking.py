@@ -123,7 +123,7 @@ def test_spiking_mlps_are_found_tied_and_sliced(before: bool) -> None:
 
 def test_criteria_of_data_tell_that_time_steps_come_first() -> None:
     data = [(IMAGES, torch.arange(4))]
-    with pytest.raises(ReductionError, match="does not have the images one after the other"):
+    with pytest.raises(ReductionError, match="does not have the examples one after the other"):
         mlpreduce.plan(spiking(True), "shallow", criterion="taylor", data=data, example_inputs=IMAGES)
 
 

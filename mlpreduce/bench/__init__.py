@@ -24,6 +24,7 @@ JOBS = {
     "gram_schmidt": "the order of gram_schmidt",
     "latency": "latency that a table predicts, and that is measured",
     "layers": "layers with fewer weights beside dense ones",
+    "calibration": "what criteria and repairs cost, in forward passes",
     "trained": "quality of trained models that are reduced without training",
 }
 NEEDS = {"search": ("optuna", "mlflow", "matplotlib", "ray")}  # packages of an extra, before a job is imported
