@@ -211,6 +211,7 @@ def test_the_rank_is_the_highest_within_the_parameters(vit: nn.Module) -> None:
         ({"per_use": {"name": "lora", "rank": 2, "target_params": 0.8}}, "both say the size"),
         ({"per_use": {"name": "lora", "target_params": 0.01}}, "more for each rank"),
         ({"per_use": {"name": "lora", "target_params": 0}}, "target_params is 0"),
+        ({"per_use": {"name": "lora", "target_params": 0.8}, "share": "block"}, "counts shared MLPs alone"),
         ({"per_use": {"name": "ssf", "init": "residual"}}, "has no option 'init'"),
     ],
 )
@@ -218,3 +219,20 @@ def test_what_cannot_be_is_refused(vit: nn.Module, config: dict[str, Any], messa
     with pytest.raises(ReductionError) as caught:
         reduced(vit, **config)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"keep": "auto"}, {"keep": "align_activations"}, {"per_use": {"name": "lora", "rank": 2, "init": "residual"}}],
+)
+def test_a_step_of_a_recipe_is_given_data_and_costs_the_same_without(vit: nn.Module, options: dict[str, Any]) -> None:
+    from mlpreduce.train.calibrated import needs_data, without_data
+
+    step = {"transform": "grouped", "group": 2, "scale": "none", **options}
+    assert needs_data(step)
+    assert not needs_data({"transform": "grouped", "group": 2, "per_use": {"name": "lora", "rank": 2}})
+    plain = without_data(step)
+    assert not needs_data(plain)
+    config = {key: value for key, value in plain.items() if key != "transform"}
+    counts = [sum(p.numel() for p in reduced(vit, **some).parameters()) for some in (options, config)]
+    assert counts[0] == counts[1]

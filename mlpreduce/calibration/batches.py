@@ -90,7 +90,7 @@ class Batch:
     @staticmethod
     def joined(batches: Sequence[Batch]) -> Batch:
         """One after the other."""
-        rest = [iter([t for t in tensors_in(batch.inputs)]) for batch in batches]
+        rest = [iter(tensors_in(batch.inputs)) for batch in batches]
         count = len(batches[0])
 
         def join(tensor: torch.Tensor) -> torch.Tensor:
@@ -103,11 +103,10 @@ class Batch:
 Labelled = tuple[Batch, torch.Tensor | None]
 
 
-def described(batch: Batch | torch.Tensor) -> str:
+def described(batch: Batch) -> str:
     """Names and shapes, for messages."""
-    if isinstance(batch, torch.Tensor) or isinstance(batch.inputs, torch.Tensor):
-        tensor: Any = batch if isinstance(batch, torch.Tensor) else batch.inputs
-        return f"{'images' if tensor.is_floating_point() else 'token ids'} {tuple(tensor.shape)}"
+    if isinstance(batch.inputs, torch.Tensor):
+        return f"{'images' if batch.floats else 'token ids'} {tuple(batch.inputs.shape)}"
     named = batch.inputs.items() if isinstance(batch.inputs, Mapping) else enumerate(batch.inputs, 1)
     return ", ".join(f"{name} {tuple(value.shape)}" for name, value in named if isinstance(value, torch.Tensor))
 
@@ -141,7 +140,8 @@ def read_batch(batch: Any, names: frozenset[str], others: bool) -> tuple[Inputs 
         if _is_mask(inputs, labels):
             raise ReductionError(
                 f"data has a batch of token ids {tuple(inputs.shape)} and, where labels are looked for, zeros and ones of the "
-                f"same shape; if that is a mask, give a dictionary, as a tokenizer does, or ((ids, mask), labels)"
+                f"same shape; if that is a mask, give a dictionary, as a tokenizer does, or ((ids, mask), labels); if they are "
+                f'labels, give {{"input_ids": ids, "labels": labels}}'
             )
     if isinstance(inputs, Batch):
         return inputs.inputs, labels

@@ -31,6 +31,8 @@ __all__ = [
     "without_data",
 ]
 
+_BY_DATA = ("auto", "align_activations")  # values of `keep`
+
 
 def needs_data(step: Step) -> bool:
     """Whether a step chooses units, groups or factors by calibration data, or repairs what is left with it.
@@ -41,8 +43,16 @@ def needs_data(step: Step) -> bool:
     """
     if step.get("repair", "none") != "none" or step.get("pattern") == "similarity" or step.get("init") == "data":
         return True
+    if step.get("keep") in _BY_DATA or _corrects(step):
+        return True
     criterion = criterion_of(step)
     return criterion is not None and criterion.of_data
+
+
+def _corrects(step: Step) -> bool:
+    """Whether corrections of the uses of a shared layer start at what it lacks."""
+    own = step.get("per_use")
+    return isinstance(own, dict) and own.get("init") == "residual"
 
 
 def criterion_of(step: Mapping[str, Any]) -> Criterion | None:
@@ -78,6 +88,10 @@ def without_data(step: Step) -> Step:
         return step
     kept = {key: value for key, value in step.items() if key not in ("repair", "latency_weight")}
     plain = {"criterion": "first", "scope": "uniform"} | ({"init": "weights"} if step.get("init") == "data" else {})
+    if kept.get("keep") in _BY_DATA:
+        kept["keep"] = "first"
+    if _corrects(step):
+        kept["per_use"] = {key: value for key, value in kept["per_use"].items() if key != "init"}
     if kept.get("pattern") == "similarity":  # as many MLPs are left
         return kept | {"pattern": "cycle"}
     return {key: plain.get(key, value) for key, value in kept.items()}

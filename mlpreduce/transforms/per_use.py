@@ -46,6 +46,8 @@ def check_per_use(parts: Parts, per_use: str | Mapping[str, Any] | None, share: 
             raise ReductionError(f"per_use={kind!r} has no option {option!r}{did_you_mean(str(option), OPTIONS[kind])}")
     if share == "attention" and kind in ("ssf", "lora", "conv"):
         raise ReductionError(f"per_use={kind!r} is of shared MLPs, and share='attention' leaves each block its own")
+    if "target_params" in options and share != "mlp":
+        raise ReductionError(f"per_use: target_params counts shared MLPs alone, and share={share!r}; give a rank")
     orders: dict[str, nn.Module] = {}  # by role, the first layer
     for mlp in parts if keep in MEANS and share != "attention" else ():
         for leaf in mlp.leaves:
@@ -86,7 +88,7 @@ def with_rank(
         ReductionError: both are given, or no rank does.
     """
     kind, options = _chosen(per_use)
-    if kind != "lora" or (target := options.get("target_params")) is None:
+    if kind != "lora" or (target := options.get("target_params")) is None or not shared:
         return per_use
     if "rank" in options:
         raise ReductionError("per_use: rank and target_params both say the size; give one of them")
@@ -135,15 +137,18 @@ def uses_of_their_own(
                     init = options.get("init", "zero")
                     check_one_of("per_use='lora': init", init, ("zero", "residual"))
                     beside = {key: value for key, value in options.items() if key != "init"}
-                    missing = None
-                    if init == "residual" and not layer.weight.is_meta:
-                        kept = merge.keeper.leaves[place].path
-                        there = merge.values.get(f"{kept}.weight", parts.tensor(f"{kept}.weight"))
-                        shared = there.detach().double() * factors.get(f"{leaf.role}.weight", 1.0)
-                        missing = merge.own(parts, number, leaf).double() - shared, merge.moments(parts, number, leaf)
+                    factor = factors.get(f"{leaf.role}.weight", 1.0)
+                    missing = _missing(parts, merge, number, place, factor) if init == "residual" else None
                     yield lora_around(leaf, layer, **beside, missing=missing)
                 else:
                     raise ReductionError(f"per_use='lora': {leaf.path} is a {type(layer).__name__}, and no Linear")
+
+
+def _missing(parts: Parts, merge: Merge, number: int, place: int, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer of a member had and the shared one lacks, and sums of products of what the layer is given."""
+    leaf, kept = merge.members[number].leaves[place], f"{merge.keeper.leaves[place].path}.weight"
+    shared = merge.values[kept] if kept in merge.values else parts.tensor(kept).detach()
+    return merge.own(parts, number, leaf).double() - factor * shared.double(), merge.moments(parts, number, leaf)
 
 
 def multiplies(parts: Parts, leaf: Leaf) -> bool:
