@@ -162,7 +162,7 @@ def _drawn(columns: Sequence[Column], ruled: bool, whole: bool = False) -> Rende
         padding=(0, _GAP if not ruled else 1, 0, 0),
     )
     for column in columns:
-        cells = max(map(len, column.cells), default=0)
+        cells = max(map(len, ["", *column.cells]))
         keep = whole or column.text or len(column.header) <= cells
         header = column.header if keep else "\n".join(_words(column.header))
         justify: Any = "left" if column.left or column.text else "right"

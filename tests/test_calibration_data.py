@@ -238,3 +238,16 @@ def test_what_a_repair_is_judged_by_leaves_out_padding() -> None:
     other = {**data, "attention_mask": torch.ones(4, 9, dtype=torch.long)}  # of positions that are none of these
     torch.testing.assert_close(_output(given, Batch(other)), hidden.mean(1))
     torch.testing.assert_close(_output(given, Batch(torch.zeros(4, 3, 8, 8))), torch.zeros(4, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("criterion", ["energy", "taylor", "reconstruction"])
+def test_nothing_is_measured_in_less_than_full_precision(criterion: str) -> None:
+    data = [(torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 5)]
+    config: dict[str, Any] = {"criterion": criterion, "ratio": 0.5, "repair": "parallel", "data": data}
+    plain = mlpreduce.plan(tiny_vit(), "shallow", **config)
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = mlpreduce.plan(tiny_vit(), "shallow", **config)
+    assert plain.edits == coarse.edits
+    for one, other in zip(plain.edits, coarse.edits, strict=True):
+        if hasattr(one, "value"):
+            assert torch.equal(one.value, other.value)

@@ -147,3 +147,18 @@ def test_the_command(tmp_path, capsys) -> None:
     assert "## Without MLPs" in output.read_text(encoding="utf-8")
     assert main(["coverage", "--family", "swim_transformer"]) == 2
     assert "did you mean 'swin_transformer'" in capsys.readouterr().err
+
+
+def test_names_stand_to_the_left_and_numbers_to_the_right_on_a_console() -> None:
+    from mlpreduce.coverage.table import for_console
+
+    entries = [
+        Entry("small", "vit", 1_000_000, 1, {"plain": 1}),
+        Entry("a_longer_name", "a_longer_family", 22_000_000, 12, {"gated": 12}),
+    ]
+    lines = for_console(entries, {}, 200).splitlines()
+    places = [[line.index(word) for word in ("vit", "small")] for line in lines if "vit" in line]
+    others = [
+        [line.index(word) for word in ("a_longer_family", "a_longer_name")] for line in lines if "a_longer" in line
+    ]
+    assert places == others

@@ -422,6 +422,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: block_orders([torch.ones(6, 4)], torch.ones(4, 6), 4),
         "4 groups do not divide the widths 4, 6, 4",
     ),
+    "groups of nothing": (lambda: block_orders([torch.ones(6, 4)], torch.ones(4, 6), 0), "block_orders: groups is 0"),
     "no weights": (lambda: block_orders([], torch.ones(4, 6), 2), "weights are [] and (4, 6)"),
     "another MLP": (lambda: block_orders([torch.ones(8, 4)], torch.ones(4, 6), 2), "weights are [(8, 4)] and (4, 6)"),
     "NaN": (lambda: LowRankLinear.from_linear(linear(torch.full((4, 4), torch.nan)), 2), "not finite"),

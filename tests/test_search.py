@@ -136,6 +136,13 @@ class TestSpaces:
         found = {step["transform"] for each in choices for step in Walker(space, pricer).ask(each)[0].steps}
         assert found == {name for name in mlpreduce.list_transforms() if not is_construction(name)}
 
+    def test_what_is_not_given_is_the_first(self, pricer: Pricer) -> None:
+        _, made, between = Walker(load_space("joint"), pricer).ask({})
+        assert len(made) > 3
+        for name, value in made.items():
+            choices = getattr(between[name], "choices", None)
+            assert value == (between[name].low if choices is None else choices[0])  # type: ignore[attr-defined]
+
     def test_equal_patterns_are_one_point(self, pricer: Pricer) -> None:
         by_pattern: dict[tuple, set[str]] = {}
         for choices in itertools.product(*(range(row + 1) for row in range(5)), (0,)):

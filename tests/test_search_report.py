@@ -477,3 +477,11 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReductionError, match="no objective"):
         console_table(make_document(objectives=[]))
     assert not (tmp_path / "out").exists()
+
+
+def test_names_stand_evenly_on_their_axis() -> None:
+    from mlpreduce.report.search_parallel import _scale
+
+    scale = _scale("criterion", ["b", "a", "b", "d", "c"])
+    assert scale.heights == pytest.approx([0.375, 0.125, 0.375, 0.875, 0.625])
+    assert [text for _, text in scale.ticks] == ["a", "b", "c", "d"]

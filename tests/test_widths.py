@@ -126,6 +126,15 @@ def test_loss_refuses() -> None:
         Loss().widths(model, data(), criterion="l3")
 
 
+@pytest.mark.parametrize("scope", ["per_stage", "uniform", "global"])
+def test_a_step_that_fits_to_the_last_parameter_is_taken(scope: str) -> None:
+    model = tiny_vit()
+    half = mlpreduce.apply(tiny_vit(), "shallow", ratio=0.5)
+    target = sum(p.numel() for p in half.parameters()) + 32 + 1 + 32  # one unit more, of one of four MLPs
+    made = mlpreduce.apply(model, "shallow", target_params=target, scope=scope, criterion="l2")
+    assert sum(p.numel() for p in made.parameters()) == (target if scope != "uniform" else target - 65)
+
+
 # --- a primal-dual method -----------------------------------------------------------------------------------------------------
 
 

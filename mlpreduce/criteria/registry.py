@@ -42,11 +42,11 @@ class Criterion:
     name: str
     function: Function
     needs: Needs
-    objective: Objective | None = None
-    probes: int = 0
-    draws: bool = False
-    with_loss: Callable[[Mapping[str, Any]], bool] | None = None
-    doubt: str = ""
+    objective: Objective | None
+    probes: int
+    draws: bool
+    with_loss: Callable[[Mapping[str, Any]], bool] | None
+    doubt: str
 
     @property
     def options(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Source: SVFT (arXiv 2405.19597): W = U (diag(s) + sigmoid(gate) M) V^T.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -68,15 +69,15 @@ class SvftLinear(StandIn):
         if rank > size or entries > rank * rank:
             raise ReductionError(f"SvftLinear: rank is {rank} and entries {entries}; at most {size} and rank squared")
         self.in_features, self.out_features = in_features, out_features
-        empty = torch.empty(0, device=device, dtype=dtype)
-        self.left = nn.Parameter(empty.new_zeros(out_features, rank), requires_grad=False)
-        self.values = nn.Parameter(empty.new_zeros(rank), requires_grad=False)
-        self.right = nn.Parameter(empty.new_zeros(rank, in_features), requires_grad=False)
-        self.register_buffer("rows", empty.new_zeros(entries, dtype=torch.long))
-        self.register_buffer("columns", empty.new_zeros(entries, dtype=torch.long))
-        self.entries = nn.Parameter(empty.new_zeros(entries))
-        self.gate = nn.Parameter(empty.new_zeros(1))
-        self.bias = nn.Parameter(empty.new_zeros(out_features)) if bias else None
+        zeros = partial(torch.zeros, device=device, dtype=dtype)
+        self.left = nn.Parameter(zeros(out_features, rank), requires_grad=False)
+        self.values = nn.Parameter(zeros(rank), requires_grad=False)
+        self.right = nn.Parameter(zeros(rank, in_features), requires_grad=False)
+        self.register_buffer("rows", torch.zeros(entries, device=device, dtype=torch.long))
+        self.register_buffer("columns", torch.zeros(entries, device=device, dtype=torch.long))
+        self.entries = nn.Parameter(zeros(entries))
+        self.gate = nn.Parameter(zeros(1))
+        self.bias = nn.Parameter(zeros(out_features)) if bias else None
         self._dense_trains = True
 
     @classmethod
