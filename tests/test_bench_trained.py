@@ -76,6 +76,7 @@ def test_every_criterion_and_repair_has_a_row() -> None:
     [["README*", "energy", "taylor", "reconstruction*"], ["grouped*"], ["Torch-Pruning*"]],
     ids=["criteria", "sharing", "peers"],
 )
+@pytest.mark.slow
 def test_cells_are_kept_and_a_page_is_made_of_them(
     subject: None, tmp_path: Path, globs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,7 @@ def test_gradients_are_the_same_with_checkpointing() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_weight_is_sparser(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"probes": ["density"], "probe_images": 32, "epochs": 4, "accum_steps": 2}
     plain = fit(digits_run(tmp_path / "plain", **settings))[-1]["probes"]["density"]

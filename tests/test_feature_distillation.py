@@ -261,6 +261,7 @@ def test_a_compiled_model_trains_the_same_module(
     assert all(isinstance(module, Features) for module in given)
 
 
+@pytest.mark.slow
 def test_resumed_runs_give_the_same_bits(trained: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"mixup": 0.5, "epochs": 3, "accum_steps": 2}
     whole, parted = (taught(tmp_path / name, trained, GLOBAL, REPAIRED, **settings) for name in ("whole", "parted"))

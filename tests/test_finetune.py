@@ -225,6 +225,7 @@ def cost(text: str, variant: str) -> float:
     return float(next(line for line in lines if line.split()[0] == variant).split()[1])
 
 
+@pytest.mark.slow
 def test_the_dry_run_tells_weights_distillation_and_the_teachers_cost() -> None:
     plain = describe(recipes.load("finetune_tiny"))
     assert "initial weights  runs/digits_tiny/baseline/seed42 (not read here)" in plain
@@ -331,6 +332,7 @@ def test_an_unreduced_student_starts_where_its_teacher_is(trained: Path, tmp_pat
 
 
 @pytest.mark.parametrize("amp", slow_but(["none", "bfloat16"], "none"))
+@pytest.mark.slow
 def test_alpha_0_trains_the_same_weights_as_no_teacher(trained: Path, tmp_path: Path, amp: str) -> None:
     settings: dict[str, Any] = {"mixup": 0.5, "accum_steps": 2, "amp": amp}
     for kind in ("none", "soft", "hard"):
@@ -388,7 +390,7 @@ def test_the_teacher_has_the_students_memory_format(tmp_path: Path) -> None:
         assert weight.is_contiguous(memory_format=torch.channels_last) == last_channels
 
 
-@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize("kind", slow_but(["soft", "hard"], "soft"))
 def test_resumed_distillation_is_exact(trained: Path, tmp_path: Path, kind: str) -> None:
     settings: dict[str, Any] = {"distillation": kind, "mixup": 0.5, "epochs": 3, "accum_steps": 2}
     whole, parted = (finetune(tmp_path / name, trained, ALIGNED, **settings) for name in ("whole", "parted"))

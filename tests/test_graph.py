@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from helpers.marks import slow_but
 from torch import fx, nn
 
 import mlpreduce
@@ -156,7 +157,7 @@ def test_sliced_with_a_hidden_norm_is_built_narrower() -> None:
     assert repr(model) == repr(narrow)
 
 
-@pytest.mark.parametrize("name", ["levit_128s", "efficientformer_l1"])
+@pytest.mark.parametrize("name", slow_but(["levit_128s", "efficientformer_l1"], "efficientformer_l1"))
 def test_no_trace_in_models_that_cache(name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
@@ -183,14 +184,20 @@ def test_nothing_is_changed_by_looking(vit: nn.Module, unchanged) -> None:
 CONVOLUTIONAL = ["resnet18", "seresnet18", "gcresnet33ts", "vgg11", "mobilenetv3_small_050", "efficientnet_b0"]
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONAL)
+@pytest.mark.parametrize("name", slow_but(CONVOLUTIONAL, "resnet18", "gcresnet33ts"))
 def test_convolutional_networks_have_none(name: str) -> None:
     assert find_mlps(build(name)) == []
     with pytest.raises(ReductionError, match="found no MLP in"):
         mlpreduce.apply(build(name), "grouped")
 
 
-@pytest.mark.parametrize(("name", "count"), [("vit_b_16", 12), ("swin_t", 12), ("swin_v2_t", 12), ("maxvit_t", 22)])
+SLOW_OF_TORCHVISION = [("swin_t", 12), ("swin_v2_t", 12), ("maxvit_t", 22)]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("vit_b_16", 12), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW_OF_TORCHVISION)],
+)
 def test_torchvision(name: str, count: int) -> None:
     with torch.device("meta"):
         model = torchvision.models.get_model(name)

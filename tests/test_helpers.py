@@ -50,6 +50,7 @@ def test_a_process_that_ends_or_hangs_is_told_and_replaced() -> None:
             together(_sleep)
 
 
+@pytest.mark.slow
 def test_a_store_is_migrated_and_empty(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 

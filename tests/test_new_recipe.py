@@ -142,6 +142,7 @@ def test_a_long_reason_is_cut_between_words(pictures: Path, tmp_path: Path, monk
     assert len(line) < 230
 
 
+@pytest.mark.slow
 def test_a_hybrid_is_left_as_timm_builds_it(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "hybrid.toml"
     write_recipe(path, pictures, "vit_tiny_r_s16_p8_224")
@@ -199,6 +200,7 @@ def test_pretrained_weights_are_offered_with_what_must_change(
     assert native == (recipe.data.image_size,) * 2
 
 
+@pytest.mark.slow
 def test_pretrained_weights_are_offered_only_where_there_are_some(pictures: Path, tmp_path: Path) -> None:
     write_recipe(tmp_path / "none.toml", pictures, "vit_small_patch16_36x1_224")
     assert "weights" not in (tmp_path / "none.toml").read_text().partition("[model]")[2].partition("[model.kwargs]")[

@@ -418,6 +418,7 @@ def without_probes(left: Any) -> Any:
 
 
 @pytest.mark.parametrize("amp", slow_but(["none", "bfloat16"], "none"))
+@pytest.mark.slow
 def test_a_run_with_probes_ends_with_the_weights_of_one_without(tmp_path: Path, amp: str) -> None:
     settings = {"grad_checkpointing": True, "amp": amp, "accum_steps": 2}
     plain = digits_run(tmp_path / "plain", **settings)

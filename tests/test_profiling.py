@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from helpers.marks import slow_but
 from torch import nn
 
 import mlpreduce
@@ -63,7 +64,12 @@ def test_tying_changes_no_macs_and_slicing_does(vit: nn.Module) -> None:
     assert mlpreduce.profile(mlpreduce.apply(vit, "shallow")).macs_linear == before.macs_linear - 4 * 17 * 64 * 64
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "eva02_base_patch14_224", "cait_xxs24_224"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ["swin_tiny_patch4_window7_224", "eva02_base_patch14_224", "cait_xxs24_224"], "swin_tiny_patch4_window7_224"
+    ),
+)
 def test_cost_before_equals_cost_after(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.marks import slow_but
 from helpers.stores import put_store
 
 from mlpreduce import recipe as recipes
@@ -44,7 +45,13 @@ def test_every_recipe_loads_and_tells_source_command_cost_and_numbers(name: str)
     assert any(line.startswith("Expected:") for line in lines)
 
 
-@pytest.mark.parametrize("name", ["digits", *(name for name in NAMES if name.endswith("_tiny"))])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ["digits", *(name for name in NAMES if name.endswith("_tiny"))],
+        *("digits", "digits_tiny", "finetune_tiny", "fashion_tiny"),
+    ),
+)
 def test_every_small_recipe_can_be_planned(name: str) -> None:
     text = describe(recipes.load(name))
     assert "effective batch" in text

@@ -132,6 +132,7 @@ def test_it_is_what_a_loop_by_hand_gives(init_values: float | None) -> None:
     assert made.data["cosine"][0] == pytest.approx(float(near), abs=1e-8)
 
 
+@pytest.mark.slow
 def test_it_comes_nearer_than_the_parallel_one_and_never_harms() -> None:
     model, images, fresh = lively(), pictures(256), pictures(64, seed=9)
     before = model(fresh).detach()
