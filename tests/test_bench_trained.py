@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -57,9 +58,15 @@ def cells(tmp_path: Path) -> dict[str, dict[str, Any]]:
 
 def test_the_advice_is_the_call_of_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (call,) = re.findall(r'mlpreduce\.apply\(model, "shallow", ([^\n]*data=loader)\)', text)
-    given = dict(re.findall(r'(\w+)="?([\w.]+)"?', call))
-    assert {key: value for key, value in given.items() if key not in ("data", "target_params")} == dict(ADVICE)
+    part = text[text.index("When you slice trained MLPs") :]
+    (block,) = re.findall(r"```python\n(.*?)```", part, re.DOTALL)[:1]
+    choice, call = ast.parse(block).body
+    assert isinstance(choice, ast.Assign)
+    assert isinstance(call, ast.Expr)
+    assert isinstance(call.value, ast.Call)
+    given = {str(key.arg): key.value for key in call.value.keywords if key.arg not in ("data", "target_params")}
+    given["criterion"] = choice.value
+    assert {key: ast.literal_eval(value) for key, value in given.items()} == dict(ADVICE)
 
 
 def test_every_criterion_and_repair_has_a_row() -> None:

@@ -21,7 +21,7 @@ from mlpreduce.graph import find_mlps, module_at
 __all__ = ["ADVICE", "Row", "rows"]
 
 # the call that README gives for a trained model, without its size and its data
-ADVICE: Mapping[str, Any] = {"criterion": "taylor", "scope": "global", "repair": "least_squares"}
+ADVICE: Mapping[str, Any] = {"criterion": {"name": "reconstruction", "metric": "loss"}, "repair": "least_squares"}
 REPAIRS = ("none", "parallel", "least_squares")
 CRITERIA: tuple[Any, ...] = (
     *list_criteria(),
@@ -69,12 +69,14 @@ def rows(kinds: tuple[str, ...] = ("advice", "criteria", "sharing", "peers")) ->
         for repair in REPAIRS:
             config = {"criterion": criterion, "repair": repair}
             found.append(Row(name, "criteria", repair, partial(_sliced, config)))
-    for extra in ({"name": "reconstruction", "swaps": 50}, {"name": "reconstruction", "metric": "loss"}):
-        for scope in ("uniform", "global"):
-            config = {"criterion": extra, "scope": scope, "repair": "least_squares"}
-            name = f"{str(choose(extra)).removesuffix('()')}, {scope}"
-            if (scope == "global") == ("metric" in extra):
-                found.append(Row(name, "criteria", "least_squares", partial(_sliced, config)))
+    for extra, scope in (
+        ({"name": "reconstruction", "swaps": 50}, "uniform"),
+        ({"name": "reconstruction", "metric": "loss"}, "global"),
+        ("taylor", "global"),
+    ):
+        config = {"criterion": extra, "scope": scope, "repair": "least_squares"}
+        name = f"{str(choose(extra)).removesuffix('()')}, {scope}"
+        found.append(Row(name, "criteria", "least_squares", partial(_sliced, config)))
     for repair in REPAIRS:
         for keep in ("first", "mean", "align_mean", "align_activations", "auto"):
             config = {"group": 2, "scale": "none", "keep": keep, "repair": repair, "remainder": "own"}
