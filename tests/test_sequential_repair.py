@@ -46,6 +46,28 @@ def streams(model: Any, images: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
+def by_importance(whole: Any, fit: torch.Tensor) -> list[torch.Tensor]:
+    """For each block, what the outputs hang on what its MLP gives at each token, (examples, tokens), halfway to 1."""
+    generator = torch.Generator().manual_seed(0)
+    found: list[list[torch.Tensor]] = [[] for _ in whole.blocks]
+    with torch.enable_grad():
+        for images in fit.split(16):
+            kept: list[torch.Tensor] = []
+            handles = [
+                block.mlp.fc2.register_forward_hook(lambda m, args, given, kept=kept: kept.append(given))
+                for block in whole.blocks
+            ]
+            given = whole(images)
+            for handle in handles:
+                handle.remove()
+            given = given / given.detach().norm(dim=1, keepdim=True)
+            along = torch.randn(given.shape, generator=generator, dtype=torch.float64)
+            for some, slope in zip(found, torch.autograd.grad((given * along).sum(), kept), strict=True):
+                some.append(slope.square().sum(-1))
+    every = [torch.cat(some) for some in found]
+    return [0.5 + 0.5 * value / value.mean() for value in every]
+
+
 def by_hand(whole: Any, part: Any, fit: torch.Tensor, held: torch.Tensor) -> list[int]:
     """Repair `part` in place, block by block, as the formulas say; which blocks stay as they were."""
     left = []
@@ -61,6 +83,7 @@ def by_hand(whole: Any, part: Any, fit: torch.Tensor, held: torch.Tensor) -> lis
         alignment = (x @ x.T * (y @ y.T)).sum() / (x @ x.T).norm() / (y @ y.T).norm()
         return float(torch.cosine_similarity(wanted, given).mean()), float(alignment)
 
+    weights = by_importance(whole, fit)
     for number, block in enumerate(part.blocks):
         kept: list[torch.Tensor] = []
         handle = block.mlp.fc2.register_forward_pre_hook(lambda module, args, kept=kept: kept.append(args[0]))
@@ -71,13 +94,14 @@ def by_hand(whole: Any, part: Any, fit: torch.Tensor, held: torch.Tensor) -> lis
         for half in range(2):
             # examples in batches of 16, each of which is halved
             pick = torch.tensor([i for i in range(len(fit)) if i % 16 % 2 == half])
-            halves.append((kept[0][pick].flatten(0, 1), missing[pick].flatten(0, 1)))
+            halves.append(tuple(v[pick].flatten(0, 1) for v in (kept[0], missing, weights[number][..., None])))
 
         def change(
-            a: torch.Tensor, e: torch.Tensor, share: float, g: torch.Tensor = g
+            a: torch.Tensor, e: torch.Tensor, w: torch.Tensor, share: float, g: torch.Tensor = g
         ) -> tuple[torch.Tensor, torch.Tensor]:
             """Each output by a least squares of its own."""
-            centred, wanted = a - a.mean(0), e - e.mean(0)
+            means = [(w * v).sum(0) / w.sum() for v in (a, e)]
+            centred, wanted = w.sqrt() * (a - means[0]), w.sqrt() * (e - means[1])
             square = centred.T @ centred
             size = len(square)
             ridge = float(share * g.square().mean() * square.diagonal().mean())
@@ -86,20 +110,20 @@ def by_hand(whole: Any, part: Any, fit: torch.Tensor, held: torch.Tensor) -> lis
                 for i, factor in enumerate(g):
                     inner = factor**2 * square + ridge * torch.eye(size).double()
                     d[i] = torch.linalg.solve(inner, factor * centred.T @ wanted[:, i])
-            return d, e.mean(0) / g - d @ a.mean(0)
+            return d, means[1] / g - d @ means[0]
 
-        def error(d: torch.Tensor, b: torch.Tensor, a: torch.Tensor, e: torch.Tensor, g: torch.Tensor = g) -> float:
-            return float((e - g * (a @ d.T + b)).square().sum())
+        def error(d: Any, b: Any, a: torch.Tensor, e: torch.Tensor, w: torch.Tensor, g: torch.Tensor = g) -> float:
+            return float((w * (e - g * (a @ d.T + b)).square()).sum())
 
         sums = []
         for share in RIDGES:
             one, two = change(*halves[0], share), change(*halves[1], share)
             sums.append(error(*one, *halves[1]) + error(*two, *halves[0]))
-        rows = [torch.cat([half[i] for half in halves]) for i in range(2)]
-        d, b = change(rows[0], rows[1], RIDGES[sums.index(min(sums))])
+        rows = [torch.cat([half[i] for half in halves]) for i in range(3)]
+        d, b = change(*rows, RIDGES[sums.index(min(sums))])
         old, without = copy.deepcopy(block.mlp.fc2.state_dict()), near(number)
         with torch.no_grad():
-            if min(sums) < float(rows[1].square().sum()):
+            if min(sums) < float((rows[2] * rows[1].square()).sum()):
                 block.mlp.fc2.weight += d
                 block.mlp.fc2.bias += b
         if not all(after >= before - 1e-6 for after, before in zip(near(number), without, strict=True)):
@@ -117,7 +141,7 @@ def test_it_is_what_a_loop_by_hand_gives(init_values: float | None) -> None:
     images = pictures(64)
     made = mlpreduce.plan(model, "shallow", ratio=0.5, data=[images], repair="least_squares", guard=False)
     part = mlpreduce.apply(copy.deepcopy(model), "shallow", ratio=0.5)
-    out = torch.arange(64) % 4 == 3
+    out = torch.arange(64) % 8 == 7
     with torch.no_grad():
         left = by_hand(copy.deepcopy(model), part, images[~out], images[out])
     values = {edit.tensor: edit.value for edit in made.of(Assign)}
@@ -156,7 +180,7 @@ def test_the_bias_takes_up_the_mean_of_what_goes() -> None:
     kept: list[torch.Tensor] = []
     fc2: Any = model.get_submodule("blocks.0.mlp.fc2")
     fc2.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
-    fit = images[torch.arange(32) % 4 != 3]
+    fit = images[torch.arange(32) % 8 != 7]
     with torch.no_grad():
         model(fit)
         mean = kept[0].flatten(0, 1).mean(0)
@@ -311,8 +335,8 @@ def test_few_examples_are_fitted_and_judged_by_all() -> None:
     batches, held = _read(Samples([pictures(5).float()], model, labels=False), "bias")
     assert (sum(map(len, batches)), sum(map(len, held))) == (5, 5)
     batches, held = _read(Samples([pictures(40).float()], model, labels=False), "bias")
-    assert [len(batch) for batch in batches] == [16, 14]
-    assert [len(batch) for batch in held] == [10]
+    assert [len(batch) for batch in batches] == [16, 16, 3]
+    assert [len(batch) for batch in held] == [5]
 
 
 def test_blocks_that_are_shared_as_a_whole() -> None:

@@ -1,8 +1,9 @@
 """Repair in order of execution: each fc2 is fitted on what the model gives it after all repairs before it, and judged at once.
 
 With z_d the stream after an MLP in the whole model, and z_r the same in the reduced model as repaired so far, the fit brings
-z_r nearer to z_d: it makes up for its own units and for what earlier MLPs left. Where a norm on the stream follows the
-addition, each token counts by 1 over the variance of z_d, by which that norm divides.
+z_r nearer to z_d: it makes up for its own units and for what earlier MLPs left. Each token counts by what the model's outputs
+hang on it (see `importance`), and where a norm on the stream follows the addition, by 1 over the variance of z_d, by which that
+norm divides.
 
 A fit stays only if what the model gives on examples held out is no further from the whole model's by more than chance:
 neither by cosine, nor in how alike examples are (centred kernel alignment). That is asked before the next MLP is fitted, of the
@@ -29,14 +30,15 @@ from mlpreduce.calibration.sums import live_rows
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at, projection
 from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
+from mlpreduce.repair.importance import position_weights
 from mlpreduce.repair.nearness import Nearness, gathered, is_further, nearness
 from mlpreduce.repair.streams import Cut, Joint, find_joint, graph_from, stopping_at
 from mlpreduce.waiting import steps
 
 __all__ = ["InTurn", "repair_in_turn"]
 
-_HELD = 4  # one in so many examples is held out
-_FEWEST = 8  # examples, below which all are fitted and judged by
+_HELD = 8  # one in so many examples is held out
+_FEWEST = 16  # examples, below which all are fitted and judged by
 _OUTPUTS = ("logits", "pooler_output", "last_hidden_state")
 _OF_TEXT = (
     "logits",
@@ -117,6 +119,13 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
     found.unfollowed = [use.name for some in uses.values() for use in some if not use.dense.followed]
     order = sorted(uses, key=lambda path: max(use.block for use in uses[path]))
     starts = [min(use.block for use in uses[path]) for path in order]
+    every_use = [use for path in order for use in uses[path]]
+    with in_all():
+        counts = None
+        if kind == "least_squares":
+            places = [(use.dense.leaf, use.dense.call, use.dim) for use in every_use]
+            counts = position_weights(dense, places, batches, _output)
+    weights = dict(zip((use.name for use in every_use), counts or [], strict=False))
     whole, fitting, judging = (Cut(tree, blocks, stages) for tree in (dense, reduced, reduced))
     beyond = Cut(dense, blocks, stages, known=judging)
 
@@ -151,7 +160,17 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
             with in_all():
                 for index, batch in enumerate(batches):
                     with telling(batch):
-                        _add(fit, uses[path], (dense, whole), (reduced, fitting), index, batch, end, samples.rank)
+                        _add(
+                            fit,
+                            uses[path],
+                            (dense, whole),
+                            (reduced, fitting),
+                            index,
+                            batch,
+                            end,
+                            samples.rank,
+                            weights,
+                        )
             fit = replace(
                 fit, square=all_reduce(fit.square), cross=all_reduce(fit.cross), wanted=all_reduce(fit.wanted)
             )
@@ -259,8 +278,9 @@ def _add(
     batch: Batch,
     until: int,
     rank: int,
+    weights: Mapping[str, Sequence[torch.Tensor]],
 ) -> None:
-    """Add what a batch says of each use."""
+    """Add what a batch says of each use; `weights` are those of its positions, by use and batch."""
     taken: dict[tuple[int, str], torch.Tensor] = {}
 
     def take(number: int, what: str) -> Callable[[torch.Tensor], None]:
@@ -288,7 +308,10 @@ def _add(
             return value.reshape(len(batch), -1, value.shape[-1])
 
         a, y, z, z_r = (rows(what) for what in ("a", "y", "z", "z_r"))
-        weight = z.double().var(-1, correction=0).reciprocal() if use.weighed else None
+        weight = weights[use.name][index] if use.name in weights else None
+        if use.weighed:
+            by_norm = z.double().var(-1, correction=0).reciprocal()
+            weight = by_norm if weight is None else weight * by_norm
         for half in range(2):
             pick = slice((half + rank) % 2, None, 2)  # so that one image in each process is enough
             if len(z[pick]):
@@ -326,7 +349,7 @@ def _output(given: Any, batch: Batch) -> torch.Tensor:
             break
     values = [value for value in tree_leaves(given) if isinstance(value, torch.Tensor) and value.is_floating_point()]
     found = []
-    for value in (value.detach().double() for value in values if value.dim() > 1 and len(value) == len(batch)):
+    for value in (value.double() for value in values if value.dim() > 1 and len(value) == len(batch)):
         if value.dim() == 3 and not batch.floats:
             mask = batch.mask
             live = value.new_ones(value.shape[:2]) if mask is None or mask.shape != value.shape[:2] else mask.to(value)
