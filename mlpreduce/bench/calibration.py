@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         raise ReductionError(f"bench calibration {options.model}: timm has no such model")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = timm.create_model(options.model).eval()
+        model: Any = timm.create_model(options.model).eval()
         size = model.pretrained_cfg["input_size"]
         images, labels = torch.randn(options.images, *size), torch.randint(0, 1000, (options.images,))
     data = list(zip(images.split(CHUNK), labels.split(CHUNK), strict=True))
@@ -86,8 +87,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         if name not in known:
             raise ReductionError(f"bench calibration --criteria {name}: give some of {', '.join(known)}")
         for repair in ("none", "parallel", "least_squares"):
-            config = {"criterion": known[name], "repair": repair}
-            jobs[name, repair] = lambda config=config: mlpreduce.plan(model, "shallow", ratio=0.5, data=data, **config)
+            config: dict[str, Any] = {"criterion": known[name], "repair": repair}
+            jobs[name, repair] = partial(mlpreduce.plan, model, "shallow", ratio=0.5, data=data, **config)
     taken: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
     forward: list[float] = []
     alone = [_elimination(*size, options.runs) for size in _SIZES]

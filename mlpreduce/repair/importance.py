@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mlpreduce.calibration import Batch, all_reduce
+from mlpreduce.calibration.sums import live_rows
 from mlpreduce.graph import module_at
 
 __all__ = ["Place", "position_weights"]
@@ -30,7 +31,7 @@ def position_weights(
     batches: Sequence[Batch],
     output: Callable[[Any, Batch], torch.Tensor],
 ) -> list[list[torch.Tensor]] | None:
-    """Weights of the positions of each batch at each place, (examples, positions), in float64; their mean is 1.
+    """Weights of the positions of each batch at each place, (examples, positions), in float64; 1 on average without padding.
 
     Args:
         tree: the whole model.
@@ -57,11 +58,13 @@ def position_weights(
         for some, slope, (_, _, dim) in zip(found, slopes, places, strict=True):
             rows = slope.double().movedim(dim, -1)
             some.append(rows.reshape(len(batch), -1, rows.shape[-1]).square().sum(-1))
-    sums = torch.tensor([[float(sum(v.sum() for v in some)), sum(v.numel() for v in some)] for some in found])
-    sums = all_reduce(sums.double())
+    masks = [batch.mask for batch in batches]
+    live = [[live_rows(v[..., None], mask) for v, mask in zip(some, masks, strict=True)] for some in found]
+    sums = [[float(sum(v.sum() for v in some)), float(sum(v.numel() for v in some))] for some in live]
+    sums = all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
     return [
         [0.5 + 0.5 * value * count / total if total > 0 else torch.ones_like(value) for value in some]
-        for some, (total, count) in zip(found, sums.tolist(), strict=True)
+        for some, (total, count) in zip(found, sums, strict=True)
     ]
 
 

@@ -1,0 +1,90 @@
+"""What a repair makes of positions: those on which the outputs hang count more, none is forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mlpreduce
+from mlpreduce.calibration import Batch, quiet_copy
+from mlpreduce.repair.importance import position_weights
+from mlpreduce.testing import tiny_vit
+
+
+def images(count: int = 24) -> torch.Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def output(given: Any, batch: Batch) -> torch.Tensor:
+    found: torch.Tensor = given.double()
+    return found
+
+
+def places(depth: int = 4) -> list[tuple[str, int, int]]:
+    return [(f"blocks.{number}.mlp.fc2", 0, -1) for number in range(depth)]
+
+
+def test_after_the_last_block_only_the_class_token_counts() -> None:
+    batches = [Batch(images()[:16]), Batch(images()[16:])]
+    found = position_weights(quiet_copy(tiny_vit().eval()), places(), batches, output)
+    assert found is not None
+    for some in found:
+        every = torch.cat(some)
+        assert every.shape == (24, 17)
+        assert float(every.mean()) == pytest.approx(1)
+        assert float(every.min()) >= 0.5
+    last = torch.cat(found[-1])
+    assert torch.equal(last[:, 1:], torch.full((24, 16), 0.5, dtype=torch.float64))
+    assert float(last[:, 0].mean()) == pytest.approx(0.5 + 0.5 * 17)
+    assert torch.cat(found[0])[:, 1:].gt(0.5).all()
+
+
+def test_calls_of_a_tied_layer_have_weights_of_their_own() -> None:
+    model = mlpreduce.apply(tiny_vit().eval(), "grouped", group=4)
+    tied = [("blocks.0.mlp.fc2", call, -1) for call in (3, 0)]
+    found = position_weights(quiet_copy(model), tied, [Batch(images())], output)
+    assert found is not None
+    assert torch.equal(found[0][0][:, 1:], torch.full((24, 16), 0.5, dtype=torch.float64))  # the last call
+    assert found[1][0][:, 1:].gt(0.5).all()
+
+
+def test_without_a_derivative_all_count_alike() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = tiny_vit()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                found: torch.Tensor = self.vit(x)
+            return found
+
+    model = Frozen().eval()
+    inner = [(f"vit.{path}", call, dim) for path, call, dim in places()]
+    assert position_weights(quiet_copy(model), inner, [Batch(images())], output) is None
+    config: dict[str, Any] = {"ratio": 0.5, "data": [images()], "repair": "least_squares", "guard": False}
+    made = mlpreduce.plan(model, "shallow", example_inputs=images(1), **config)
+    assert made.data is not None
+    assert made.data["cosine"][0] >= made.data["cosine_before"][0] - 0.01
+
+
+def test_outputs_that_hang_on_no_mlp_leave_all_alike() -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = tiny_vit()
+            self.free = nn.Parameter(torch.ones(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.vit(x)
+            return x.mean((1, 2, 3))[:, None] * self.free.detach() + self.vit.blocks[0].mlp.fc2.weight.sum() * 0
+
+    model = Constant().eval()
+    inner = [(f"vit.{path}", call, dim) for path, call, dim in places()]
+    batch = Batch(images().requires_grad_())
+    found = position_weights(model, inner, [batch], output)
+    assert found is not None
+    assert all(torch.equal(some[0], torch.ones_like(some[0])) for some in found)
