@@ -22,6 +22,7 @@ import torch
 import mlpreduce
 from mlpreduce.bench.criteria import corrected, page_of
 from mlpreduce.bench.layers import layers_text
+from mlpreduce.bench.trained.page import page_of as trained_page
 from mlpreduce.errors import ReductionError
 from mlpreduce.report import check_page, keep, lasting, results_text, with_results
 from mlpreduce.report.overview import variants_of
@@ -190,6 +191,10 @@ def test_the_header_of_the_recipe_digits() -> None:
     assert f"top-1 % of seeds 42, 123: {'; '.join(expected)}." in header
 
 
+def test_trained_models() -> None:
+    assert (RESULTS / "trained.md").read_text(encoding="utf-8") == trained_page(stored("trained"))
+
+
 def test_criteria() -> None:
     assert (RESULTS / "criteria.md").read_text(encoding="utf-8") == page_of(stored("criteria"))
 
@@ -277,7 +282,7 @@ def test_the_layers() -> None:
 
 def test_every_page_of_results_has_its_json() -> None:
     pages = {page.stem for page in RESULTS.glob("*.md")}
-    assert pages == {*TEXTS, "criteria"}
+    assert pages == {*TEXTS, "criteria", "trained"}
     assert [name for name in pages if not (RESULTS / f"{name}.json").is_file()] == []
 
 

@@ -68,20 +68,36 @@ def by_importance(whole: Any, fit: torch.Tensor) -> list[torch.Tensor]:
     return [0.5 + 0.5 * value / value.mean() for value in every]
 
 
+def falls(wanted: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether cosine or alignment falls by more than two standard errors, which leave out a tenth of the examples each."""
+
+    def changes(some: torch.Tensor) -> torch.Tensor:
+        values = []
+        for given in (before, after):
+            x, y = (v[some] - v[some].mean(0) for v in (wanted, given))
+            alignment = (x @ x.T * (y @ y.T)).sum() / (x @ x.T).norm() / (y @ y.T).norm()
+            values.append(torch.stack([torch.cosine_similarity(wanted[some], given[some]).mean(), alignment]))
+        return values[1] - values[0]
+
+    every = torch.arange(len(wanted))
+    count = min(10, len(wanted))
+    parts = torch.stack([changes(every[every % 10 != part]) for part in range(count)])
+    error = ((count - 1) / count * (parts - parts.mean(0)).square().sum(0)).sqrt()
+    return bool((changes(every) < -1e-6 - 2 * error).any())
+
+
 def by_hand(whole: Any, part: Any, fit: torch.Tensor, held: torch.Tensor) -> list[int]:
     """Repair `part` in place, block by block, as the formulas say; which blocks stay as they were."""
     left = []
     wanted = whole(held)
 
-    def near(number: int) -> tuple[float, float]:
-        """Of the whole model with the blocks up to this one from the other."""
+    def given(number: int) -> torch.Tensor:
+        """By the whole model with the blocks up to this one from the other."""
         z = streams(part, held)[number]
         for block in whole.blocks[number + 1 :]:
             z = block(z)
-        given = whole.forward_head(whole.norm(z))
-        x, y = (v - v.mean(0) for v in (wanted, given))
-        alignment = (x @ x.T * (y @ y.T)).sum() / (x @ x.T).norm() / (y @ y.T).norm()
-        return float(torch.cosine_similarity(wanted, given).mean()), float(alignment)
+        found: torch.Tensor = whole.forward_head(whole.norm(z))
+        return found
 
     weights = by_importance(whole, fit)
     for number, block in enumerate(part.blocks):
@@ -121,12 +137,12 @@ def by_hand(whole: Any, part: Any, fit: torch.Tensor, held: torch.Tensor) -> lis
             sums.append(error(*one, *halves[1]) + error(*two, *halves[0]))
         rows = [torch.cat([half[i] for half in halves]) for i in range(3)]
         d, b = change(*rows, RIDGES[sums.index(min(sums))])
-        old, without = copy.deepcopy(block.mlp.fc2.state_dict()), near(number)
+        old, without = copy.deepcopy(block.mlp.fc2.state_dict()), given(number)
         with torch.no_grad():
             if min(sums) < float((rows[2] * rows[1].square()).sum()):
                 block.mlp.fc2.weight += d
                 block.mlp.fc2.bias += b
-        if not all(after >= before - 1e-6 for after, before in zip(near(number), without, strict=True)):
+        if falls(wanted, without, given(number)):
             block.mlp.fc2.load_state_dict(old)
             left.append(number)
     return left

@@ -13,6 +13,7 @@ __all__ = ["Nearness", "gathered", "is_further", "nearness"]
 Nearness = tuple[float, float]  # mean cosine, and centred kernel alignment
 
 _PARTS = 10  # that are left out in turn, to tell chance from change
+_ERRORS = 2.0  # standard errors of a change that are chance
 _ROUNDING = 1e-6
 
 
@@ -33,7 +34,7 @@ def nearness(wanted: torch.Tensor, given: torch.Tensor) -> Nearness:
 
 
 def is_further(wanted: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether cosine or alignment falls by more than chance: the standard error of the change, by a jackknife over tenths.
+    """Whether cosine or alignment falls by more than chance: two standard errors of the change, by a jackknife over tenths.
 
     What is not finite is further.
     """
@@ -50,7 +51,8 @@ def is_further(wanted: torch.Tensor, before: torch.Tensor, after: torch.Tensor) 
     left_out = torch.tensor([changes(some) for some in parts], dtype=torch.float64)
     count = len(parts)
     error = (left_out.var(0, correction=0) * (count - 1)).sqrt()
-    return any(not change >= -_ROUNDING - float(chance) for change, chance in zip(changes(every), error, strict=True))
+    bounds = -_ROUNDING - _ERRORS * error
+    return any(not change >= bound for change, bound in zip(changes(every), bounds.tolist(), strict=True))
 
 
 def _alignment(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -148,6 +148,7 @@ def _gathered(folder: Path) -> dict[str, Any]:
         if path.stem.startswith("subject"):
             entry["of"][tests] = document
         else:
+            document.pop("seconds", None)  # of this machine alone
             entry["cells"].append(document | {"tests": int(tests)})
     if not found["subjects"]:
         raise ReductionError(f"bench trained --output {folder}: no cell lies there")
