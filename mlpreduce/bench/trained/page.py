@@ -24,6 +24,7 @@ def page_of(document: dict[str, Any]) -> str:
         "and what the whole one gives, on tests that no calibration saw. All MLPs keep the same part of their hidden units,",
         "but for rows with `global`. Columns are parts of the hidden units that are kept; pairs that share have as many",
         "parameters as half of them. Units that carry much of what an MLP gives stay by the guard of `shallow`, as by default.",
+        "Rows and widths that are not here have not been measured.",
         "",
     ]
     for name, entry in document["subjects"].items():
