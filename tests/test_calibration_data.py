@@ -228,16 +228,16 @@ def test_a_model_that_mixes_texts_is_refused(bert: nn.Module) -> None:
 def test_what_a_repair_is_judged_by_leaves_out_padding() -> None:
     from types import SimpleNamespace
 
-    from mlpreduce.repair.sequential import _output
+    from mlpreduce.repair.outputs import output_of
 
     hidden = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     given = SimpleNamespace(last_hidden_state=hidden, pooler_output=torch.zeros(4, 3))
     data = texts(4, 3, padding=2)
-    torch.testing.assert_close(_output(given, Batch(data)), hidden[:, :3].mean(1))
-    torch.testing.assert_close(_output(given, Batch(data["input_ids"])), hidden.mean(1))
+    torch.testing.assert_close(output_of(given, Batch(data)), hidden[:, :3].mean(1))
+    torch.testing.assert_close(output_of(given, Batch(data["input_ids"])), hidden.mean(1))
     other = {**data, "attention_mask": torch.ones(4, 9, dtype=torch.long)}  # of positions that are none of these
-    torch.testing.assert_close(_output(given, Batch(other)), hidden.mean(1))
-    torch.testing.assert_close(_output(given, Batch(torch.zeros(4, 3, 8, 8))), torch.zeros(4, 3, dtype=torch.float64))
+    torch.testing.assert_close(output_of(given, Batch(other)), hidden.mean(1))
+    torch.testing.assert_close(output_of(given, Batch(torch.zeros(4, 3, 8, 8))), torch.zeros(4, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("criterion", ["energy", "taylor", "reconstruction"])

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
 from mlpreduce.calibration import CHUNK, Batch, Samples, all_reduce, in_all, telling
 from mlpreduce.calibration.batches import chunked
@@ -32,6 +30,7 @@ from mlpreduce.graph import MLP, module_at, projection
 from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
 from mlpreduce.repair.importance import position_weights
 from mlpreduce.repair.nearness import Nearness, gathered, is_further, nearness
+from mlpreduce.repair.outputs import output_of
 from mlpreduce.repair.streams import Cut, Joint, find_joint, graph_from, stopping_at
 from mlpreduce.waiting import steps
 
@@ -39,12 +38,6 @@ __all__ = ["InTurn", "repair_in_turn"]
 
 _HELD = 8  # one in so many examples is held out
 _FEWEST = 16  # examples, below which all are fitted and judged by
-_OUTPUTS = ("logits", "pooler_output", "last_hidden_state")
-_OF_TEXT = (
-    "logits",
-    "last_hidden_state",
-    "pooler_output",
-)  # many encoders of text have a pooler that was never trained
 
 Model = tuple[nn.Module, Sequence[MLP]]  # with its MLPs that are repaired, all uses
 
@@ -113,7 +106,7 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
         ):
             blocks, stages = [], []  # a norm that several blocks share would be called less often
             uses = _uses(before, after, blocks, first)
-        parts = [[_output(batch.run(tree), batch) for batch in held] for tree in (dense, reduced)]
+        parts = [[output_of(batch.run(tree), batch) for batch in held] for tree in (dense, reduced)]
     wanted, unrepaired = (gathered(part) for part in parts)
     found = InTurn(before=nearness(wanted, unrepaired), cut=bool(blocks), held=len(wanted))
     found.unfollowed = [use.name for some in uses.values() for use in some if not use.dense.followed]
@@ -124,7 +117,7 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
         counts = None
         if kind == "least_squares":
             places = [(use.dense.leaf, use.dense.call, use.dim) for use in every_use]
-            counts = position_weights(dense, places, batches, _output)
+            counts = position_weights(dense, places, batches, output_of)
     weights = dict(zip((use.name for use in every_use), counts or [], strict=False))
     whole, fitting, judging = (Cut(tree, blocks, stages) for tree in (dense, reduced, reduced))
     beyond = Cut(dense, blocks, stages, known=judging)
@@ -143,12 +136,12 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
                     place = (use.reduced.place, use.reduced.at, use.reduced.output, streams.append)
                     with stopping_at(reduced, [place]) as run:
                         run(batch)
-                    outputs.append(_output(graph_from(dense, use.dense, streams[0], batch), batch))
+                    outputs.append(output_of(graph_from(dense, use.dense, streams[0], batch), batch))
                     continue
                 with judging.at(index, end), stopping_at(reduced, judging.last(end)) as run:
                     last = run(batch)
                 with beyond.at(index):
-                    outputs.append(_output(batch.run(dense) if blocks else last, batch))
+                    outputs.append(output_of(batch.run(dense) if blocks else last, batch))
         return gathered(outputs)
 
     with steps(f"repair {kind}", len(order)) as advance:
@@ -191,7 +184,7 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
             fitting.end(starts[number])
             advance(1)
     with in_all():
-        outputs = [_output(batch.run(reduced), batch) for batch in held]
+        outputs = [output_of(batch.run(reduced), batch) for batch in held]
     repaired = gathered(outputs)
     if is_further(wanted, unrepaired, repaired):
         found.left, found.values, repaired = order, {}, unrepaired
@@ -331,33 +324,3 @@ def _exchanged(tree: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, to
         old[path] = module.get_parameter(name)
         module._parameters[name] = nn.Parameter(value.detach(), requires_grad=False)
     return old
-
-
-def _output(given: Any, batch: Batch) -> torch.Tensor:
-    """What the model gives for each example, (examples, values).
-
-    Those are its logits or features if they have a name, else all that it gives for each. What it gives for each token of a
-    text is averaged over those that are no padding.
-
-    Raises:
-        ReductionError: it gives nothing for each.
-    """
-    for name in _OUTPUTS if batch.floats else _OF_TEXT:
-        named = given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
-        if isinstance(named, torch.Tensor):
-            given = named
-            break
-    values = [value for value in tree_leaves(given) if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    found = []
-    for value in (value.double() for value in values if value.dim() > 1 and len(value) == len(batch)):
-        if value.dim() == 3 and not batch.floats:
-            mask = batch.mask
-            live = value.new_ones(value.shape[:2]) if mask is None or mask.shape != value.shape[:2] else mask.to(value)
-            value = (value * live[..., None]).sum(1) / live.sum(1, keepdim=True).clamp(min=1)
-        found.append(value.flatten(1))
-    if not found:
-        raise ReductionError(
-            f"repair: the model gives a {type(given).__name__} without a tensor of {len(batch)} examples and their values, by "
-            f"which a repair is judged; wrap it so that it gives one, or use repair='parallel'"
-        )
-    return torch.cat(found, 1)
