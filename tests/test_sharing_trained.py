@@ -212,6 +212,7 @@ def test_the_rank_is_the_highest_within_the_parameters(vit: nn.Module) -> None:
         ({"per_use": {"name": "lora", "target_params": 0.01}}, "more for each rank"),
         ({"per_use": {"name": "lora", "target_params": 0}}, "target_params is 0"),
         ({"per_use": {"name": "lora", "target_params": 0.8}, "share": "block"}, "counts shared MLPs alone"),
+        ({"keep": "auto", "per_use": {"name": "lora", "init": "residul"}}, "did you mean 'residual'"),
         ({"per_use": {"name": "ssf", "init": "residual"}}, "has no option 'init'"),
     ],
 )
@@ -219,6 +220,14 @@ def test_what_cannot_be_is_refused(vit: nn.Module, config: dict[str, Any], messa
     with pytest.raises(ReductionError) as caught:
         reduced(vit, **config)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", ["first", "auto"])
+@pytest.mark.parametrize("size", ["rank", "target_params"])
+def test_corrections_of_what_is_no_linear_are_refused(vit: nn.Module, keep: str, size: str) -> None:
+    mlpreduce.apply(vit, "low_rank", ratio=0.5)
+    with pytest.raises(ReductionError, match="is a LowRankLinear, and no Linear"):
+        reduced(vit, keep=keep, per_use={"name": "lora", size: 1})
 
 
 @pytest.mark.parametrize(

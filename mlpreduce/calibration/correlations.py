@@ -56,6 +56,11 @@ def measure_correlations(
             for batch, _ in samples.chunks():
                 with telling(batch), taps.recording(len(batch)) as kept:
                     batch.run(tree)
+                for name in names:
+                    if not kept[name]:
+                        raise ReductionError(
+                            f"what the units of {name} do cannot be seen; use another keep, or exclude it"
+                        )
                 rows = {name: live_rows(kept[name][0], batch.mask) for name in names}
                 for name, values in rows.items():
                     ones = torch.full_like(values[0], len(values))

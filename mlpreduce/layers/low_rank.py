@@ -130,8 +130,6 @@ class LowRankLinear(StandIn):
         """
         call = "LowRankLinear.from_linear"
         weight = weight_of(layer, call).double()
-        if (rank is None) == (energy is None):
-            raise ReductionError(f"{call}: give one of rank and energy")
         near = nearest_factors(weight, rank, energy=energy, moments=moments, biased=layer.bias is not None, call=call)
         with undisturbed(weight):
             made = cls.in_place_of(layer, len(near.down) if rank is None else rank)
@@ -196,6 +194,8 @@ def nearest_factors(
     Raises:
         ReductionError: as of it.
     """
+    if (rank is None) == (energy is None):
+        raise ReductionError(f"{call}: give one of rank and energy")
     root, mean = None, weight.new_zeros(weight.shape[1])
     if moments is not None:
         inputs = weight.shape[1]
@@ -212,10 +212,9 @@ def nearest_factors(
             raise ReductionError(f"{call}: moments are no sums of products of inputs: they have a negative eigenvalue")
     left, values, right = decomposed(weight if root is None else weight @ root, call)
     shares = values.square().cumsum(0) / values.square().sum()
-    if energy is not None:
+    if rank is None:
         check_number(f"{call}: energy", energy, most=1, above=True)
-        rank = min(int((shares < energy * (1 - 1e-12)).sum()) + 1, len(values))
-    assert rank is not None
+        rank = min(int((shares < (energy or 0.0) * (1 - 1e-12)).sum()) + 1, len(values))
     scale, down = values[:rank].sqrt(), right[:rank]
     if root is not None:
         down = torch.linalg.solve_triangular(root, down, upper=False, left=False)

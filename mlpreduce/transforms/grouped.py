@@ -138,6 +138,8 @@ def _least_lost(
         errors = parts.trial([edit for some in edits for edit in some])
         paths = [[member.leaf("fc2").path for member in members] for members in shared]
         lost[keep] = [next(errors[path] for path in some if path in errors)[refitted] for some in paths]
+    if not lost:
+        raise ReductionError(refused[0])
     chosen = [min(lost, key=lambda keep: lost[keep][number]) for number in range(len(shared))]
     means = ", ".join(f"{keep} {sum(some) / len(some):.1%}" for keep, some in lost.items())
     taken = ", ".join(f"{keep} for {chosen.count(keep)}" for keep in dict.fromkeys(chosen))

@@ -98,7 +98,7 @@ def with_rank(
     saved = sum(
         (len(members) - 1) * sum(leaf.parameters for leaf in members[0].leaves if leaf.shareable) for members in shared
     )
-    shapes = [parts.module(leaf.path).get_parameter("weight").shape for leaf in _corrected(shared)]
+    shapes = [_linear(parts, leaf).weight.shape for leaf in _corrected(shared)]
     each, highest = sum(map(sum, shapes)), min(min(shape) for shape in shapes)
     rank = min((most - present + saved) // each, highest)
     if rank < 1:
@@ -107,6 +107,18 @@ def with_rank(
             f"{each:,} more for each rank of the corrections, of at most {most:,}; share among more blocks"
         )
     return {"name": kind, **{key: value for key, value in options.items() if key != "target_params"}, "rank": rank}
+
+
+def _linear(parts: Parts, leaf: Leaf) -> nn.Linear:
+    """The layer that a correction is put around.
+
+    Raises:
+        ReductionError: it is no `Linear`.
+    """
+    layer = parts.module(leaf.path)
+    if not isinstance(layer, nn.Linear):
+        raise ReductionError(f"per_use='lora': {leaf.path} is a {type(layer).__name__}, and no Linear")
+    return layer
 
 
 def _corrected(shared: Sequence[Sequence[MLP]]) -> Iterator[Leaf]:
@@ -130,18 +142,16 @@ def uses_of_their_own(
     for number, mlp in enumerate(members if kind in ("ssf", "lora") else ()):
         for place, leaf in enumerate(mlp.leaves):
             if leaf.role in ("fc1", "fc2") and leaf.shareable:
-                layer = parts.module(leaf.path)
                 if kind == "ssf":
-                    yield scale_around(leaf.path, layer)
-                elif isinstance(layer, nn.Linear):
+                    yield scale_around(leaf.path, parts.module(leaf.path))
+                else:
+                    layer = _linear(parts, leaf)
                     init = options.get("init", "zero")
                     check_one_of("per_use='lora': init", init, ("zero", "residual"))
                     beside = {key: value for key, value in options.items() if key != "init"}
                     factor = factors.get(f"{leaf.role}.weight", 1.0)
                     missing = _missing(parts, merge, number, place, factor) if init == "residual" else None
                     yield lora_around(leaf, layer, **beside, missing=missing)
-                else:
-                    raise ReductionError(f"per_use='lora': {leaf.path} is a {type(layer).__name__}, and no Linear")
 
 
 def _missing(parts: Parts, merge: Merge, number: int, place: int, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
