@@ -69,6 +69,24 @@ def test_without_a_derivative_all_count_alike() -> None:
     made = mlpreduce.plan(model, "shallow", example_inputs=images(1), **config)
     assert made.data is not None
     assert made.data["cosine"][0] >= made.data["cosine_before"][0] - 0.01
+    assert any("gives no gradient, so all positions count alike" in note for note in made.notes)
+
+
+def test_a_forward_through_numpy_is_repaired_as_before() -> None:
+    class Numpy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = tiny_vit()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(self.vit(x).cpu().numpy()) if not x.is_meta else self.vit(x)  # type: ignore[no-any-return]
+
+    model = Numpy().eval()
+    config: dict[str, Any] = {"ratio": 0.5, "data": [images()], "repair": "least_squares", "guard": False}
+    made = mlpreduce.plan(model, "shallow", example_inputs=images(1), **config)
+    assert any("all positions count alike" in note for note in made.notes)
+    plain = mlpreduce.plan(tiny_vit().eval(), "shallow", **config)
+    assert not any("all positions count alike" in note for note in plain.notes)
 
 
 def test_outputs_that_hang_on_no_mlp_leave_all_alike() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from mlpreduce.calibration.measure import Loss, Measured, objective_of, telling
+from mlpreduce.calibration.probing import Probe, probing
 from mlpreduce.calibration.quiet import quiet_copy, running
 from mlpreduce.calibration.samples import Samples
 from mlpreduce.calibration.sums import UnitSums, add_calls, empty_sums, shared, take_back
@@ -48,6 +48,7 @@ def measure_units(
         taps = Taps(tree, mlps, ("fc2",))
         sums = empty_sums(mlps, tree, pairs=pairs, slopes=slopes)
         owners = [mlp for mlp in mlps if mlp.name in sums]
+        paths = [mlp.leaf("fc2").call for mlp in owners] if slopes else []
         if not sums:
             raise ReductionError("no MLP has a linear layer or a 1 x 1 convolution for fc2; use a criterion of weights")
         try:
@@ -55,14 +56,14 @@ def measure_units(
                 with telling(batch):
                     if number == 0:
                         taps.check_examples(tree, batch)
-                    with taps.recording(len(batch)) as kept, _probing(tree, owners if slopes else ()) as probes:
+                    with taps.recording(len(batch)) as kept, probing(tree, paths) as probes:
                         if slopes:
                             total = objective_of(choice, tree, batch, labels, loss)() * len(batch)
                         else:
                             batch.run(tree)
                 add_calls(sums, kept, samples.rank, batch.mask)
                 if slopes:
-                    _add_slopes(sums, probes, total)
+                    _add_slopes(sums, tree, owners, probes, total)
         except Exception as error:  # whatever the data raises, or the model: the other processes are told
             problem = error
         every = samples.finish(shared(sums), problem)
@@ -70,28 +71,12 @@ def measure_units(
     return sums, Measured({}, samples.count, samples.fingerprint)
 
 
-@contextmanager
-def _probing(tree: nn.Module, mlps: Sequence[MLP]) -> Iterator[list[tuple[str, int, torch.Tensor]]]:
-    """Within, zeros that want gradients are added to what each fc2 gives: by owner, with the dimension of its features."""
-    probes: list[tuple[str, int, torch.Tensor]] = []
-    with ExitStack() as stack:
-        for mlp in mlps:
-            module = module_at(tree, mlp.leaf("fc2").call)
-            if module is None or (layer := projection(module)) is None:
-                continue
-
-            def after(
-                module: nn.Module, args: Any, output: Any, owner: str = mlp.owner, dim: int = layer.features
-            ) -> Any:
-                probe = torch.zeros_like(output, requires_grad=True)
-                probes.append((owner, dim, probe))
-                return output + probe
-
-            stack.callback(module.register_forward_hook(after).remove)
-        yield probes
-
-
-def _add_slopes(sums: dict[str, UnitSums], probes: list[tuple[str, int, torch.Tensor]], total: torch.Tensor) -> None:
+def _add_slopes(
+    sums: dict[str, UnitSums], tree: nn.Module, mlps: Sequence[MLP], probes: Sequence[Probe], total: torch.Tensor
+) -> None:
     slopes = torch.autograd.grad(total, [probe for *_, probe in probes], materialize_grads=True)
-    for (owner, dim, _), slope in zip(probes, slopes, strict=True):
-        sums[owner].add_slopes(slope.movedim(dim, -1).flatten(0, -2))
+    owners = {mlp.leaf("fc2").call: mlp.owner for mlp in mlps}
+    for (path, _, _), slope in zip(probes, slopes, strict=True):
+        layer = projection(module_at(tree, path))
+        if layer is not None:
+            sums[owners[path]].add_slopes(slope.movedim(layer.features, -1).flatten(0, -2))

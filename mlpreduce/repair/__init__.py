@@ -109,7 +109,7 @@ def _within(made: Plan, values: Mapping[str, Value]) -> dict[str, Value]:
     around = {f"{edit.module}.base": edit.module for edit in made.of(Replace)}
     found = {}
     for path, value in values.items():
-        inner = next((key for key in around if path.startswith(key)), None)
+        inner = next((key for key in around if path == key or path.startswith(f"{key}.")), None)
         found[path if inner is None else around[inner] + path.removeprefix(inner)] = value
     return found
 
@@ -143,6 +143,8 @@ def _in_turn(
         note += f"; {len(found.left)} of {found.fitted} MLPs stay unrepaired, as the whole would be further off"
     if found.unfollowed:
         note += f"; of {len(found.unfollowed)} MLPs no stream can be followed, and their own outputs are fitted"
+    if not found.weighed:
+        note += "; the model gives no gradient, so all positions count alike"
     if not found.cut:
         note += "; the model cannot be cut at its blocks, so each fit ran all of it"
     notes = [*made.notes, note]

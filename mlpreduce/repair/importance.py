@@ -8,16 +8,15 @@ of the mean over all positions. So that none is forgotten, each weight is halfwa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from mlpreduce.calibration import Batch, all_reduce
+from mlpreduce.calibration import Batch, all_reduce, in_all
+from mlpreduce.calibration.probing import probing
 from mlpreduce.calibration.sums import live_rows
-from mlpreduce.graph import module_at
 
 __all__ = ["Place", "position_weights"]
 
@@ -40,55 +39,52 @@ def position_weights(
         output: what a model gives for each example, (examples, values).
 
     Returns:
-        By place and batch; None where the model has no derivative.
+        By place and batch; None where the model has no derivative, in any process.
     """
     generator = torch.Generator().manual_seed(_SEED)
     found: list[list[torch.Tensor]] = [[] for _ in places]
-    for batch in batches:
-        with torch.enable_grad(), _probing(tree, places) as probes:
-            given = output(batch.run(tree), batch)
-            given = given / given.detach().norm(dim=1, keepdim=True).clamp(min=torch.finfo(given.dtype).tiny)
-            along = torch.randn(given.shape, generator=generator, dtype=given.dtype, device="cpu").to(given.device)
-            if not given.requires_grad:
-                return None
-            try:
-                slopes = torch.autograd.grad((given * along).sum(), probes, materialize_grads=True)
-            except (RuntimeError, NotImplementedError):  # an operation without a derivative: all positions count alike
-                return None
-        for some, slope, (_, _, dim) in zip(found, slopes, places, strict=True):
-            rows = slope.double().movedim(dim, -1)
-            some.append(rows.reshape(len(batch), -1, rows.shape[-1]).square().sum(-1))
-    masks = [batch.mask for batch in batches]
-    live = [[live_rows(v[..., None], mask) for v, mask in zip(some, masks, strict=True)] for some in found]
-    sums = [[float(sum(v.sum() for v in some)), float(sum(v.numel() for v in some))] for some in live]
-    sums = all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
+    sums = torch.zeros(len(places) + 1, 2, dtype=torch.float64)  # of squares and positions; and who has no derivative
+    with in_all():
+        for batch in batches:
+            slopes = _slopes(tree, places, batch, output, generator)
+            if slopes is None:
+                sums[-1] += 1
+                break
+            for number, (slope, (_, _, dim)) in enumerate(zip(slopes, places, strict=True)):
+                rows = slope.double().movedim(dim, -1)
+                value = rows.reshape(len(batch), -1, rows.shape[-1]).square().sum(-1)
+                live = live_rows(value[..., None], batch.mask)
+                sums[number] += torch.tensor([float(live.sum()), live.numel()], dtype=torch.float64)
+                found[number].append(value)
+    *totals, (missing, _) = all_reduce(sums).tolist()
+    if missing:
+        return None
     return [
         [0.5 + 0.5 * value * count / total if total > 0 else torch.ones_like(value) for value in some]
-        for some, (total, count) in zip(found, sums, strict=True)
+        for some, (total, count) in zip(found, totals, strict=True)
     ]
 
 
-@contextmanager
-def _probing(tree: nn.Module, places: Sequence[Place]) -> Iterator[list[torch.Tensor]]:
-    """Within, zeros that want gradients are added at the places, in their order."""
-    probes: dict[int, torch.Tensor] = {}
-    calls: dict[str, int] = dict.fromkeys((path for path, *_ in places), 0)
-    numbers = {(path, call): number for number, (path, call, _) in enumerate(places)}
-    found: list[torch.Tensor] = []
-    with ExitStack() as stack:
-        for path in calls:
-            module = module_at(tree, path)
-            assert module is not None
-
-            def after(module: nn.Module, args: Any, given: torch.Tensor, path: str = path) -> torch.Tensor | None:
-                number = numbers.get((path, calls[path]))
-                calls[path] += 1
-                if number is None:
-                    return None
-                probes[number] = torch.zeros_like(given, requires_grad=True)
-                if len(probes) == len(places):
-                    found[:] = [probes[n] for n in range(len(places))]
-                return given + probes[number]
-
-            stack.callback(module.register_forward_hook(after).remove)
-        yield found
+def _slopes(
+    tree: nn.Module,
+    places: Sequence[Place],
+    batch: Batch,
+    output: Callable[[Any, Batch], torch.Tensor],
+    generator: torch.Generator,
+) -> list[torch.Tensor] | None:
+    """Gradients of the combination by what MLPs give, by place; None where there are none."""
+    with torch.enable_grad(), probing(tree, [path for path, *_ in places]) as probes:
+        try:
+            given = output(batch.run(tree), batch)
+            given = given / given.detach().norm(dim=1, keepdim=True).clamp(min=torch.finfo(given.dtype).tiny)
+            along = torch.randn(given.shape, generator=generator, dtype=given.dtype, device="cpu").to(given.device)
+            known = {(path, call): probe for path, call, probe in probes}
+            wanted = [known[path, call] for path, call, _ in places]
+            return list(torch.autograd.grad((given * along).sum(), wanted, materialize_grads=True))
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ):  # such as a forward without gradients, or one that goes through numpy
+            return None

@@ -55,6 +55,7 @@ class InTurn:
         unfollowed: MLPs whose stream could not be followed.
         cut: whether runs began at the block that was fitted.
         held: examples by which it was judged.
+        weighed: whether positions counted by what the outputs hang on them, where that was wanted.
     """
 
     values: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -65,6 +66,7 @@ class InTurn:
     unfollowed: list[str] = field(default_factory=list)
     cut: bool = True
     held: int = 0
+    weighed: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,11 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
     order = sorted(uses, key=lambda path: max(use.block for use in uses[path]))
     starts = [min(use.block for use in uses[path]) for path in order]
     every_use = [use for path in order for use in uses[path]]
-    with in_all():
-        counts = None
-        if kind == "least_squares":
-            places = [(use.dense.leaf, use.dense.call, use.dim) for use in every_use]
-            counts = position_weights(dense, places, batches, output_of)
+    counts = None
+    if kind == "least_squares":
+        places = [(use.dense.leaf, use.dense.call, use.dim) for use in every_use]
+        counts = position_weights(dense, places, batches, output_of)
+        found.weighed = counts is not None
     weights = dict(zip((use.name for use in every_use), counts or [], strict=False))
     whole, fitting, judging = (Cut(tree, blocks, stages) for tree in (dense, reduced, reduced))
     beyond = Cut(dense, blocks, stages, known=judging)
