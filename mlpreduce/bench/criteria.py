@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import shlex
 import statistics
 import sys
@@ -23,12 +22,13 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce import recipe
-from mlpreduce.bench.rounds import at_least_one, check_file
+from mlpreduce.bench.rounds import at_least_one
+from mlpreduce.bench.stored_page import check_page_file, read_page, write_page
 from mlpreduce.criteria import choose, list_criteria
 from mlpreduce.data import load
 from mlpreduce.errors import ReductionError
 from mlpreduce.plugins import add_option
-from mlpreduce.records import SCHEMA, store
+from mlpreduce.records import SCHEMA
 from mlpreduce.train import fit
 
 __all__ = ["corrected", "main", "page", "page_of"]
@@ -70,21 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         at_least_one(options, ["samples"], "criteria")
-        check_file(options.write, "--write")
-        if options.write is not None and options.write.suffix == ".json":
-            raise ReductionError(f"--write {options.write}: that is the name of the JSON beside the page; use .md")
+        check_page_file(options.write)
         for ratio in options.ratios:
             if not 0 < ratio <= 1:
                 raise ReductionError(f"--ratios {ratio}: a ratio is above 0 and at most 1")
-        document = _measured(options, _command(parser, options)) if options.read is None else _read(options.read)
-        text = page_of(document)
+        document = (
+            _measured(options, _command(parser, options)) if options.read is None else read_page(options.read, page_of)
+        )
+        write_page(document, page_of, options.write)
     except ReductionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(text)
-    if options.write is not None:
-        options.write.write_text(text, encoding="utf-8")
-        store(options.write.parent, f"{options.write.stem}.json", document)
     return 0
 
 
@@ -133,17 +129,6 @@ def _measured(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "whole": whole,
         "top1": {name: row for name, row in table.items() if row},
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        page_of(document)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ReductionError(
-            f"--read {path}: not the JSON that --write stores: {type(error).__name__}: {error}"
-        ) from error
-    return document  # type: ignore[no-any-return]
 
 
 def _sliced(

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from mlpreduce.bench.rounds import check_file
+from mlpreduce.bench.rounds import at_least_one
+from mlpreduce.bench.stored_page import check_page_file, read_page, write_page
 from mlpreduce.bench.trained.page import page_of
 from mlpreduce.bench.trained.rows import Row, rows
 from mlpreduce.bench.trained.subjects import SUBJECTS, Subject, subject
@@ -60,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--read", type=Path, help="make the page from the JSON of an earlier one; nothing is measured")
     options = parser.parse_args(argv)
     try:
-        check_file(options.write, "--write")
+        check_page_file(options.write)
+        at_least_one(options, ["tests", "threads"], "trained")
+        for width in options.widths:
+            if not 0 < width <= 1:
+                raise ReductionError(f"bench trained --widths {width}: a part is above 0 and at most 1")
         for name in options.subjects:
             check_one_of("bench trained", name, SUBJECTS)
         for kind in options.kinds:
@@ -68,20 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
         if options.read is None:
             if options.write is not None and (known := options.write.with_suffix(".json")).exists():
-                _unpacked(_read(known), options.output)
+                _unpacked(read_page(known, page_of), options.output)
             for name in options.subjects or SUBJECTS:
                 _measure(name, options)
             document = _gathered(options.output)
         else:
-            document = _read(options.read)
-        text = page_of(document)
+            document = read_page(options.read, page_of)
+        write_page(document, page_of, options.write)
     except ReductionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(text)
-    if options.write is not None:
-        options.write.write_text(text, encoding="utf-8")
-        store(options.write.parent, f"{options.write.stem}.json", document)
     return 0
 
 
@@ -168,14 +169,3 @@ def _unpacked(document: dict[str, Any], folder: Path) -> None:
         for file, facts in files.items():
             if not (folder / name / file).exists():
                 store(folder / name, file, facts)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        page_of(document)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ReductionError(
-            f"--read {path}: not the JSON that --write stores: {type(error).__name__}: {error}"
-        ) from error
-    return document

@@ -20,10 +20,10 @@ def page_of(document: dict[str, Any]) -> str:
     lines = [
         "# Trained models, reduced without training",
         "",
-        "Trained models whose MLPs are sliced or shared, and not trained after. Cosine is that of what the reduced model gives",
-        "and what the whole one gives, on tests that no calibration saw. All MLPs keep the same part of their hidden units,",
-        "but for rows with `global`. Columns are parts of the hidden units that are kept; pairs that share have as many",
-        "parameters as half of them. Units that carry much of what an MLP gives stay by the guard of `shallow`, as by default.",
+        "Trained models are sliced or shared here, and not trained afterwards. The cosine compares the outputs of the reduced",
+        "model with those of the whole model, on test examples that no calibration saw. A column says which part of the hidden",
+        "units is kept. All MLPs of a model keep the same part, except in rows named `global`. Two blocks that share an MLP",
+        "have as many parameters as at half the width. The guard of `shallow` is on, as it is by default.",
         "Rows and widths that are not here have not been measured.",
         "",
     ]
