@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.graph import below
@@ -25,6 +27,22 @@ NOT_RECORDED = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "
 
 # what an architecture raises for arguments that it cannot take
 _REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+_FILLS = {
+    getattr(torch.Tensor, f"{name}_") for name in ("add", "clamp", "erfinv", "fill", "mul", "normal", "uniform", "zero")
+}
+
+
+class _Unfilled(TorchFunctionMode):
+    """Fills no tensor on the meta device: there are no values, and going through the motions is most of a build's time."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _FILLS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def made_by_timm(name: Any, arguments: Mapping[str, Any], call: str = "", hint: str = "") -> nn.Module:
@@ -46,8 +64,10 @@ def made_by_timm(name: Any, arguments: Mapping[str, Any], call: str = "", hint: 
     start = f"{call}: " if call else ""
     if not isinstance(name, str) or not is_model(name):
         raise ReductionError(f"{start}timm has no architecture {name!r}{did_you_mean(str(name), timm.list_models())}")
+    on_meta = torch.get_default_device().type == "meta"
     try:
-        model: nn.Module = timm.create_model(name, **arguments)
+        with _Unfilled() if on_meta else contextlib.nullcontext():
+            model: nn.Module = timm.create_model(name, **arguments)
     except ReductionError:  # of a name that is registered with its reduction
         raise
     except _REFUSALS as error:

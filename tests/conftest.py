@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -38,6 +39,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share Ray come last: while it runs, what would start another takes it."""
     items.sort(key=lambda item: "local_ray" in getattr(item, "fixturenames", ()))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What imports and collection made stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 PROGRAMS = pytest.StashKey[list[str]]()

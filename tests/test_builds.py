@@ -13,7 +13,7 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce.__main__ import main
-from mlpreduce.builds import made_by_timm
+from mlpreduce.builds import built, made_by_timm
 from mlpreduce.errors import ReductionError
 from mlpreduce.testing import tiny_vit
 
@@ -42,6 +42,18 @@ def test_arguments_that_timm_refuses_are_told_on_the_command_line(
         told = capsys.readouterr().err
         assert f"timm cannot build {VIT} with {{'{WRONG[word][0]}'" in told
         assert WRONG[word][1] in told
+
+
+@pytest.mark.parametrize("name", [VIT, "resnet10t", "swin_tiny_patch4_window7_224"])
+def test_a_build_on_meta_has_what_one_with_values_has(name: str) -> None:
+    build = {"name": name, "kwargs": {"num_classes": 3}}
+    real, meta = built(build, "save"), built(build, "save", device="meta")
+    assert all(tensor.is_meta for tensor in meta.state_dict().values())
+    assert [(key, t.shape, t.dtype) for key, t in meta.state_dict().items()] == [
+        (key, t.shape, t.dtype) for key, t in real.state_dict().items()
+    ]
+    norms = [m for m in real.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d))]
+    assert norms[0].weight.eq(1).all()  # where there are values, they are filled in
 
 
 def test_tags_and_names_that_timm_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
