@@ -14,6 +14,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -87,14 +88,17 @@ class Space:
         """A fingerprint of the source."""
         return hashlib.sha256(self.source.encode()).hexdigest()[:16]
 
+    @cached_property
+    def _takes(self) -> int:
+        return len(inspect.signature(self.function).parameters)
+
     def suggest(self, trial: Any, model: ModelView) -> Suggestion:
         """Ask the space for a point.
 
         Raises:
             ReductionError: what it gives are no transforms with arguments, or one of a name that does not exist.
         """
-        alone = len(inspect.signature(self.function).parameters) == 1
-        given = self.function(trial) if alone else self.function(trial, model)
+        given = self.function(trial) if self._takes == 1 else self.function(trial, model)
         call = f"search space {self.name}"
         if not isinstance(given, (list, tuple)) or not all(_is_step(step) for step in given):
             raise ReductionError(

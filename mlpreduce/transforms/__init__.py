@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from mlpreduce.errors import ReductionError, call_text, check_name, did_you_mean
@@ -47,7 +48,7 @@ class Transform:
     preserves: Preserves = "no"
     mergeable: bool = True
 
-    @property
+    @cached_property  # a search asks for them at every choice
     def parameters(self) -> dict[str, inspect.Parameter]:
         """Its keyword parameters."""
         parameters = inspect.signature(self.function).parameters
