@@ -71,6 +71,7 @@ def test_an_average_far_too_slow_names_a_decay_that_works() -> None:
     assert "98.2% of it is still the weights of update 1" in text
     assert "90 updates" in text
     decay = float(re.findall(r"train\.ema_decay=(0\.\d+)", text)[-1])
+    assert decay == 0.78  # 1 - 1 / (0.05 * 90), to two digits: as many as tell it from its neighbours
     assert 0.5 < decay < 0.9
     assert told(images=96, epochs=30, ema_decay=decay) == []
     assert "train.ema_warmup=true" in text

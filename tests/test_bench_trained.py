@@ -13,10 +13,11 @@ import torch
 
 from mlpreduce.bench import main as bench
 from mlpreduce.bench import trained
+from mlpreduce.bench.trained import subjects
 from mlpreduce.bench.trained.measures import Probe, cosine, rank_correlation, similarities
 from mlpreduce.bench.trained.page import page_of
 from mlpreduce.bench.trained.rows import ADVICE, CRITERIA, rows
-from mlpreduce.bench.trained.subjects import CALIBRATION, SUBJECTS, Subject
+from mlpreduce.bench.trained.subjects import SUBJECTS, Subject
 from mlpreduce.criteria import list_criteria
 from mlpreduce.testing import tiny_vit
 
@@ -45,7 +46,7 @@ def small(tests: int = 40, **changes: Any) -> Subject:
 @pytest.fixture
 def subject(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SUBJECTS, "vit_s", lambda weights, images, tests: small(tests))
-    monkeypatch.setitem(CALIBRATION, "vit_s", 64)
+    monkeypatch.setattr(subjects, "CALIBRATION", 64)
 
 
 def run(tmp_path: Path, *words: str) -> int:
@@ -105,6 +106,8 @@ def test_cells_are_kept_and_a_page_is_made_of_them(
     assert bench(["trained", "--read", str(page.with_suffix(".json"))]) == 0
     assert capsys.readouterr().out.strip() == page.read_text().strip()
     assert all((cell["row"] in page.read_text()) == ("measured" in cell) for cell in found.values())
+    assert "](trained_vit_s.png)" in page.read_text()
+    assert (tmp_path / "trained_vit_s.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_goes_on_with_what_is_not_there(

@@ -18,7 +18,7 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce import ReductionError
-from mlpreduce.budget import Budget, LatencyTable, Slot, measure, ranked_widths, staged_widths, uniform_widths
+from mlpreduce.budget import Budget, LatencyTable, Slot, measure, ranked_widths, solve, staged_widths, uniform_widths
 from mlpreduce.budget.latency import _grid, _monotone, timed
 from mlpreduce.criteria import choose, register_criterion
 from mlpreduce.edits import Slice
@@ -384,3 +384,18 @@ def test_measuring_changes_nothing(unchanged: Callable[[nn.Module], Callable[[],
     LatencyTable.measure(model, batch_size=1, points=2, repeats=1, round_to=8)
     check()
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (999.0, "999"),
+        (1000.0, "1,000"),
+        (-1000.0, "-1,000"),
+        (12_345_678.0, "12,345,678"),
+        (1000.5, "1,000.5"),
+        (0.25, "0.25"),
+    ],
+)
+def test_costs_in_messages(value: float, text: str) -> None:
+    assert solve.number(value) == text

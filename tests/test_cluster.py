@@ -29,7 +29,7 @@ from helpers.runs import same
 from helpers.stores import put_store
 from helpers.two_processes import Together
 
-GROUPED = ["seeds=[42]", "train.epochs=8", "variants={grouped=[{transform='grouped', group=2}]}"]
+GROUPED = ["seeds=[42]", "train.epochs=5", "variants={grouped=[{transform='grouped', group=2}]}"]
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}
 
 # In a process of its own: it installs signal handlers, and Ray remembers the first token it saw.

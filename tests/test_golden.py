@@ -17,6 +17,8 @@ from pytest_regressions.file_regression import FileRegressionFixture
 import mlpreduce
 from mlpreduce import report
 from mlpreduce.__main__ import main
+from mlpreduce.bench.trained.figure import draw as draw_trained
+from mlpreduce.bench.trained.page import page_of
 from mlpreduce.coverage.entries import Entry
 from mlpreduce.coverage.proofs import Proof
 from mlpreduce.coverage.table import for_console, markdown
@@ -150,3 +152,49 @@ def test_coverage(golden: Any) -> None:
         *(for_console(entries, proofs, width) for width in (60, 80, 200)),
     ]
     golden("\n\n".join(tables))
+
+
+def trained_models() -> dict[str, Any]:
+    """The JSON of the bench of trained models, by hand: several draws of some rows, and a refusal."""
+    whole = {"params": 21_536_640, "macs": 365_000_000}
+    facts = {
+        "conditions": "images; 512 to calibrate",
+        "tests": 2000,
+        "whole": whole,
+        "of_whole": {"cosine": 1.0, "probe": 82.1, "knn": 72.8},
+    }
+    cells = []
+    for number, (row, kind, repair) in enumerate(
+        [
+            ("README's advice", "advice", "least_squares"),
+            ("l2", "criteria", "none"),
+            ("l2", "criteria", "parallel"),
+            ("l2", "criteria", "least_squares"),
+            ("Torch-Pruning magnitude", "peers", "none"),
+            ("grouped(2, keep=auto)", "sharing", "least_squares"),
+        ]
+    ):
+        for width in (0.5, 0.25) if kind != "sharing" else (0.5,):
+            for seed in (0, 1, 2) if row == "l2" or kind == "advice" else (0,):
+                quality = width * (1 - 0.1 * number) + (0.4 if repair != "none" else 0.0) - 0.01 * seed * (1 + number)
+                cells.append(
+                    {
+                        **{"row": row, "kind": kind, "repair": repair, "width": width, "draw": seed, "tests": 2000},
+                        **{
+                            "params": int(whole["params"] * (0.35 + 0.65 * width)),
+                            "macs": int(whole["macs"] * (0.4 + width)),
+                        },
+                        "measured": {"cosine": quality, "probe": 80 * quality, "knn": 70 * quality},
+                    }
+                )
+    refused = {"row": "grouped(3, lora zero)", "kind": "sharing", "repair": "none", "width": 0.5, "draw": 0}
+    cells.append(refused | {"tests": 2000, "refused": "share among more blocks"})
+    return {"schema": 1, "subjects": {"vit_s": {"of": {"2000": facts}, "cells": cells}}}
+
+
+def test_page_of_trained_models(golden: Any) -> None:
+    golden(page_of(trained_models()), ".md")
+
+
+def test_figure_of_trained_models(golden: Any) -> None:
+    golden(drawn(draw_trained("vit_s", trained_models()["subjects"]["vit_s"])))

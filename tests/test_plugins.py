@@ -705,6 +705,7 @@ def suggest(trial):
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 def test_a_recipe_trains_under_ray_with_two_workers(toml: Path, tmp_path: Path) -> None:
     found = recipe.load(str(toml), ["launch.workers=2", "train.batch_size=32"])
     toml.with_name("mine.py").unlink()  # workers are sent its text
@@ -718,6 +719,7 @@ def test_a_recipe_trains_under_ray_with_two_workers(toml: Path, tmp_path: Path) 
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 def test_what_workers_cannot_run_is_refused_before_the_first_epoch(toml: Path, mine: Path, tmp_path: Path) -> None:
     """The file asks for what is in this process only, so only a worker can tell."""
     mine.write_text(f"import sys\n\nassert hasattr(sys, 'only_here')\n{CODE}")

@@ -32,7 +32,7 @@ pytestmark = [
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "MLPREDUCE_TEST_MARK"
 SMALL = ("model.kwargs.depth=4", "model.kwargs.embed_dim=16", "train.epochs=4", "train.warmup_epochs=0")
-TRIALS = 6
+TRIALS = 5
 SETTINGS = ("sharing_width", *SMALL, "--recipe", "digits_tiny", "--trials", str(TRIALS), "--workers", "2")
 MORE = ("--seeds", "1", "--pruner", "none", "--references", "baseline")
 

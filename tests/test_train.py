@@ -687,3 +687,24 @@ def test_images_that_cannot_be_read_are_counted_and_named_in_the_record(tmp_path
     with pytest.raises(ReductionError, match=r"3\.png"):
         fit(raising)
     assert raising.config_hash == skipping.config_hash
+
+
+@pytest.mark.parametrize(("classes", "top5"), [(10, 50.0), (3, 100.0)])
+def test_top5_counts_labels_among_the_five_largest(classes: int, top5: float) -> None:
+    """Logits fall from class 0 on, and each class is a label once: of 10 classes half are among the five largest."""
+    logits = -torch.arange(classes, dtype=torch.float32)
+    labels = torch.arange(classes)
+    found = evaluate(constant_model(logits), [(torch.zeros(classes, 3, 2, 2), labels)], Runtime())
+    assert found["top1"] == pytest.approx(100 / classes)
+    assert found["top5"] == pytest.approx(top5)
+    assert found["images"] == classes
+
+
+def constant_model(logits: torch.Tensor) -> nn.Module:
+    """A model that gives the same logits for every image."""
+
+    class Same(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return logits.expand(len(images), -1)
+
+    return Same()

@@ -258,4 +258,4 @@ def _gain(slot: Slot) -> Callable[[int, int], float]:
 
 def number(value: float) -> str:
     """A cost for messages."""
-    return f"{value:,.0f}" if value == int(value) and abs(value) >= 1000 else f"{value:,.6g}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.6g}"

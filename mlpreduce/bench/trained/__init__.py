@@ -20,7 +20,8 @@ import torch
 
 from mlpreduce.bench.rounds import at_least_one
 from mlpreduce.bench.stored_page import check_page_file, read_page, write_page
-from mlpreduce.bench.trained.page import page_of
+from mlpreduce.bench.trained import figure
+from mlpreduce.bench.trained.page import figure_of, page_of
 from mlpreduce.bench.trained.rows import Row, rows
 from mlpreduce.bench.trained.subjects import SUBJECTS, Subject, subject
 from mlpreduce.budget import measure
@@ -79,11 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             document = _gathered(options.output)
         else:
             document = read_page(options.read, page_of)
-        write_page(document, page_of, options.write)
+        figures = {}
+        if options.write is not None:
+            shown = {name: entry for name, entry in document["subjects"].items() if _any_measured(entry)}
+            figures = {figure_of(name): figure.draw(name, entry) for name, entry in shown.items()}
+        write_page(document, page_of, options.write, figures)
     except ReductionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _any_measured(entry: dict[str, Any]) -> bool:
+    return any("measured" in cell for cell in entry["cells"])
 
 
 def _measure(name: str, options: argparse.Namespace) -> None:

@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mlpreduce.bench.trained.figure import MAIN
 from mlpreduce.report.content import Table
 from mlpreduce.report.pages import markdown_table
 
-__all__ = ["page_of"]
+__all__ = ["figure_of", "page_of"]
 
 MEASURES = {"cosine": 3, "probe": 1, "knn": 1, "spearman": 3}  # and their digits
 _TITLES = {"vit_s": "A DINOv2 ViT-S/14", "minilm": "MiniLM-L6, a sentence encoder"}
@@ -29,11 +30,20 @@ def page_of(document: dict[str, Any]) -> str:
     ]
     for name, entry in document["subjects"].items():
         lines += _subject(name, entry)
+        lines += _against_rivals(entry)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def figure_of(name: str) -> str:
+    """The file of a model's figure, beside the page."""
+    return f"trained_{name}.png"
 
 
 def _subject(name: str, entry: dict[str, Any]) -> Iterable[str]:
     cells = [cell for cell in entry["cells"] if "measured" in cell]
+    if cells:
+        what = MAIN[name][1].removesuffix(" (%)")
+        yield from (f"![{_TITLES[name]}: {what} against parameters and against MACs]({figure_of(name)})", "")
     for tests in sorted({cell["tests"] for cell in cells}):
         facts = entry["of"][str(tests)]
         some = [cell for cell in cells if cell["tests"] == tests]
@@ -80,6 +90,55 @@ def _table(cells: Sequence[dict[str, Any]], measures: Sequence[str]) -> Table:
         for (name, repair), found in sorted(by_row.items(), key=lambda item: worth(item[1]))
     ]
     return Table("", ["units by", "repair", *(f"{width:.0%}: {' / '.join(measures)}" for width in widths)], rows)
+
+
+_ADVICE = "README's advice"
+_SAME = ("reconstruction(metric='loss')", "least_squares")  # the row of its criterion, which is no rival
+
+
+def _against_rivals(entry: dict[str, Any]) -> Iterable[str]:
+    """The advice against the best of all others: chosen on one draw, compared on the others, with equal data and tests."""
+    cells = [cell for cell in entry["cells"] if "measured" in cell and cell["kind"] != "sharing"]
+    ours = {(c["width"], c["draw"]): c for c in sorted(cells, key=lambda c: c["tests"]) if c["row"] == _ADVICE}
+    chosen_on = min((draw for _, draw in ours), default=0)
+    first = [c for c in cells if c["draw"] == chosen_on and c["row"] != _ADVICE and (c["row"], c["repair"]) != _SAME]
+    rows = []
+    for width in sorted({width for width, _ in ours}, reverse=True):
+        for key in (key for key in MEASURES if any(key in c["measured"] for c in first)):
+            some = [c for c in first if c["width"] == width]
+            if not some:
+                continue
+            rival = max(some, key=lambda c: c["measured"][key])
+            gains = [
+                mine["measured"][key] - other["measured"][key]
+                for other in cells
+                if (other["row"], other["repair"], other["width"]) == (rival["row"], rival["repair"], width)
+                and other["draw"] != chosen_on
+                and (mine := ours.get((width, other["draw"]))) is not None
+                and mine["tests"] == other["tests"]
+            ]
+            if len(gains) > 1:
+                rows.append(
+                    [f"{width:.0%}", key, f"{rival['row']}, {rival['repair']}", *_interval(gains, MEASURES[key])]
+                )
+    if rows:
+        yield "### README's advice against the best of all others"
+        yield ""
+        yield f"The rival of each line was chosen on draw {chosen_on}; the differences are of the other draws, paired."
+        yield ""
+        yield markdown_table(
+            Table("", ["units kept", "measure", "rival", "difference", "95 % interval", "draws"], rows)
+        )
+        yield ""
+
+
+def _interval(gains: Sequence[float], digits: int) -> tuple[str, str, str]:
+    """The mean, its interval by Student's t, and of how many."""
+    from scipy.stats import sem, t
+
+    mean, reach = statistics.mean(gains), float(t.ppf(0.975, len(gains) - 1) * sem(gains))
+    digits += 1
+    return f"{mean:+.{digits}f}", f"{mean - reach:+.{digits}f} to {mean + reach:+.{digits}f}", str(len(gains))
 
 
 def _repairs(cells: Sequence[dict[str, Any]], measures: Sequence[str]) -> Iterable[str]:

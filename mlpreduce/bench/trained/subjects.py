@@ -27,7 +27,7 @@ from mlpreduce.extras import optional
 __all__ = ["SUBJECTS", "Subject", "subject"]
 
 SIDE, PATCH, TOKENS = 56, 14, 32
-CALIBRATION = {"vit_s": 256, "minilm": 512}
+CALIBRATION = 512  # examples
 BANK = 1200  # images of the probe and of the neighbours
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SEED = 20
@@ -69,9 +69,8 @@ class Subject:
 
     def calibration(self, draw: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """A draw of inputs, and of labels for the loss."""
-        count = CALIBRATION[self.name]
         order = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(draw))
-        some = self.inputs[order[:count]]
+        some = self.inputs[order[:CALIBRATION]]
         wanted = self.embed(self.model, some)
         noise = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(draw))
         labels = wanted + 0.1 * wanted.std() * noise
@@ -144,7 +143,7 @@ def _vit_s(weights: Path | None, images: Path | None, tests: int) -> Subject:
         train.data[order[BANK:]],
         test.data[:tests],
         f"Fashion-MNIST at {SIDE} px, ImageNet's mean and deviation; a ridge probe (strength 50, standardised features) and 10 "
-        f"neighbours by cosine, both by {BANK:,} training images in the whole model",
+        f"neighbours by cosine, both by {BANK:,} training images in the whole model; {CALIBRATION} images to calibrate",
         lambda output: output,
         lambda whole, found: probe.measure(found),
         prepare,
@@ -208,7 +207,7 @@ def _minilm(weights: Path | None, images: Path | None, tests: int) -> Subject:
         ids[order[tests:]],
         ids[order[:tests]],
         f"texts of {TOKENS} tokens out of the descriptions of installed packages; mean pooling, unit norm; rank correlation of "
-        f"the similarities of all pairs of texts",
+        f"the similarities of all pairs of texts; {CALIBRATION} texts to calibrate",
         features,
         lambda whole, found: {"spearman": rank_correlation(similarities(whole), similarities(found))},
         lambda some: some,
