@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 from helpers.figures import drawn
+from helpers.marks import slow_but
 from helpers.records import make_record, write
 from helpers.studies import make_document, make_points
 from pytest_regressions.file_regression import FileRegressionFixture
@@ -126,9 +127,10 @@ def test_lists(name: str, golden: Any, capsys: pytest.CaptureFixture[str]) -> No
     golden(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(
-    "name", ["digits_tiny", "nvit_tiny", "dgmr_tiny", "systems_tiny", "finetune_tiny", "scaling_tiny"]
-)
+RECIPES = ["digits_tiny", "nvit_tiny", "dgmr_tiny", "systems_tiny", "finetune_tiny", "scaling_tiny"]
+
+
+@pytest.mark.parametrize("name", slow_but(RECIPES, "digits_tiny", "dgmr_tiny", "finetune_tiny"))
 def test_dry_runs(name: str, golden: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert recipe([name, "--dry-run"]) == 0
     golden(capsys.readouterr().out)

@@ -756,7 +756,9 @@ def _names() -> None:
             )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", slow_but(KINDS, "tied", "sliced", "factors") if {"tied", "sliced", "factors"} <= {*KINDS} else KINDS
+)
 def test_registered_names_build_reduced_models(kind: str, images: torch.Tensor) -> None:
     torch.manual_seed(3)
     model = timm.create_model(f"test_life_{kind}", **SMALL).eval()

@@ -7,6 +7,7 @@ import math
 import pytest
 import timm
 import torch
+from helpers.marks import slow_but
 
 import mlpreduce
 
@@ -36,8 +37,12 @@ def test_baseline(baseline: torch.nn.Module) -> None:
     assert figures(baseline) == (86_567_656, 56_669_184, 12, "16.849", "16.867", "17.583")
 
 
-@pytest.mark.parametrize(("scale", "factor"), [("paper", 0.707), ("inv_sqrt", 1 / math.sqrt(2))])
-def test_grouped(baseline: torch.nn.Module, scale: str, factor: float) -> None:
+INV_SQRT = ("inv_sqrt", 1 / math.sqrt(2))
+
+
+@pytest.mark.parametrize("named", slow_but([("paper", 0.707), INV_SQRT], INV_SQRT))
+def test_grouped(baseline: torch.nn.Module, named: tuple[str, float]) -> None:
+    scale, factor = named
     model, original = fresh(baseline), fresh(baseline)
     assert mlpreduce.apply(model, "grouped", group=2, scale=scale) is model
     assert type(model).__name__ == "VisionTransformer"

@@ -75,7 +75,7 @@ def eigenvalues(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) ->
         return torch.linalg.eigvalsh(torch.autograd.functional.hessian(of, flat))
 
 
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("group", slow_but([1, 2], 2))
 def test_lambda_max_is_the_largest_eigenvalue_of_the_whole_hessian(group: int) -> None:
     model, (images, labels) = tiny(group), batch()
     expected = eigenvalues(model, images, labels)[-1].item()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.marks import slow_but
 from helpers.runs import digits_run, interrupt_after, same, state, synthetic_run
 from helpers.two_processes import Together
 from torch import nn
@@ -144,7 +145,10 @@ def test_two_backward_passes_an_update(tmp_path: Path, monkeypatch: pytest.Monke
         assert len(calls) == each * state(Path(run.directory))["state.pt"]["updates"]
 
 
-@pytest.mark.parametrize("options", [{"amp": "bfloat16"}, {"sam_adaptive": True, "clip_grad": 1.0, "accum_steps": 2}])
+ADAPTIVE = {"sam_adaptive": True, "clip_grad": 1.0, "accum_steps": 2}
+
+
+@pytest.mark.parametrize("options", slow_but([{"amp": "bfloat16"}, ADAPTIVE], ADAPTIVE))
 def test_a_run_resumes_exactly_and_is_another_one(tmp_path: Path, options: dict[str, Any]) -> None:
     whole = digits_run(tmp_path / "whole", sam_rho=0.5, epochs=2, **options)
     history = fit(whole)
