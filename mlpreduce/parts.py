@@ -29,7 +29,7 @@ from mlpreduce.graph import (
     token_grid,
     whole_module,
 )
-from mlpreduce.repair import refit_errors
+from mlpreduce.repair import distances, refit_errors
 
 __all__ = ["Parts"]
 
@@ -228,6 +228,14 @@ class Parts(Sequence[MLP]):
             ReductionError: there is no data, or an fc2 that cannot be refitted.
         """
         return self._answers.read_by("trial", lambda data: refit_errors(self._model, self._every, edits, data))
+
+    def distances(self, trials: Mapping[tuple[str, str], Sequence[Edit]]) -> dict[tuple[str, str], float]:
+        """How far what the model gives moves with each of some sets of edits, on the calibration data: 1 minus the mean cosine.
+
+        Raises:
+            ReductionError: there is no data, or it is not what is needed.
+        """
+        return self._answers.read_by("distances", lambda data: distances(self._model, trials, data))
 
     def scores(self, mlp: MLP, criterion: str | Mapping[str, Any], seed: int = 0) -> torch.Tensor:
         """Scores of the hidden units of an MLP, (hidden units,), which can be compared between MLPs.

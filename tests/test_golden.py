@@ -18,7 +18,6 @@ from pytest_regressions.file_regression import FileRegressionFixture
 import mlpreduce
 from mlpreduce import report
 from mlpreduce.__main__ import main
-from mlpreduce.bench.trained.figure import draw as draw_trained
 from mlpreduce.bench.trained.page import page_of
 from mlpreduce.coverage.entries import Entry
 from mlpreduce.coverage.proofs import Proof
@@ -29,6 +28,7 @@ from mlpreduce.report.search import build_search, console_table, front_table
 from mlpreduce.report.search_figures import draw_importance, draw_patterns
 from mlpreduce.report.search_front import draw_front
 from mlpreduce.report.search_parallel import draw_parallel
+from mlpreduce.report.trained import draw as draw_trained
 from mlpreduce.testing import tiny_vit
 
 TOPS = {"baseline": (81.16, 80.94, 80.7), "grouped": (81.58, 81.36, 81.2), "shallow": (81.30, 81.20), "thin": (80.1,)}

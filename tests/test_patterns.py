@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from helpers.two_processes import Together
 from torch import nn
 
 import mlpreduce
-from mlpreduce import ReductionError
+from mlpreduce import ReductionError, repair
 from mlpreduce import recipe as recipes
 from mlpreduce.calibration import Batch
 from mlpreduce.calibration.similarity import cka, outputs_of
 from mlpreduce.edits import Plan
+from mlpreduce.parts import Parts
 from mlpreduce.recipe.schema import runs
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.spaces import Suggestion
@@ -25,6 +28,7 @@ from mlpreduce.testing import tiny_vit
 from mlpreduce.train import build_model
 from mlpreduce.train.calibrated import needs_data, without_data
 from mlpreduce.train.probes import layer_similarity
+from mlpreduce.transforms.patterns import BY_DATA
 
 
 def images(count: int = 40) -> torch.Tensor:
@@ -47,18 +51,25 @@ def alike_in_turns() -> nn.Module:
     return model
 
 
-def test_similarity_puts_those_together_that_give_the_like(
-    unchanged: Callable[[nn.Module], Callable[[], None]],
+NOTES = {
+    "similarity": "the mean CKA of MLPs that share is 1.000, of all 0.",
+    "cost": "two MLPs that share move what the model gives by 0 on average (1 - cosine), any two of a stage by ",
+}
+
+
+@pytest.mark.parametrize("pattern", NOTES)
+def test_those_are_put_together_that_give_the_like(
+    pattern: str, unchanged: Callable[[nn.Module], Callable[[], None]]
 ) -> None:
     model = alike_in_turns()
     check = unchanged(model)
-    config: dict[str, Any] = {"pattern": "similarity", "group": 3, "scale": "none"}
+    config: dict[str, Any] = {"pattern": pattern, "group": 3, "scale": "none"}
     plans = [mlpreduce.plan(model, "grouped", **config, data=images().split(size)) for size in (1, 7, 40)]
     check()
     assert owners(plans[0]) == [0, 1, 0, 1, 0, 1]
     assert len({plan.to_json() for plan in plans}) == 1
     assert plans[0].data == {"samples": 40, "fingerprint": plans[0].data["fingerprint"]}  # type: ignore[index]
-    assert "the mean CKA of MLPs that share is 1.000, of all 0." in str(plans[0])
+    assert NOTES[pattern] in " ".join(str(plans[0]).split())
     before = model(images(4))
     torch.testing.assert_close(mlpreduce.apply(model, plans[0])(images(4)), before)
     assert mlpreduce.plan(alike_in_turns(), "grouped", **config, data=images()).edits == plans[0].edits
@@ -96,9 +107,10 @@ def test_stages_share_within_themselves() -> None:
     model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, window_size=7, depths=(1, 2, 4, 2))
     assert owners(mlpreduce.plan(model, "grouped", group="all")) == [0, 0, 2, 2, 2, 2, 6, 6]
     assert owners(mlpreduce.plan(model, "grouped", pattern="sandwich", group=2)) == [0, 1, 2, 3, 3, 5, 6, 7]
-    made = mlpreduce.plan(model, "grouped", pattern="similarity", group=2, data=torch.randn(20, 3, 56, 56))
-    assert len(set(owners(made))) == 4
-    assert all(owner < 2 for owner in owners(made)[:2])
+    for pattern in BY_DATA:
+        made = mlpreduce.plan(model, "grouped", pattern=pattern, group=2, data=torch.randn(20, 3, 56, 56))
+        assert len(set(owners(made))) == 4
+        assert all(owner < 2 for owner in owners(made)[:2])
 
 
 def test_wrong_calls_are_told() -> None:
@@ -131,8 +143,40 @@ def test_mlps_that_give_constants_are_like_none() -> None:
         mlpreduce.plan(model, "grouped", pattern="similarity", data=images(4))
 
 
-def test_a_recipe_and_a_search_know_its_cost_before() -> None:
-    step = {"transform": "grouped", "pattern": "similarity", "group": 2, "scale": "none"}
+@pytest.mark.parametrize("keep", ["first", "last", "align_mean", "auto"])
+def test_costs_of_sharing_are_those_of_each_pair_alone(keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair costs what the whole model's outputs move by when it alone shares, and the cheapest pair goes together."""
+    model = tiny_vit().double().eval()
+    for block in model.blocks:
+        nn.init.normal_(block.mlp.fc2.weight, std=0.3)
+    found: dict[tuple[str, str], float] = {}
+    distances = Parts.distances
+    monkeypatch.setattr(Parts, "distances", lambda parts, trials: found.update(distances(parts, trials)) or found)
+    data = images().double()
+    made = mlpreduce.plan(model, "grouped", pattern="cost", group=2, keep=keep, scale="none", data=data.split(9))
+    whole = model(data)
+    for one, other in itertools.combinations(range(4), 2):
+        pattern = [[one, other], *([row] for row in range(4) if row not in (one, other))]
+        plain = "first" if keep == "auto" else keep
+        pair = mlpreduce.apply(copy.deepcopy(model), "grouped", pattern=pattern, keep=plain, scale="none")
+        wanted = 1 - torch.cosine_similarity(pair(data), whole).mean().item()
+        assert found[f"blocks.{one}.mlp", f"blocks.{other}.mlp"] == pytest.approx(wanted, abs=1e-12)
+    least = min(found, key=lambda pair: found[pair])
+    names = {row.mlp: row.owner for row in made.rows}
+    assert names[least[1]] == least[0]
+
+
+def test_only_the_first_examples_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "_COMPARED", 16)
+    config: dict[str, Any] = {"pattern": "cost", "group": 2, "scale": "none"}
+    some, more = (mlpreduce.plan(tiny_vit(), "grouped", **config, data=images(count)) for count in (16, 40))
+    assert [note for note in some.notes if "cost" in note] == [note for note in more.notes if "cost" in note]
+    assert (some.data["samples"], more.data["samples"]) == (16, 40)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("pattern", BY_DATA)
+def test_a_recipe_and_a_search_know_its_cost_before(pattern: str) -> None:
+    step = {"transform": "grouped", "pattern": pattern, "group": 2, "scale": "none"}
     assert needs_data(step)
     assert without_data(step) == {**step, "pattern": "cycle"}
     recipe = recipes.load("digits_tiny")
@@ -142,19 +186,20 @@ def test_a_recipe_and_a_search_know_its_cost_before() -> None:
     assert points[0].key != points[1].key
 
 
-def _plans(rank: int, folder: str) -> None:
-    made = mlpreduce.plan(alike_in_turns(), "grouped", pattern="similarity", group=3, data=[images()[rank::2]])
+def _plans(rank: int, folder: str, pattern: str) -> None:
+    made = mlpreduce.plan(alike_in_turns(), "grouped", pattern=pattern, group=3, data=[images()[rank::2]])
     made.save(Path(folder) / f"{rank}.json")
     assert owners(made) == [0, 1, 0, 1, 0, 1]
-    one = mlpreduce.plan(alike_in_turns(), "grouped", pattern="similarity", group=3, data=[] if rank else images())
+    one = mlpreduce.plan(alike_in_turns(), "grouped", pattern=pattern, group=3, data=[] if rank else images())
     assert owners(one) == [0, 1, 0, 1, 0, 1]
     with pytest.raises(ReductionError, match="process 1: data is a int"):
-        mlpreduce.plan(alike_in_turns(), "grouped", pattern="similarity", data=3 if rank else [images()])
+        mlpreduce.plan(alike_in_turns(), "grouped", pattern=pattern, data=3 if rank else [images()])
 
 
 @pytest.mark.processes
-def test_two_processes_make_one_plan(together: Together, tmp_path: Path) -> None:
-    together(_plans, str(tmp_path))
+@pytest.mark.parametrize("pattern", BY_DATA)
+def test_two_processes_make_one_plan(pattern: str, together: Together, tmp_path: Path) -> None:
+    together(_plans, str(tmp_path), pattern)
     one, other = (Plan.load(tmp_path / f"{rank}.json") for rank in range(2))
     assert one.to_json() == other.to_json()
     assert one.data is not None

@@ -27,6 +27,7 @@ SETTINGS = [
     ("grouped", {"share": "block", "keep": "mean", "pattern": "cycle"}),
     ("grouped", {"pattern": "sandwich"}),
     ("grouped", {"pattern": "similarity", "scale": "none"}),
+    ("grouped", {"pattern": "cost", "scale": "none"}),
     ("grouped", {"group": 3, "remainder": "merge"}),
     ("grouped", {"pattern": [[0, 3], [1, 2]], "scale": {"fc1.weight": 0.5}}),
     ("grouped", {"keep": "mean", "scale": "none"}),

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlpreduce.bench.rounds import check_file
 from mlpreduce.errors import ReductionError
 from mlpreduce.records import store
-from mlpreduce.report.figure import as_png
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["check_page_file", "read_page", "write_page"]
 
@@ -48,13 +44,13 @@ def read_page(path: Path, page_of: PageOf) -> dict[str, Any]:
 
 
 def write_page(
-    document: dict[str, Any], page_of: PageOf, path: Path | None, figures: Mapping[str, Figure] | None = None
+    document: dict[str, Any], page_of: PageOf, path: Path | None, figures: Mapping[str, bytes] | None = None
 ) -> None:
-    """Print the page, and where a file is given write it, its JSON, and figures by their names."""
+    """Print the page, and where a file is given write it, its JSON, and pictures by their names."""
     text = page_of(document)
     print(text)
     if path is not None:
         path.write_text(text, encoding="utf-8")
         store(path.parent, f"{path.stem}.json", document)
-        for name, figure in (figures or {}).items():
-            (path.parent / name).write_bytes(as_png(figure))
+        for name, picture in (figures or {}).items():
+            (path.parent / name).write_bytes(picture)

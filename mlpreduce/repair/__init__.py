@@ -15,21 +15,26 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from mlpreduce.calibration import Measured, Samples, quiet_copy, running
+from mlpreduce.calibration import Batch, Measured, Samples, in_all, quiet_copy, running
 from mlpreduce.edits import Assign, Edit, Plan, Replace, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, check_one_of
 from mlpreduce.graph import MLP, Leaf, module_at
 from mlpreduce.layers import wraps
+from mlpreduce.repair.nearness import gathered, nearness
+from mlpreduce.repair.outputs import output_of
 from mlpreduce.repair.parallel import repair_alone
 from mlpreduce.repair.sequential import repair_in_turn
 from mlpreduce.surgery import carry_out
+from mlpreduce.waiting import steps
 
-__all__ = ["REPAIRS", "refit_errors", "repaired"]
+__all__ = ["REPAIRS", "distances", "refit_errors", "repaired"]
 
 REPAIRS = ("none", "bias", "parallel", "least_squares")
+_COMPARED = 128  # examples of each process, by which sets of edits are compared
 _FAR = 0.9  # cosine of what the models give, below which the plan warns
 Model = tuple[nn.Module, Sequence[MLP]]  # with its MLPs that are repaired, all uses
 Value = TypeVar("Value")
+Key = TypeVar("Key")
 
 
 def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Plan:
@@ -83,6 +88,43 @@ def refit_errors(
     with running(samples.device, gradients=False):
         found = repair_alone((quiet_copy(model), before), (_reduced(model, made), after), samples)
     return _within(made, found.differences), Measured({}, samples.count, samples.fingerprint)
+
+
+def distances(model: nn.Module, trials: Mapping[Key, Sequence[Edit]], data: Any) -> tuple[dict[Key, float], Measured]:
+    """How far what the model gives moves with each of some sets of edits: 1 minus the mean cosine, over all processes.
+
+    The first 128 examples of each process count; the others are only read.
+
+    Args:
+        model: the unreduced model; it is not changed.
+        trials: edits of a plan for it, by any key.
+        data: calibration data.
+
+    Raises:
+        ReductionError: as `repaired`, or the model gives nothing for each example.
+    """
+    samples = Samples(data, model, labels=False)
+    some: list[Batch] = []
+    with running(samples.device, gradients=False):
+        with in_all():
+            for batch, _ in samples.chunks():
+                if sum(map(len, some)) < _COMPARED:
+                    some.append(batch)
+        samples.finish({}, None)
+
+        def given(tree: nn.Module) -> torch.Tensor:
+            with in_all():
+                outputs = [output_of(batch.run(tree), batch) for batch in some]
+            return gathered(outputs)
+
+        whole, found = given(quiet_copy(model)), {}
+        with steps("sharing", len(trials)) as advance:
+            for key, edits in trials.items():
+                with in_all():
+                    tree = _reduced(model, Plan("trial", {}, tuple(edits)))
+                found[key] = 1 - nearness(whole, given(tree))[0]
+                advance(1)
+    return found, Measured({}, samples.count, samples.fingerprint)
 
 
 def _uses(mlps: Sequence[MLP], made: Plan) -> list[tuple[MLP, MLP]]:

@@ -19,6 +19,7 @@ from mlpreduce.registry import origin
 from mlpreduce.surgery import carry_out
 from mlpreduce.train.settings import Run, Step
 from mlpreduce.transforms import get_transform
+from mlpreduce.transforms.patterns import BY_DATA
 
 __all__ = [
     "apply_as_before",
@@ -31,7 +32,7 @@ __all__ = [
     "without_data",
 ]
 
-_BY_DATA = ("auto", "align_activations")  # values of `keep`
+_KEPT_BY_DATA = ("auto", "align_activations")  # values of `keep`
 
 
 def needs_data(step: Step) -> bool:
@@ -41,9 +42,9 @@ def needs_data(step: Step) -> bool:
         >>> needs_data({"transform": "shallow", "criterion": "nvit"}), needs_data({"transform": "shallow"})
         (True, False)
     """
-    if step.get("repair", "none") != "none" or step.get("pattern") == "similarity" or step.get("init") == "data":
+    if step.get("repair", "none") != "none" or step.get("pattern") in BY_DATA or step.get("init") == "data":
         return True
-    if step.get("keep") in _BY_DATA or _corrects(step):
+    if step.get("keep") in _KEPT_BY_DATA or _corrects(step):
         return True
     criterion = criterion_of(step)
     return criterion is not None and criterion.of_data
@@ -88,11 +89,11 @@ def without_data(step: Step) -> Step:
         return step
     kept = {key: value for key, value in step.items() if key not in ("repair", "latency_weight")}
     plain = {"criterion": "first", "scope": "uniform"} | ({"init": "weights"} if step.get("init") == "data" else {})
-    if kept.get("keep") in _BY_DATA:
+    if kept.get("keep") in _KEPT_BY_DATA:
         kept["keep"] = "first"
     if _corrects(step):
         kept["per_use"] = {key: value for key, value in kept["per_use"].items() if key != "init"}
-    if kept.get("pattern") == "similarity":  # as many MLPs are left
+    if kept.get("pattern") in BY_DATA:  # as many MLPs are left
         return kept | {"pattern": "cycle"}
     return {key: plain.get(key, value) for key, value in kept.items()}
 

@@ -50,7 +50,8 @@ def grouped(
         pattern: `sequence` (neighbours), `cycle` (every n-th block, n the number of MLPs left), `cycle_reverse` (the
             same, the last cycle backwards), `sandwich` (neighbours, but the first and the last block of a stage keep
             their own), `similarity` (blocks whose MLPs give what is alike on the data; as many MLPs are left as of
-            `cycle`), or lists of the row numbers that a printed plan shows.
+            `cycle`), `cost` (the same by how far what the model gives moves when two of them share, one pair at a time,
+            without what `per_use` and `repair` make up for), or lists of the row numbers that a printed plan shows.
         scale: factor of the shared fc1.weight, fc1.bias and fc2.weight: `inv_sqrt` (1/sqrt of the uses), `paper`
             (0.707), `none`, a number, a number for each of these tensors, or `match_forward`: measured, so that the shared
             MLP gives noise as much energy as the MLPs it stands for did on average. For training from scratch; keep
@@ -72,7 +73,7 @@ def grouped(
 
     Raises:
         ReductionError: the blocks do not split so, are tied already, or an option is out of range; or there is no data
-            for `similarity`.
+            for `similarity` or `cost`.
     """
     check_one_of("keep", keep, KEEPS)
     check_one_of("share", share, SHARES)
@@ -86,7 +87,10 @@ def grouped(
             f"{names} are tied already, and nothing is scaled twice; mlpreduce.untie(model) undoes ties of this library, "
             f"exclude= leaves out those the model was built with"
         )
-    groups = groups_of(parts, group, pattern, remainder)
+    plain = keep if keep not in ("align_activations", "auto") else "first"  # these look at data for each pair
+    groups = groups_of(
+        parts, group, pattern, remainder, lambda members: list(_sharing(parts, members, plain, "none", "none"))
+    )
     shared = [members for members in groups if len(members) > 1] if share != "attention" else []
     if keep in ("align_activations", "auto"):
         parts.relate([(members[0], other) for members in shared for other in members[1:]])

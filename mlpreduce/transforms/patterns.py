@@ -5,35 +5,44 @@
 - `sandwich`: Reid et al., "Subformer: Exploring Weight Sharing for Parameter Efficiency in Generative Transformers", arXiv
   2101.00234: the first and the last block keep their own.
 - `similarity`: clusters by the linear CKA (arXiv 1905.00414) of what MLPs give, with average linkage.
+- `cost`: clusters by how far what the whole model gives moves when two MLPs share, with average linkage.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from statistics import fmean
 
 import numpy as np
 
+from mlpreduce.edits import Edit
 from mlpreduce.errors import ReductionError, check_one_of, did_you_mean
 from mlpreduce.graph import MLP
 from mlpreduce.parts import Parts
 
-__all__ = ["groups_of"]
+__all__ = ["BY_DATA", "groups_of"]
 
-PATTERNS = ("sequence", "cycle", "cycle_reverse", "sandwich", "similarity")
+BY_DATA = ("similarity", "cost")
+PATTERNS = ("sequence", "cycle", "cycle_reverse", "sandwich", *BY_DATA)
+Pairs = dict[tuple[str, str], float]
 REMAINDERS = ("error", "own", "merge")
 
 
 def groups_of(
-    parts: Parts, group: int | str, pattern: str | Sequence[Sequence[int]], remainder: str
+    parts: Parts,
+    group: int | str,
+    pattern: str | Sequence[Sequence[int]],
+    remainder: str,
+    sharing: Callable[[list[MLP]], Sequence[Edit]],
 ) -> list[list[MLP]]:
     """Groups of MLPs, in order of execution, of which each is to share one; of one member: those that keep their own.
 
     Args:
         parts: the MLPs in scope.
         group, pattern, remainder: as of `grouped`.
+        sharing: the edits that leave one MLP for some.
 
     Raises:
         ReductionError: the MLPs do not split so, or an argument is out of range.
@@ -53,6 +62,8 @@ def groups_of(
         raise ReductionError(f"group is {group!r}, the number of blocks that share one MLP, or 'all'; {advice}")
     if pattern == "similarity":
         return _similar(parts, group)
+    if pattern == "cost":
+        return _cheapest(parts, group, sharing)
     groups = []
     for chain in parts.chains:
         inner = chain[own : len(chain) - own] if len(chain) > 2 * own else []
@@ -85,9 +96,7 @@ def _numbers(length: int, group: int, pattern: str, remainder: str) -> list[int]
 
 
 def _similar(parts: Parts, group: int | str) -> list[list[MLP]]:
-    """As many clusters of each chain as `cycle` would leave MLPs."""
-    from scipy.cluster import hierarchy
-
+    """Clusters of MLPs that give what is alike."""
     alike = parts.similarity()
     known = [value for (one, other), value in alike.items() if one != other and not math.isnan(value)]
     if not known:
@@ -95,23 +104,48 @@ def _similar(parts: Parts, group: int | str) -> list[list[MLP]]:
             f"pattern='similarity': no two of {len(parts)} MLPs give anything but a constant on the data, so none are alike; "
             f"use other data, or another pattern"
         )
-    groups, within = [], []
-    for chain in parts.chains:
-        count = 1 if group == "all" else math.ceil(len(chain) / int(group))
-        pairs = [alike[one.name, other.name] for one, other in combinations(chain, 2)]
-        far = np.array([1.0 if math.isnan(cka) else 1.0 - cka for cka in pairs])  # NaN: of one that gives a constant
-        numbers = hierarchy.cut_tree(hierarchy.linkage(far, "average"), n_clusters=count)[:, 0]
-        clusters = [
-            [m for m, n in zip(chain, numbers, strict=True) if n == number] for number in dict.fromkeys(numbers)
-        ]
-        within += [alike[one.name, other.name] for members in clusters for one, other in combinations(members, 2)]
-        groups += clusters
-    shared = [value for value in within if not math.isnan(value)]
+    # NaN: of one that gives a constant
+    far = {pair: 1.0 if math.isnan(cka) else 1.0 - cka for pair, cka in alike.items()}
+    groups = _clusters(parts, group, far)
+    shared = [value for value in _within(groups, alike) if not math.isnan(value)]
     if shared:
         parts.notes.append(
             f"pattern='similarity': the mean CKA of MLPs that share is {fmean(shared):.3f}, of all {fmean(known):.3f}"
         )
     return groups
+
+
+def _cheapest(parts: Parts, group: int | str, sharing: Callable[[list[MLP]], Sequence[Edit]]) -> list[list[MLP]]:
+    """Clusters of MLPs that can stand for each other."""
+    pairs = [pair for chain in parts.chains for pair in combinations(chain, 2)]
+    far = parts.distances({(one.name, other.name): sharing([one, other]) for one, other in pairs})
+    if bad := [pair for pair, value in far.items() if not math.isfinite(value)]:
+        raise ReductionError(f"pattern='cost': the model gives what is not finite when {' and '.join(bad[0])} share")
+    groups = _clusters(parts, group, far)
+    if shared := _within(groups, far):
+        parts.notes.append(
+            f"pattern='cost': two MLPs that share move what the model gives by {fmean(shared):.3g} on average (1 - cosine), "
+            f"any two of a stage by {fmean(far.values()):.3g}"
+        )
+    return groups
+
+
+def _clusters(parts: Parts, group: int | str, far: Pairs) -> list[list[MLP]]:
+    """As many clusters of each chain as `cycle` would leave MLPs, by distances."""
+    from scipy.cluster import hierarchy
+
+    groups = []
+    for chain in parts.chains:
+        count = 1 if group == "all" else math.ceil(len(chain) / int(group))
+        distances = np.array([far[one.name, other.name] for one, other in combinations(chain, 2)])
+        numbers = hierarchy.cut_tree(hierarchy.linkage(distances, "average"), n_clusters=count)[:, 0]
+        groups += [[m for m, n in zip(chain, numbers, strict=True) if n == number] for number in dict.fromkeys(numbers)]
+    return groups
+
+
+def _within(groups: Sequence[list[MLP]], values: Pairs) -> list[float]:
+    """The values of pairs that share."""
+    return [values[one.name, other.name] for members in groups for one, other in combinations(members, 2)]
 
 
 def _listed(parts: Parts, pattern: Sequence[Sequence[int]]) -> list[list[MLP]]:

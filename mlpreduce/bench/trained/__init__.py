@@ -20,13 +20,14 @@ import torch
 
 from mlpreduce.bench.rounds import at_least_one
 from mlpreduce.bench.stored_page import check_page_file, read_page, write_page
-from mlpreduce.bench.trained import figure
 from mlpreduce.bench.trained.page import figure_of, page_of
 from mlpreduce.bench.trained.rows import Row, rows
 from mlpreduce.bench.trained.subjects import SUBJECTS, Subject, subject
 from mlpreduce.budget import measure
 from mlpreduce.errors import ReductionError, check_one_of
 from mlpreduce.records import SCHEMA, store
+from mlpreduce.report.figure import as_png
+from mlpreduce.report.trained import draw as draw_trained
 from mlpreduce.waiting import silent
 
 __all__ = ["main"]
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures = {}
         if options.write is not None:
             shown = {name: entry for name, entry in document["subjects"].items() if _any_measured(entry)}
-            figures = {figure_of(name): figure.draw(name, entry) for name, entry in shown.items()}
+            figures = {figure_of(name): as_png(draw_trained(name, entry)) for name, entry in shown.items()}
         write_page(document, page_of, options.write, figures)
     except ReductionError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mlpreduce.bench.trained.figure import MAIN
 from mlpreduce.report.content import Table
 from mlpreduce.report.pages import markdown_table
+from mlpreduce.report.trained import MAIN
 
 __all__ = ["figure_of", "page_of"]
 

@@ -81,6 +81,9 @@ def rows(kinds: tuple[str, ...] = ("advice", "criteria", "sharing", "peers")) ->
         for keep in ("first", "mean", "align_mean", "align_activations", "auto"):
             config = {"group": 2, "scale": "none", "keep": keep, "repair": repair, "remainder": "own"}
             found.append(Row(f"grouped(2, keep={keep})", "sharing", repair, partial(_shared, config)))
+        for pattern in ("similarity", "cost"):
+            config = {"group": 2, "pattern": pattern, "scale": "none", "keep": "auto", "repair": repair}
+            found.append(Row(f"grouped(2, {pattern}, keep=auto)", "sharing", repair, partial(_shared, config)))
         for init in ("zero", "residual"):
             found.append(Row(f"grouped(3, lora {init})", "sharing", repair, partial(_corrected, init, repair)))
     for name in _PEERS:

@@ -1,4 +1,4 @@
-"""The figures of the bench: how good a reduced model is, against its parameters and against its multiply-accumulates."""
+"""The figure of the bench of trained models: how good a reduced model is, against its parameters and against its multiply-accumulates."""
 
 from __future__ import annotations
 
