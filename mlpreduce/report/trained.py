@@ -1,4 +1,4 @@
-"""The figure of the bench of trained models: how good a reduced model is, against its parameters and against its multiply-accumulates."""
+"""The figure of the bench of trained models: how good a reduced one is, against parameters and multiply-accumulates."""
 
 from __future__ import annotations
 
