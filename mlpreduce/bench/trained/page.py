@@ -63,7 +63,7 @@ def _subject(name: str, entry: dict[str, Any]) -> Iterable[str]:
         yield from _repairs([cell for cell in some if cell["kind"] == "criteria"], measures)
 
 
-_KINDS = {"criteria": "Which units stay", "sharing": "Pairs that share, at the parameters of half the width"}
+_KINDS = {"criteria": "Which units stay", "sharing": "Sharing and factors, at the parameters of half the width"}
 _BESIDE = {"criteria": ("advice", "peers")}
 
 

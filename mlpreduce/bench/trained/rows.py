@@ -86,6 +86,7 @@ def rows(kinds: tuple[str, ...] = ("advice", "criteria", "sharing", "peers")) ->
             found.append(Row(f"grouped(2, {pattern}, keep=auto)", "sharing", repair, partial(_shared, config)))
         for init in ("zero", "residual"):
             found.append(Row(f"grouped(3, lora {init})", "sharing", repair, partial(_corrected, init, repair)))
+    found.append(Row("low_rank(data)", "sharing", "none", _factored))
     for name in _PEERS:
         found.append(Row(f"Torch-Pruning {name}", "peers", "none", partial(_peer, name)))
     return [row for row in found if row.kind in kinds]
@@ -106,6 +107,12 @@ def _corrected(init: str, repair: str, subject: Subject, width: float, data: Dat
     most = sum(parameter.numel() for parameter in half.parameters())
     per_use = {"name": "lora", "init": init, "target_params": most}
     return _shared({**_CORRECTED, "per_use": per_use, "repair": repair}, subject, width, data)
+
+
+def _factored(subject: Subject, width: float, data: Data) -> nn.Module:
+    """Each layer by itself, with as many weights as of that part of the hidden units."""
+    images = [some for some, _ in data]
+    return mlpreduce.apply(copy.deepcopy(subject.model), "low_rank", ratio=width, init="data", data=images)
 
 
 def _peer(name: str, subject: Subject, width: float, data: Data) -> nn.Module:
