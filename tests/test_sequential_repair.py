@@ -445,7 +445,7 @@ def test_any_output_can_be_judged(form: Any) -> None:
 def test_outputs_that_say_nothing_of_each_image_are_refused() -> None:
     model, images = Wrapped(lively(), lambda x: {"loss": x.mean()}), pictures(32)
     with pytest.raises(
-        mlpreduce.ReductionError, match=r"gives a dict without a tensor of \d+ examples.*use repair='parallel'"
+        mlpreduce.ReductionError, match=r"gives a dict without a tensor of \d+ examples.*repair='parallel' does without"
     ):
         mlpreduce.plan(model, "shallow", ratio=0.5, data=[images], repair="least_squares", example_inputs=images[:2])
     made = mlpreduce.plan(model, "shallow", ratio=0.5, data=[images], repair="parallel", example_inputs=images[:2])

@@ -1,4 +1,4 @@
-"""What a model gives for each example, by which a repair is judged."""
+"""What a model gives for each example, by which a reduced one is compared with it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def output_of(given: Any, batch: Batch) -> torch.Tensor:
         found.append(value.flatten(1))
     if not found:
         raise ReductionError(
-            f"repair: the model gives a {type(given).__name__} without a tensor of {len(batch)} examples and their values, by "
-            f"which a repair is judged; wrap it so that it gives one, or use repair='parallel'"
+            f"the model gives a {type(given).__name__} without a tensor of {len(batch)} examples and their values, by which "
+            f"the reduced one is compared with it; wrap it so that it gives one (repair='parallel' does without)"
         )
     return torch.cat(found, 1)
