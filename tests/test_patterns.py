@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,14 @@ def test_only_the_first_examples_count(monkeypatch: pytest.MonkeyPatch) -> None:
     some, more = (mlpreduce.plan(tiny_vit(), "grouped", **config, data=images(count)) for count in (16, 40))
     assert [note for note in some.notes if "cost" in note] == [note for note in more.notes if "cost" in note]
     assert (some.data["samples"], more.data["samples"]) == (16, 40)  # type: ignore[index]
+
+
+def test_costs_that_are_not_finite_are_refused() -> None:
+    model = tiny_vit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.bias[0] = math.inf
+    with pytest.raises(ReductionError, match="the model gives what is not finite on the data"):
+        mlpreduce.plan(model, "grouped", pattern="cost", data=images(4))
 
 
 @pytest.mark.parametrize("pattern", BY_DATA)

@@ -112,17 +112,20 @@ def distances(model: nn.Module, trials: Mapping[Key, Sequence[Edit]], data: Any)
                     some.append(batch)
         samples.finish({}, None)
 
-        def given(tree: nn.Module) -> torch.Tensor:
+        def given(tree: nn.Module, what: str) -> torch.Tensor:
             with in_all():
                 outputs = [output_of(batch.run(tree), batch) for batch in some]
-            return gathered(outputs)
+            found = gathered(outputs)
+            if not found.isfinite().all():
+                raise ReductionError(f"{what} gives what is not finite on the data")
+            return found
 
-        whole, found = given(quiet_copy(model)), {}
+        whole, found = given(quiet_copy(model), "the model"), {}
         with steps("sharing", len(trials)) as advance:
             for key, edits in trials.items():
                 with in_all():
                     tree = _reduced(model, Plan("trial", {}, tuple(edits)))
-                found[key] = 1 - nearness(whole, given(tree))[0]
+                found[key] = 1 - nearness(whole, given(tree, "a reduction that was tried"))[0]
                 advance(1)
     return found, Measured({}, samples.count, samples.fingerprint)
 

@@ -119,8 +119,6 @@ def _cheapest(parts: Parts, group: int | str, sharing: Callable[[list[MLP]], Seq
     """Clusters of MLPs that can stand for each other."""
     pairs = [pair for chain in parts.chains for pair in combinations(chain, 2)]
     far = parts.distances({(one.name, other.name): sharing([one, other]) for one, other in pairs})
-    if bad := [pair for pair, value in far.items() if not math.isfinite(value)]:
-        raise ReductionError(f"pattern='cost': the model gives what is not finite when {' and '.join(bad[0])} share")
     groups = _clusters(parts, group, far)
     if shared := _within(groups, far):
         parts.notes.append(
