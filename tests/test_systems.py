@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers.marks import slow_but
 from helpers.two_processes import Together
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -179,7 +180,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", slow_but([True, False], True))
 @pytest.mark.parametrize(("system", "other"), list(itertools.product(SYSTEMS, OTHERS)))
 def test_in_company(system: str, other: str, first: bool, tmp_path: Path) -> None:
     steps = [SYSTEMS[system], OTHERS[other]] if first else [OTHERS[other], SYSTEMS[system]]

@@ -7,6 +7,7 @@ import math
 import pytest
 import timm
 import torch
+from helpers.marks import slow_after_the_first
 
 import mlpreduce
 from mlpreduce import ReductionError
@@ -90,7 +91,18 @@ def test_every_criterion_has_a_row() -> None:
     assert {c["name"] if isinstance(c, dict) else c for c in used} == set(mlpreduce.list_criteria())
 
 
-@pytest.mark.parametrize(("name", "config"), SETTINGS)
+def kind_of(name: str, config: dict) -> tuple[Any, ...]:
+    """The transform, and the criterion, pattern and repair that it names."""
+    criterion = config.get("criterion")
+    return (
+        name,
+        criterion["name"] if isinstance(criterion, dict) else criterion,
+        config.get("repair"),
+        str(config.get("pattern")),
+    )
+
+
+@pytest.mark.parametrize(("name", "config"), slow_after_the_first(SETTINGS, kind_of))
 def test_contract(name: str, config: dict) -> None:
     generator = torch.Generator().manual_seed(4)
     data = [(torch.randn(n, 3, 16, 16, generator=generator), torch.arange(n) % 5) for n in (5, 20)]

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+
+
+def slow_after_the_first(rows: Iterable[tuple[Any, ...]], kind: Callable[..., Any]) -> list[Any]:
+    """The rows as parameters of a test that is slow for all but the first of each kind; `kind(*row)` says which that is."""
+    found, seen = [], set()
+    for row in rows:
+        found.append(pytest.param(*row, marks=[pytest.mark.slow] if (which := kind(*row)) in seen else []))
+        seen.add(which)
+    return found
 
 
 def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
