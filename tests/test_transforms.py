@@ -91,15 +91,11 @@ def test_every_criterion_has_a_row() -> None:
     assert {c["name"] if isinstance(c, dict) else c for c in used} == set(mlpreduce.list_criteria())
 
 
-def kind_of(name: str, config: dict) -> tuple[Any, ...]:
+def kind_of(name: str, config: dict) -> tuple[str, ...]:
     """The transform, and the criterion, pattern and repair that it names."""
     criterion = config.get("criterion")
-    return (
-        name,
-        criterion["name"] if isinstance(criterion, dict) else criterion,
-        config.get("repair"),
-        str(config.get("pattern")),
-    )
+    named = criterion["name"] if isinstance(criterion, dict) else criterion
+    return name, str(named), str(config.get("pattern")), str(config.get("repair"))
 
 
 @pytest.mark.parametrize(("name", "config"), slow_after_the_first(SETTINGS, kind_of))
