@@ -167,6 +167,25 @@ def test_costs_of_sharing_are_those_of_each_pair_alone(keep: str, monkeypatch: p
     assert names[least[1]] == least[0]
 
 
+@pytest.mark.parametrize("share", ["attention", "block"])
+def test_costs_are_those_of_what_is_shared(share: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_vit().double().eval()
+    for number, block in enumerate(model.blocks):  # of the attention alone 0 and 3 are alike
+        block.attn.load_state_dict(model.blocks[0 if number == 3 else number].attn.state_dict())
+        nn.init.normal_(block.mlp.fc2.weight, std=0.3)
+    found: dict[tuple[str, str], float] = {}
+    distances = Parts.distances
+    monkeypatch.setattr(Parts, "distances", lambda parts, trials: found.update(distances(parts, trials)) or found)
+    data, config = images().double(), {"share": share, "scale": "none"}
+    mlpreduce.plan(model, "grouped", pattern="cost", data=[data], **config)
+    for one, other in ((0, 1), (0, 3)):
+        pattern = [[one, other], *([row] for row in range(4) if row not in (one, other))]
+        pair = mlpreduce.apply(copy.deepcopy(model), "grouped", pattern=pattern, **config)
+        wanted = 1 - torch.cosine_similarity(pair(data), model(data)).mean().item()
+        assert found[f"blocks.{one}.mlp", f"blocks.{other}.mlp"] == pytest.approx(wanted, abs=1e-12)
+    assert (found["blocks.0.mlp", "blocks.3.mlp"] < 1e-12) == (share == "attention")
+
+
 def test_only_the_first_examples_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repair, "_COMPARED", 16)
     config: dict[str, Any] = {"pattern": "cost", "group": 2, "scale": "none"}

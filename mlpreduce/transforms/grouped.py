@@ -51,7 +51,8 @@ def grouped(
             same, the last cycle backwards), `sandwich` (neighbours, but the first and the last block of a stage keep
             their own), `similarity` (blocks whose MLPs give what is alike on the data; as many MLPs are left as of
             `cycle`), `cost` (the same by how far what the model gives moves when two of them share, one pair at a time,
-            without what `per_use` and `repair` make up for), or lists of the row numbers that a printed plan shows.
+            without `scale`, and without what `per_use` and `repair` make up for), or lists of the row numbers that a printed
+            plan shows.
         scale: factor of the shared fc1.weight, fc1.bias and fc2.weight: `inv_sqrt` (1/sqrt of the uses), `paper`
             (0.707), `none`, a number, a number for each of these tensors, or `match_forward`: measured, so that the shared
             MLP gives noise as much energy as the MLPs it stands for did on average. For training from scratch; keep
@@ -87,10 +88,14 @@ def grouped(
             f"{names} are tied already, and nothing is scaled twice; mlpreduce.untie(model) undoes ties of this library, "
             f"exclude= leaves out those the model was built with"
         )
+    norms = per_use != "norm"
     plain = keep if keep not in ("align_activations", "auto") else "first"  # these look at data for each pair
-    groups = groups_of(
-        parts, group, pattern, remainder, lambda members: list(_sharing(parts, members, plain, "none", "none"))
-    )
+
+    def sharing(members: list[MLP]) -> list[Edit]:
+        beside = _tie_beside(parts, members, plain, SHARES[share], norms=norms) if share != "mlp" else ()
+        return [*beside, *(_sharing(parts, members, plain, "none", "none") if share != "attention" else ())]
+
+    groups = groups_of(parts, group, pattern, remainder, sharing)
     shared = [members for members in groups if len(members) > 1] if share != "attention" else []
     if keep in ("align_activations", "auto"):
         parts.relate([(members[0], other) for members in shared for other in members[1:]])
@@ -105,7 +110,7 @@ def grouped(
         blocks = tuple(member.block for member in members)
         if len(members) > 1 and share != "mlp" and blocks not in together:  # a block may have several MLPs
             together.add(blocks)
-            yield from _tie_beside(parts, members, keep, SHARES[share], norms=per_use != "norm")
+            yield from _tie_beside(parts, members, keep, SHARES[share], norms=norms)
         if members in shared:
             yield from _sharing(parts, members, keeps[shared.index(members)], scale, per_use)
 
