@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mlpreduce.bench.trained.rows import ADVICE
+from mlpreduce.criteria import choose
 from mlpreduce.report.content import Table
 from mlpreduce.report.pages import markdown_table
 from mlpreduce.report.trained import MAIN
@@ -92,16 +94,16 @@ def _table(cells: Sequence[dict[str, Any]], measures: Sequence[str]) -> Table:
     return Table("", ["units by", "repair", *(f"{width:.0%}: {' / '.join(measures)}" for width in widths)], rows)
 
 
-_ADVICE = "README's advice"
-_SAME = ("reconstruction(metric='loss')", "least_squares")  # the row of its criterion, which is no rival
+# the row that makes the same call as the advice, so it cannot be its rival
+_SAME = (str(choose(ADVICE["criterion"])), ADVICE["repair"])
 
 
 def _against_rivals(entry: dict[str, Any]) -> Iterable[str]:
     """The advice against the best of all others: chosen on one draw, compared on the others, with equal data and tests."""
     cells = [cell for cell in entry["cells"] if "measured" in cell and cell["kind"] != "sharing"]
-    ours = {(c["width"], c["draw"]): c for c in sorted(cells, key=lambda c: c["tests"]) if c["row"] == _ADVICE}
+    ours = {(c["width"], c["draw"]): c for c in sorted(cells, key=lambda c: c["tests"]) if c["kind"] == "advice"}
     chosen_on = min((draw for _, draw in ours), default=0)
-    first = [c for c in cells if c["draw"] == chosen_on and c["row"] != _ADVICE and (c["row"], c["repair"]) != _SAME]
+    first = [c for c in cells if c["draw"] == chosen_on and c["kind"] != "advice" and (c["row"], c["repair"]) != _SAME]
     rows = []
     for width in sorted({width for width, _ in ours}, reverse=True):
         for key in (key for key in MEASURES if any(key in c["measured"] for c in first)):
