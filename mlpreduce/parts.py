@@ -133,7 +133,7 @@ class Parts(Sequence[MLP]):
         They are (inputs + 1, inputs + 1), in float64; padding is left out.
 
         Raises:
-            ReductionError: there is no data, or it is not what is needed.
+            ReductionError: no calibration data was given, or the model cannot be run on it.
         """
         return self._answers.moments()[leaf.path]
 
@@ -196,7 +196,7 @@ class Parts(Sequence[MLP]):
         """How alike MLPs are by what they give on the calibration data: linear CKA in 0..1, for each pair of names in scope.
 
         Raises:
-            ReductionError: there is no data, or it is not what is needed.
+            ReductionError: no calibration data was given, or the model cannot be run on it.
         """
         names = {mlp.name for mlp in self._mlps}
         return {pair: value for pair, value in self._answers.similarity().items() if names.issuperset(pair)}
@@ -205,7 +205,7 @@ class Parts(Sequence[MLP]):
         """Read the data once for the correlations of all these pairs of MLPs.
 
         Raises:
-            ReductionError: there is no data, or it is not what is needed.
+            ReductionError: no calibration data was given, or the model cannot be run on it.
         """
         self._answers.relate(pairs)
 
@@ -213,7 +213,7 @@ class Parts(Sequence[MLP]):
         """How the units of two MLPs go together at the same positions of the calibration data: (units of one, of the other).
 
         Raises:
-            ReductionError: there is no data, or it is not what is needed.
+            ReductionError: no calibration data was given, or the model cannot be run on it.
         """
         return self._answers.correlations(one, other)
 
@@ -233,7 +233,7 @@ class Parts(Sequence[MLP]):
         """How far what the model gives moves with each of some sets of edits, on the calibration data: 1 minus the mean cosine.
 
         Raises:
-            ReductionError: there is no data, or it is not what is needed.
+            ReductionError: no calibration data was given, or the model cannot be run on it.
         """
         return self._answers.read_by("distances", lambda data: distances(self._model, trials, data))
 

@@ -20,7 +20,7 @@ def check_page_file(path: Path | None) -> None:
     """Whether a page can be written, before what it shows is measured.
 
     Raises:
-        ReductionError: there is no such folder, or it has the name of its JSON.
+        ReductionError: the folder of the page does not exist, or the page would overwrite its own JSON.
     """
     check_file(path, "--write")
     if path is not None and path.suffix == ".json":
@@ -31,7 +31,7 @@ def read_page(path: Path, page_of: PageOf) -> dict[str, Any]:
     """What the JSON of a page holds.
 
     Raises:
-        ReductionError: it is none.
+        ReductionError: the file is not the JSON of such a page.
     """
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
