@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import mlpreduce
-from mlpreduce import Plan
+from mlpreduce import Plan, ReductionError, transforms
 from mlpreduce.edits import Assign, Scale, Slice
 from mlpreduce.repair.fit import RIDGES, Fit, solved
 from mlpreduce.testing import tiny_vit
@@ -226,3 +227,23 @@ def test_a_graph_module_is_repaired_as_its_model() -> None:
         assert torch.equal(graph(batch), before)
         mlpreduce.apply(graph, name, repair="parallel", data=[batch], **config)
         assert torch.equal(graph(batch), model(batch))
+
+
+@pytest.mark.parametrize("repair", ["none", "bias", "parallel", "least_squares"])
+@pytest.mark.parametrize("path", ["nowhere.weight", "blocks.0.mlp.fc1.nothing", "blocks.0.mlp", ""])
+def test_edits_of_others_that_name_no_tensor_are_refused(
+    path: str, repair: str, monkeypatch: pytest.MonkeyPatch, unchanged: Callable[[nn.Module], Callable[[], None]]
+) -> None:
+    monkeypatch.setattr(transforms, "_TRANSFORMS", dict(transforms._TRANSFORMS))
+
+    @mlpreduce.register("names_nothing")
+    def names_nothing(parts: Any, *, repair: str = "none") -> Any:
+        """Slice an MLP, and write where nothing is."""
+        yield parts.slice(parts[0], range(64))
+        yield Assign(path, torch.zeros(3))
+
+    model = tiny_vit().eval()
+    check = unchanged(model)
+    with pytest.raises(ReductionError, match=f"names_nothing.*VisionTransformer has no tensor '{path}'"):
+        mlpreduce.apply(model, "names_nothing", repair=repair, data=torch.randn(8, 3, 16, 16))
+    check()

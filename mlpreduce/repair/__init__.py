@@ -24,7 +24,7 @@ from mlpreduce.repair.nearness import gathered, nearness
 from mlpreduce.repair.outputs import output_of
 from mlpreduce.repair.parallel import repair_alone
 from mlpreduce.repair.sequential import repair_in_turn
-from mlpreduce.surgery import carry_out
+from mlpreduce.surgery import carry_out, rehearse
 from mlpreduce.waiting import steps
 
 __all__ = ["REPAIRS", "distances", "refit_errors", "repaired"]
@@ -213,6 +213,7 @@ def _reduced(model: nn.Module, made: Plan) -> nn.Module:
     tree = quiet_copy(model)
     if isinstance(tree, fx.GraphModule):  # its code lies in its class, and would change for the model too
         tree = fx.GraphModule(tree, tree.graph, class_name=type(model).__name__)
+    rehearse(tree, made)  # edits may be of others, and name what is not there
     for edit in made.of(Assign, Scale):
         path, _, name = edit.tensor.rpartition(".")
         module = module_at(tree, path)
