@@ -325,6 +325,7 @@ def test_the_driver_is_killed_and_a_worker_outlives_it(tmp_path: Path, whole: Pa
         orphan.kill()
     stdout, stderr = process.communicate(timeout=400)
     assert process.returncode == 0, stderr
+    assert "Traceback" not in stdout + stderr
     assert "going on after epoch" in stdout
     after = records(output)["grouped-42"]
     assert after["status"] == "finished"
