@@ -44,6 +44,7 @@ def connection(launch: LaunchSettings) -> Iterator[None]:
             _join(address, {**quiet, "runtime_env": {"py_modules": [str(package)]}})
         else:
             cpus = max(os.cpu_count() or 1, launch.workers * launch.cpus_per_worker)
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
             with _python_path(package.parent):
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         yield

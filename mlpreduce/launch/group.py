@@ -24,6 +24,8 @@ __all__ = ["on_ray"]
 
 Consume = Callable[[dict[str, Any]], None]
 
+_PATIENCE = 10.0  # seconds
+
 
 def on_ray(runs: Sequence[Run], launch: LaunchSettings, text: str, receive: Consume) -> None:
     """Train runs on one worker group, and hand its events to `receive` in this thread.
@@ -39,7 +41,7 @@ def on_ray(runs: Sequence[Run], launch: LaunchSettings, text: str, receive: Cons
     """
     import ray
 
-    with connection(launch):
+    with ExitStack() as afterwards, connection(launch):
         use_gpu = resources(launch)
         from ray.util.queue import Empty, Queue
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -53,6 +55,7 @@ def on_ray(runs: Sequence[Run], launch: LaunchSettings, text: str, receive: Cons
             # In a thread: Ray's own handler for interrupts would end the process; the main thread keeps the records.
             fitting = threading.Thread(target=_fit, args=(trainer, outcome), name="ray-train", daemon=True)
             fitting.start()
+            afterwards.callback(_join, fitting)
             message: str | None = None
             while True:
                 ended = not fitting.is_alive()
@@ -85,6 +88,14 @@ def _scratch(runs: Sequence[Run]) -> Iterator[str]:
         yield str(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _join(fitting: threading.Thread) -> None:
+    """Wait for the thread of the trainer after Ray was shut down: in Ray's code at the interpreter's end it may crash it."""
+    import ray
+
+    if not ray.is_initialized():  # or Ray is the caller's, and goes on
+        fitting.join(_PATIENCE)
 
 
 def _fit(trainer: Any, outcome: list[BaseException | None]) -> None:
