@@ -5,6 +5,7 @@ Validation is sharded over the workers without padding, so counts are exact; tra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -181,9 +182,13 @@ def _digits(
 
 def digits_tensors() -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Images (number, 1, 8, 8) and labels (number,) of the training set, then of the validation set."""
-    import torch
-
     require("data.name='digits'", "sklearn")
+    return _read_digits()
+
+
+@functools.cache  # a search trains many models in one process, and reading takes as long as an epoch of a small one
+def _read_digits() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    import torch
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
