@@ -85,6 +85,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def loading_processes_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After an error in a loading process torch waits for it: here, not within a later test, and not for five seconds."""
+    yield
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    gc.collect()
+
+
+@pytest.fixture
 def vit() -> nn.Module:
     return tiny_vit().eval()
 

@@ -31,6 +31,8 @@ from helpers.two_processes import Together
 
 GROUPED = ["seeds=[42]", "train.epochs=5", "variants={grouped=[{transform='grouped', group=2}]}"]
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}
+# Ray Train waits so long for a worker on a node that was lost before it asks for fewer: 60 s otherwise.
+IMPATIENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "25"}
 
 # In a process of its own: it installs signal handlers, and Ray remembers the first token it saw.
 SCRIPT = """
@@ -108,7 +110,7 @@ def start(nodes: Nodes, *arguments: str, token: str = TOKEN["RAY_AUTH_TOKEN"]) -
     return subprocess.Popen(
         command("digits_tiny", "--address", nodes.address, *arguments),
         cwd=ROOT,
-        env={**environment(uuid.uuid4().hex), **TOKEN, "RAY_AUTH_TOKEN": token},
+        env={**environment(uuid.uuid4().hex), **TOKEN, **IMPATIENT, "RAY_AUTH_TOKEN": token},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

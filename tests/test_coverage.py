@@ -37,8 +37,16 @@ SHOWN = {
 }
 
 
+# The command looks at it too: the counter of MACs takes an LSTM apart step by step, for 40 s.
+LONG = {"sequencer2d_s"}
+
+
 def rows(table: list[tuple[str, ...]]) -> list[Any]:
-    return [pytest.param(*row, id=row[2], marks=[] if row[2] in SHOWN else pytest.mark.slow) for row in table]
+    return [
+        pytest.param(*row, id=row[2], marks=[] if row[2] in SHOWN else pytest.mark.slow)
+        for row in table
+        if row[2] not in LONG
+    ]
 
 
 # every kind of MLP once, on real weights; the command proves all rows
@@ -137,12 +145,9 @@ def test_a_wrong_slice_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys) -> None:
     output = tmp_path / "table.md"
-    assert (
-        main(["coverage", "--family", "vision_transformer_s*", "--family", "vgg", "--output", str(output), "--json"])
-        == 0
-    )
+    assert main(["coverage", "--family", "starn*", "--family", "vgg", "--output", str(output), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {entry["family"] for entry in rows["entries"]} == {"vision_transformer_sam", "vgg"}
+    assert {entry["family"] for entry in rows["entries"]} == {"starnet", "vgg"}
     assert all(proof["failure"] == "" for proof in rows["proofs"])
     assert "## Without MLPs" in output.read_text(encoding="utf-8")
     assert main(["coverage", "--family", "swim_transformer"]) == 2

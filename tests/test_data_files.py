@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,10 @@ from mlpreduce.errors import ReductionError
 
 STILL = AugmentSettings(hflip=0.0, color_jitter=0.0, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
 # torch closes the queues of a failed loading process while threads of the process may still write to them
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def _end_loading_processes() -> Iterator[None]:
-    yield
-    gc.collect()  # after an error in a loading process torch waits for it, here and not within a later test
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.usefixtures("loading_processes_end"),
+]
 
 
 def shade(path: Path, value: int) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import io
 import json
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +26,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     # torch closes the queues of a failed loading process while threads of the process may still write to them
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.usefixtures("loading_processes_end"),
 ]
 needs_webdataset = pytest.mark.skipif(importlib.util.find_spec("webdataset") is None, reason="needs webdataset")
 needs_datasets = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs datasets")
-
-
-@pytest.fixture(autouse=True)
-def _end_loading_processes() -> Iterator[None]:
-    yield
-    gc.collect()  # after an error in a loading process torch waits for it, here and not within a later test
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

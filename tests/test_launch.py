@@ -40,7 +40,8 @@ from mlpreduce.train.settings import Run, TrainSettings
 # SQLAlchemy about mlflow's own tables
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")
 
-SETTINGS = ["seeds=[42]", "train.epochs=8"]
+EPOCHS = 12
+SETTINGS = ["seeds=[42]", f"train.epochs={EPOCHS}"]
 
 
 @pytest.fixture(scope="module")
@@ -223,11 +224,14 @@ def test_interrupt_waits_for_the_record_that_is_being_written(tmp_path: Path) ->
 
 
 @pytest.mark.ray
-def test_interrupt_resume_and_a_lost_worker(tmp_path: Path, whole: Path) -> None:
-    mark = uuid.uuid4().hex
+def test_a_recipe_outlives_an_interrupt_a_worker_and_its_driver(tmp_path: Path, whole: Path) -> None:
+    """One run of a recipe, which ends with the bits of one that nothing happened to."""
+    marks = [uuid.uuid4().hex for _ in range(3)]
     output = put_store(tmp_path / "out")
+    run = output / "grouped" / "seed42"
     arguments = ["digits_tiny", *SETTINGS, "--output", str(output)]
-    process = start(mark, *arguments)
+
+    process = start(marks[0], *arguments)
     wait_for_epochs(process, output, "grouped-42", 1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the whole group
     stdout, stderr = process.communicate(timeout=120)
@@ -235,35 +239,66 @@ def test_interrupt_resume_and_a_lost_worker(tmp_path: Path, whole: Path) -> None
     assert "--resume --output" in stderr
     assert "Traceback" not in stdout + stderr
     deadline = time.monotonic() + 30
-    while marked(mark) and time.monotonic() < deadline:
+    while marked(marks[0]) and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert marked(mark) == {}
+    assert marked(marks[0]) == {}
     before = records(output)
     assert before["baseline-42"]["status"] == "finished"
     assert before["grouped-42"]["status"] == "interrupted"
     kept = before["grouped-42"]["epochs"]
-    assert 1 <= len(kept) < 8
+    assert 1 <= len(kept) < EPOCHS
 
-    process = start(mark, *arguments, "--resume")
+    process = start(marks[1], *arguments, "--resume")
     wait_for_epochs(process, output, "grouped-42", len(kept) + 1)
-    workers = workers_of(mark)
+    workers = workers_of(marks[1])
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
+    printed = read_until(process, "the workers were started again; going on after epoch")
+    wait_for_epochs(process, output, "grouped-42", len(records(output)["grouped-42"]["epochs"]) + 1)
+    orphan = holder(run, 5, (run / ".lock").read_text())  # stands for a worker that does not notice that Ray is gone
+    process.kill()  # that process alone
+    stdout, stderr = process.communicate()
+    assert "Traceback" not in printed + stdout + stderr
+    lost = records(output)["grouped-42"]
+    assert lost["status"] == "running"
+    assert lost["epochs"][: len(kept)] == kept
+
+    process = start(marks[2], *arguments, "--resume")
+    printed = read_until(process, "2 variants x 1 seeds")
+    time.sleep(3)  # in which it must not start Ray
+    assert workers_of(marks[1]) == []
+    assert process.poll() is None
+    assert not any(line.startswith("ray::") for line in marked(marks[2]).values())  # it waits before it starts Ray
+    with orphan:
+        orphan.kill()
     stdout, stderr = process.communicate(timeout=400)
     assert process.returncode == 0, stderr
-    assert "the workers were started again; going on after epoch" in stdout
+    assert "Traceback" not in printed + stdout + stderr
+    assert "going on after epoch" in stdout
     after = records(output)
     assert after["baseline-42"] == before["baseline-42"]
     assert after["grouped-42"]["status"] == "finished"
-    assert [entry["epoch"] for entry in after["grouped-42"]["epochs"]] == list(range(1, 9))
+    assert [entry["epoch"] for entry in after["grouped-42"]["epochs"]] == list(range(1, EPOCHS + 1))
     assert after["grouped-42"]["epochs"][: len(kept)] == kept
     assert after["grouped-42"]["mlflow_run_id"] == before["grouped-42"]["mlflow_run_id"]
-    same(last_state(output / "grouped" / "seed42"), last_state(whole))
+    same(last_state(run), last_state(whole))
     assert without_times(after["grouped-42"]["epochs"]) == last_state(whole)["history"]
     assert not list(output.rglob(".ray*"))
     assert_complete(output)
     assert "mlflow ui --backend-store-uri sqlite:///" in stdout
-    assert marked(mark) == {}
+    assert marked(marks[2]) == {}
+
+
+def read_until(process: subprocess.Popen[str], words: str) -> str:
+    """What a process prints, up to the line that has these words."""
+    assert process.stdout is not None
+    lines: list[str] = []
+    deadline = time.monotonic() + 120
+    while not lines or words not in lines[-1]:
+        lines.append(process.stdout.readline())
+        assert lines[-1], process.communicate()
+        assert time.monotonic() < deadline
+    return "".join(lines)
 
 
 def assert_complete(output: Path) -> None:
@@ -284,52 +319,7 @@ def assert_complete(output: Path) -> None:
             assert mirrored[run["mlflow_run_id"]].data.metrics["final/top1"] == pytest.approx(run["top1"])
     record = records(output)["grouped-42"]
     assert record["hardware"]["workers"] == 2
-    assert len(record["epochs"]) == record["epochs_planned"] == 8
+    assert len(record["epochs"]) == record["epochs_planned"] == EPOCHS
     assert record["epochs"][-1]["top1"] * 3.6 == pytest.approx(round(record["epochs"][-1]["top1"] * 3.6), abs=1e-6)
-    state = output / "baseline" / "seed42" / "checkpoints" / "8"
+    state = output / "baseline" / "seed42" / "checkpoints" / str(EPOCHS)
     assert (state / "rng1.pt").is_file()  # the second worker's random states
-
-
-@pytest.mark.ray
-def test_the_driver_is_killed_and_a_worker_outlives_it(tmp_path: Path, whole: Path) -> None:
-    marks = uuid.uuid4().hex, uuid.uuid4().hex
-    output = put_store(tmp_path / "out")
-    arguments = [
-        "digits_tiny",
-        *SETTINGS,
-        "variants={grouped=[{transform='grouped', group=2}]}",
-        "--output",
-        str(output),
-    ]
-    process = start(marks[0], *arguments)
-    wait_for_epochs(process, output, "grouped-42", 2)
-    assert len(workers_of(marks[0])) == 2
-    run = output / "grouped" / "seed42"
-    orphan = holder(run, 5, (run / ".lock").read_text())  # stands for a worker that does not notice that Ray is gone
-    process.kill()  # that process alone
-    process.communicate()
-    kept = records(output)["grouped-42"]
-    assert kept["status"] == "running"
-
-    process = start(marks[1], *arguments, "--resume")
-    deadline = time.monotonic() + 120
-    assert process.stdout is not None
-    while "1 variants x 1 seeds" not in (line := process.stdout.readline()):
-        assert line, process.communicate()
-        assert time.monotonic() < deadline
-    time.sleep(3)  # in which it must not start Ray
-    assert workers_of(marks[0]) == []
-    assert process.poll() is None
-    assert not any(line.startswith("ray::") for line in marked(marks[1]).values())  # it waits before it starts Ray
-    with orphan:
-        orphan.kill()
-    stdout, stderr = process.communicate(timeout=400)
-    assert process.returncode == 0, stderr
-    assert "Traceback" not in stdout + stderr
-    assert "going on after epoch" in stdout
-    after = records(output)["grouped-42"]
-    assert after["status"] == "finished"
-    assert after["mlflow_run_id"] == kept["mlflow_run_id"]
-    same(last_state(output / "grouped" / "seed42"), last_state(whole))
-    assert without_times(after["epochs"]) == last_state(whole)["history"]
-    assert not list(output.rglob(".ray*"))

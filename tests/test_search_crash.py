@@ -117,10 +117,14 @@ def settled(drivers: Drivers) -> dict[str, dict[str, Any]]:
     return found
 
 
-def scenario(drivers: Drivers, other: str) -> None:
+def two_begin(drivers: Drivers, other: str) -> tuple[subprocess.Popen[str], str]:
+    """Start two in the same second: one has the study, the other is told so and changes nothing.
+
+    Returns:
+        The one that goes on, and its output.
+    """
     for output in {"one", other}:
         put_store(drivers.folder / output)
-    # two begin in the same second: one has the study, the other is told so and changes nothing
     pair = [drivers.start("one", "--resume"), drivers.start(other, "--resume")]
     drivers.wait(lambda: any(process.poll() is not None for process in pair))
     (first,) = [process for process in pair if process.poll() is None]
@@ -128,9 +132,10 @@ def scenario(drivers: Drivers, other: str) -> None:
     assert refused.returncode == 2, drivers.logs()
     assert drivers.logs().count("error:") == 1
     assert "wait for it or end it, or give another --" in drivers.logs()
-    kept = "one" if first is pair[0] else other
+    return first, "one" if first is pair[0] else other
 
-    # a worker is killed
+
+def lose_a_worker(drivers: Drivers, first: subprocess.Popen[str]) -> None:
     drivers.wait(lambda: drivers.count(TrialState.COMPLETE) >= 1 and drivers.processes("ray::_task"), first)
     drivers.wait(lambda: drivers.count(TrialState.RUNNING) == 2 and drivers.processes("ray::_task"), first)
     os.kill(drivers.processes("ray::_task")[0], signal.SIGKILL)
@@ -138,14 +143,15 @@ def scenario(drivers: Drivers, other: str) -> None:
     lost = [trial for trial in drivers.trials() if trial.user_attrs.get("why") == "lost"]
     assert len(lost) == 1
 
-    # the driver is killed
+
+def lose_the_driver_and_go_on(drivers: Drivers, first: subprocess.Popen[str], kept: str, lost: int) -> None:
+    """Kill the driver and start another, which ends the study: two points are lost beside the `lost` ones."""
     drivers.wait(lambda: len(settled(drivers)) >= 2 and drivers.count(TrialState.RUNNING) == 2, first)
     os.kill(first.pid, signal.SIGKILL)
     first.wait(timeout=30)
     before = settled(drivers)
     assert len(before) < TRIALS
 
-    # it goes on
     again = drivers.start(kept, "--resume")
     assert again.wait(timeout=240) == 0, drivers.logs()
     trials, after = drivers.trials(), settled(drivers)
@@ -156,7 +162,7 @@ def scenario(drivers: Drivers, other: str) -> None:
     assert len(keys) == len(set(keys)) == TRIALS
     document = json.loads((drivers.folder / kept / "study.json").read_text())
     assert document["counts"]["trained"] == TRIALS
-    assert document["counts"]["lost"] >= 3  # one by its worker, two by the driver
+    assert document["counts"]["lost"] >= lost + 2
     # what was being trained went on from its last epoch, and its retries are the points that were lost
     asked = {trial.number: trial.user_attrs["key"] for trial in trials if "key" in trial.user_attrs}
     for trial in trials:
@@ -173,7 +179,10 @@ def scenario(drivers: Drivers, other: str) -> None:
 
 
 def test_killed_and_resumed(tmp_path: Path, mark: str) -> None:
-    scenario(Drivers(mark, tmp_path, None), other="one")
+    drivers = Drivers(mark, tmp_path, None)
+    first, kept = two_begin(drivers, other="one")
+    lose_a_worker(drivers, first)
+    lose_the_driver_and_go_on(drivers, first, kept, lost=1)
 
 
 @pytest.fixture
@@ -211,4 +220,7 @@ def postgres() -> Iterator[str]:
 
 @pytest.mark.postgres
 def test_killed_and_resumed_on_postgresql(tmp_path: Path, mark: str, postgres: str) -> None:
-    scenario(Drivers(mark, tmp_path, postgres), other="two")
+    """Who has the study is asked of the database here, so another output is no other study."""
+    drivers = Drivers(mark, tmp_path, postgres)
+    first, kept = two_begin(drivers, other="two")
+    lose_the_driver_and_go_on(drivers, first, kept, lost=0)

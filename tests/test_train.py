@@ -381,7 +381,7 @@ def test_twenty_updates_equal_the_loop_written_with_timm(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_one_update_of_vit_base_equals_the_one_written_with_timm(tmp_path: Path) -> None:
-    """float32, no augmentation but the mixing of targets; 64 x 64 pixels for the time of a CPU."""
+    """float32, no augmentation but the mixing of targets; three blocks and 64 x 64 pixels for the time of a CPU."""
     recipe = recipes.load("paper_vitb16", ["train.aug_repeats=0", "train.epochs=1", "train.warmup_epochs=0"])
     plain = {
         "auto_augment": "",
@@ -395,7 +395,7 @@ def test_one_update_of_vit_base_equals_the_one_written_with_timm(tmp_path: Path)
     run = Run(
         recipe="base",
         variant="baseline",
-        model={"name": recipe.model.name, "kwargs": {"img_size": 64, "num_classes": 10}},  # type: ignore[arg-type]
+        model={"name": recipe.model.name, "kwargs": {"img_size": 64, "num_classes": 10, "depth": 3}},  # type: ignore[arg-type]
         data=data,  # type: ignore[arg-type]
         train=recipe.train.model_copy(update=plain),
         directory=str(tmp_path),

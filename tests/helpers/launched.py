@@ -26,7 +26,11 @@ def environment(mark: str) -> dict[str, str]:
     """That of a user's shell, but never a developer's cluster or tracking server."""
     without = {"RAY_ADDRESS", "MLFLOW_TRACKING_URI"}
     kept = {key: value for key, value in os.environ.items() if key not in without}
-    return {**kept, MARK: mark, "PYTHONFAULTHANDLER": "1"}  # a crash at the very end would leave no word
+    told = {
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONUNBUFFERED": "1",
+    }  # a crash would leave no word, a kill no line that waits
+    return {**kept, MARK: mark, **told}
 
 
 def marked(mark: str) -> dict[int, str]:
