@@ -12,7 +12,9 @@ which layer scale nearly shuts stay as they are.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -121,11 +123,9 @@ def solved(fit: Fit, *, bias_alone: bool = False) -> tuple[dict[str, torch.Tenso
     halves = list(zip(fit.square, fit.cross, strict=True))
     square, cross, wanted = fit.square.sum(0), fit.cross.sum(0), fit.wanted.sum(0)
     ridges = RIDGES[-1:] if bias_alone else RIDGES
+    here, there = ([_changes(*half, bias is not None, fit.factor) for half in halves], halves[::-1])
     gains = [
-        sum(
-            _gain(_change(*here, ridge, bias is not None, fit.factor), *there, fit.factor)
-            for here, there in (halves, halves[::-1])
-        )
+        sum(_gain(fitted(ridge), *other, fit.factor) for fitted, other in zip(here, there, strict=True))
         for ridge in ridges
     ]
     total, squares, missing = wanted[0], wanted[1].sum(), wanted[2].sum()
@@ -133,7 +133,7 @@ def solved(fit: Fit, *, bias_alone: bool = False) -> tuple[dict[str, torch.Tenso
     was, gain = float(missing / variance), max(gains)
     if gain <= 0:
         return {}, was, was
-    change = _change(square, cross, ridges[gains.index(gain)], bias is not None, fit.factor)
+    change = _changes(square, cross, bias is not None, fit.factor)(ridges[gains.index(gain)])
     new = weight.double() + (change[:, :-1] if layer.outputs[0] == ("weight", 0) else change[:, :-1].T).reshape(
         weight.shape
     )
@@ -143,30 +143,40 @@ def solved(fit: Fit, *, bias_alone: bool = False) -> tuple[dict[str, torch.Tenso
     return values, was, float((missing - gain) / variance)
 
 
-def _change(
-    square: torch.Tensor, cross: torch.Tensor, strength: float, biased: bool, factor: torch.Tensor
-) -> torch.Tensor:
-    """What is added to weight and bias, (outputs, inputs + 1), by sums as of `Fit` and a ridge of that strength."""
+def _changes(
+    square: torch.Tensor, cross: torch.Tensor, biased: bool, factor: torch.Tensor
+) -> Callable[[float], torch.Tensor]:
+    """What is added to weight and bias, (outputs, inputs + 1), by sums as of `Fit`, as a function of the ridge's strength."""
     count = square[-1, -1]
     inner, outer = square[:-1, :-1], cross[:, :-1]
     means, rest = square[-1, :-1] / count, cross[:, -1] / count
     if biased:  # the bias takes the means, and has no ridge
         inner = inner - count * torch.outer(means, means)
         outer = outer - count * torch.outer(rest, means)
-    change = cross.new_zeros(cross.shape)
     scale = factor.square().mean()
     noise = torch.finfo(inner.dtype).eps * len(inner) * square.diagonal()[:-1].max()  # of the means' subtraction
-    ridge = scale * (strength * inner.diagonal().mean() + noise)
-    if 0 < ridge < math.inf:
-        if (factor == factor[0]).all():
-            ridged = inner * factor[0].square() + ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-            change[:, :-1] = torch.cholesky_solve(outer.T * factor[0], torch.linalg.cholesky(ridged)).T
-        else:
-            values, vectors = torch.linalg.eigh(inner)
-            turned = factor[:, None] * (outer @ vectors)
-            change[:, :-1] = (turned / (factor.square()[:, None] * values.clamp(min=0) + ridge)) @ vectors.T
-    if biased:
-        change[:, -1] = factor * rest / factor.square().clamp(min=_SHUT * scale) - change[:, :-1] @ means
+    alike = bool((factor == factor[0]).all())
+
+    @functools.cache
+    def turned() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        values, vectors = torch.linalg.eigh(inner)
+        return values.clamp(min=0), vectors, factor[:, None] * (outer @ vectors)
+
+    def change(strength: float) -> torch.Tensor:
+        found = cross.new_zeros(cross.shape)
+        ridge = scale * (strength * inner.diagonal().mean() + noise)
+        if 0 < ridge < math.inf:
+            if alike:
+                eye = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+                factored = torch.linalg.cholesky(inner * factor[0].square() + ridge * eye)
+                found[:, :-1] = torch.cholesky_solve(outer.T * factor[0], factored).T
+            else:  # rows differ, so each has a ridge of its own; in the eigenbasis they are solved together
+                values, vectors, there = turned()
+                found[:, :-1] = (there / (factor.square()[:, None] * values + ridge)) @ vectors.T
+        if biased:
+            found[:, -1] = factor * rest / factor.square().clamp(min=_SHUT * scale) - found[:, :-1] @ means
+        return found
+
     return change
 
 

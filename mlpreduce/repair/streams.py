@@ -20,6 +20,7 @@ from mlpreduce.graph import module_at
 
 __all__ = ["Cut", "Joint", "find_joint", "graph_from", "stopping_at"]
 
+_ONE = 1e-4  # by which a factor may differ from 1 by rounding
 _NEAR = 1e-3  # by which a change of z may differ from a factor times a change of y, of its size
 
 
@@ -142,6 +143,8 @@ def find_joint(tree: nn.Module, leaf: str, call: int, block: str, dim: int, batc
             continue
         by = change.double().movedim(dim, -1).flatten(0, -2)
         factor = (moved * by).sum(0) / by.square().sum(0)
+        if torch.allclose(factor, alone, rtol=0, atol=_ONE):
+            factor = alone
         if (moved - factor * by).norm() <= _NEAR * moved.norm():
             return Joint(leaf, call, key[0], key[1], candidates[key[0]], factor)
         break
