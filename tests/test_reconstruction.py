@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import mlpreduce
 from mlpreduce.calibration import Answers
+from mlpreduce.calibration.sums import UnitSums
 from mlpreduce.criteria import Ranking, choose
 from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError
@@ -160,6 +163,43 @@ def test_batches_do_not_matter() -> None:
         assert torch.equal(found[0].order, other.order)
 
 
+class Read:
+    """Data that counts how often it is read."""
+
+    def __init__(self, *batches: Any) -> None:
+        self.batches, self.times = batches, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.times += 1
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("metric", ["output", "loss"])
+@pytest.mark.parametrize(("tied", "memory", "times"), [(False, 0, 4), (False, 0.6, 2), (True, 0, 2), (False, None, 1)])
+def test_what_does_not_fit_into_memory_is_measured_in_parts(
+    metric: str, tied: bool, memory: float | None, times: int
+) -> None:
+    """Second moments of the 128 units of an MLP are 0.25 MiB, of each half of the examples 0.125."""
+    model, data = tiny_vit().eval(), Read((pictures(40), torch.arange(40) % 5))
+    if tied:
+        mlpreduce.apply(model, "grouped", group=2)
+    mlps = find_mlps(model)
+    asked = {"name": "reconstruction", "metric": metric}
+    whole = Answers(model, mlps, data.batches)
+    parts = Answers(model, mlps, data)
+    for mlp in mlps:
+        one, other = whole.of(mlp, choose(asked)), parts.of(mlp, choose(asked | {"memory": memory}))
+        assert isinstance(one, Ranking)
+        assert isinstance(other, Ranking)
+        assert torch.equal(one.order, other.order)
+        assert torch.equal(one.scores, other.scores)
+    assert data.times == times
+    assert whole.data == parts.data
+    del whole
+    kept = [sums for sums in gc.get_objects() if isinstance(sums, UnitSums) and sums.pairs is not None]
+    assert len(kept) == len({mlp.owner for mlp in mlps}) // times
+
+
 def test_widths_are_nested_and_serve_every_target() -> None:
     model, data = tiny_vit().eval(), [(pictures(40), torch.arange(40) % 5)]
     for criterion in ("reconstruction", {"name": "reconstruction", "metric": "loss"}):
@@ -238,6 +278,7 @@ def test_dead_units_go_first() -> None:
         ({"metric": "outputs"}, "metric"),
         ({"ridge": -1.0}, "ridge"),
         ({"swaps": -1}, "swaps"),
+        ({"memory": -1}, "criterion reconstruction: memory is -1"),
         (
             {"ridge": 0.0},
             "34 positions .* too few for 128 hidden units of blocks.0.mlp: at least 128 .* 4 times as many",

@@ -107,12 +107,16 @@ class Answers:
         return HiddenUnits(mlp, self._plain, derived_seed(seed, mlp.owner), wanted)
 
     def _moments_of(self, mlp: MLP, choice: Choice, seed: int) -> Moments:
-        """What a criterion of moments or pairs looks at; the data is read once for all MLPs."""
+        """What a criterion of moments or pairs looks at; the data is read once for all MLPs, or for as many as memory holds."""
         kind = choice.criterion.needs == "pairs", choice.needs_loss
-        if kind not in self._sums:
+        if mlp.owner not in self._sums.get(kind, {}):
             self._used |= {"data", "loss"} if choice.needs_loss else {"data"}
-            found = measure_units(self._model, self._mlps, self._data, choice, self._loss)
-            self._sums[kind], self._measured[str(choice), seed] = found[0], replace(found[1], sums=found[0])
+            self._sums.pop(kind, None)  # or there would be twice as much
+            first = mlp.owner if kind[0] else ""
+            self._sums[kind], found = measure_units(
+                self._model, self._mlps, self._data, choice, self._loss, first=first
+            )
+            self._measured[str(choice), seed] = found if kind[0] else replace(found, sums=self._sums[kind])
         sums, units = self._sums[kind].get(mlp.owner), self._units(mlp, seed)
         if sums is None:
             raise ReductionError(f"{mlp.leaf('fc2').call} is no linear layer or 1 x 1 convolution; exclude {mlp.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,19 +71,25 @@ class UnitSums:
         return (energy / energy.sum(1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)).amax(0)
 
 
-def empty_sums(mlps: Sequence[MLP], tree: nn.Module, *, pairs: bool, slopes: bool) -> dict[str, UnitSums]:
-    """No sums yet, for each MLP whose fc2 projects, by owner."""
+def empty_sums(
+    mlps: Sequence[MLP], tree: nn.Module, *, pairs: bool, slopes: bool, most: float = math.inf
+) -> dict[str, UnitSums]:
+    """No sums yet, for each MLP whose fc2 projects, by owner; of the first ones alone where all take more than `most` bytes."""
     like = next((p for p in tree.parameters() if p.is_floating_point()), torch.empty(0))
-    found = {}
+    found: dict[str, UnitSums] = {}
     for mlp in mlps:
         layer = projection(module_at(tree, mlp.leaf("fc2").call))
         if mlp.owner != mlp.name or layer is None:
             continue
-        size, uses = mlp.hidden_features, sum(other.owner == mlp.owner for other in mlps)
+        size, width = mlp.hidden_features, layer.out_features
+        most -= 8 * (2 * size**2 * pairs + width**2 * slopes)
+        if most < 0 and found:  # one always fits
+            break
+        uses = sum(other.owner == mlp.owner for other in mlps)
         zeros = like.new_zeros(uses, 2, size, dtype=torch.float64)
         biased = any(name.rpartition(".")[2] == "bias" for name, _ in layer.outputs)
         products = zeros.new_zeros(2, size, size) if pairs else None
-        wanted = zeros.new_zeros(layer.out_features, layer.out_features) if slopes else None
+        wanted = zeros.new_zeros(width, width) if slopes else None
         found[mlp.owner] = UnitSums(zeros.new_zeros(uses, 2), zeros, zeros.clone(), products, wanted, biased)
     return found
 

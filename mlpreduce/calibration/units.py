@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from mlpreduce.calibration.measure import Loss, Measured, objective_of, telling
+from mlpreduce.calibration.memory import allowed
 from mlpreduce.calibration.probing import Probe, probing
 from mlpreduce.calibration.quiet import quiet_copy, running
-from mlpreduce.calibration.samples import Samples
+from mlpreduce.calibration.samples import Samples, together
 from mlpreduce.calibration.sums import UnitSums, add_calls, empty_sums, shared, take_back
 from mlpreduce.calibration.taps import Taps
 from mlpreduce.criteria import Choice
@@ -22,9 +23,15 @@ __all__ = ["measure_units"]
 
 
 def measure_units(
-    model: nn.Module, mlps: Sequence[MLP], data: Any, choice: Choice, loss: Loss | None = None, what: str = ""
+    model: nn.Module,
+    mlps: Sequence[MLP],
+    data: Any,
+    choice: Choice,
+    loss: Loss | None = None,
+    what: str = "",
+    first: str = "",
 ) -> tuple[dict[str, UnitSums], Measured]:
-    """Moments of the hidden units of each unique MLP in one pass over the data.
+    """Moments of the hidden units of each unique MLP in one pass over the data, or of as many of them as fit into memory.
 
     Args:
         model: the model; it is not changed.
@@ -33,9 +40,10 @@ def measure_units(
         choice: the criterion that asks, which says whether it looks at pairs and at a loss.
         loss: as of `measure_scores`.
         what: is done, as shown while it takes long; by default the criterion.
+        first: the owner to begin with, where moments of pairs do not all fit; by default the first of all.
 
     Returns:
-        Sums by owner, and which data was read, without scores.
+        Sums by owner, of those from the first on that fit together; and which data was read, without scores.
 
     Raises:
         ReductionError: as `measure_scores`.
@@ -45,8 +53,9 @@ def measure_units(
     problem: Exception | None = None
     with running(samples.device, gradients=slopes), samples.shown(what or f"criterion {choice.criterion.name}"):
         tree = quiet_copy(model)
-        taps = Taps(tree, mlps, ("fc2",))
-        sums = empty_sums(mlps, tree, pairs=pairs, slopes=slopes)
+        most = min(together(allowed(samples.device, choice.memory)))
+        sums = empty_sums(_from(mlps, first), tree, pairs=pairs, slopes=slopes, most=most)
+        taps = Taps(tree, [mlp for mlp in mlps if mlp.owner in sums], ("fc2",))
         owners = [mlp for mlp in mlps if mlp.name in sums]
         paths = [mlp.leaf("fc2").call for mlp in owners] if slopes else []
         if not sums:
@@ -69,6 +78,13 @@ def measure_units(
         every = samples.finish(shared(sums), problem)
     take_back(sums, every, samples.count)
     return sums, Measured({}, samples.count, samples.fingerprint)
+
+
+def _from(mlps: Sequence[MLP], first: str) -> list[MLP]:
+    """All uses of the owner called `first` and of those after it."""
+    owners = list(dict.fromkeys(mlp.owner for mlp in mlps))
+    left = owners[owners.index(first) :] if first else owners
+    return [mlp for mlp in mlps if mlp.owner in left]
 
 
 def _add_slopes(

@@ -26,7 +26,14 @@ def _at_the_loss(options: Mapping[str, Any]) -> bool:
 
 
 @register_criterion("reconstruction", needs="pairs", with_loss=_at_the_loss)
-def reconstruction(seen: Moments, *, metric: str = "output", ridge: float | None = None, swaps: int = 0) -> Ranking:
+def reconstruction(
+    seen: Moments,
+    *,
+    metric: str = "output",
+    ridge: float | None = None,
+    swaps: int = 0,
+    memory: float | None = None,
+) -> Ranking:
     """Units in the order in which they are missed, when all others make up for them as well as they can.
 
     The scores of the units that go add up to the squared error of what the MLP gives at a position, after a refit of fc2 and
@@ -41,6 +48,9 @@ def reconstruction(seen: Moments, *, metric: str = "output", ridge: float | None
         swaps: how often at most, at the width that is kept, a unit is exchanged for one that went, each time the pair that
             lowers the error most. Choices of several widths are then no longer parts of each other. As in OSSCAR (arXiv
             2403.12983).
+        memory: MiB that the second moments of MLPs may take at a time, by default half of what is free. Where those of all do
+            not fit, the model runs on the data several times, for some of the MLPs each; what comes out is the same. Swaps
+            keep them all.
 
     Raises:
         ReductionError: fewer positions than units and a ridge of 0.

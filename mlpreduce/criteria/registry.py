@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mlpreduce.criteria.given import SITES, Ranking
-from mlpreduce.errors import ReductionError, call_text, check_name, check_one_of, did_you_mean
+from mlpreduce.errors import ReductionError, call_text, check_name, check_number, check_one_of, did_you_mean
 from mlpreduce.registry import add_entry_points, remember, taken
 
 if TYPE_CHECKING:
@@ -82,6 +82,14 @@ class Choice:
         site = (self.criterion.options | self.options).get("site", "act")
         check_one_of(f"criterion {self}: site", site, SITES)
         return SITES[site]
+
+    @property
+    def memory(self) -> float | None:
+        """MiB that sums for it may take; None where it does not say."""
+        limit = (self.criterion.options | self.options).get("memory")
+        if limit is not None:
+            check_number(f"criterion {self.criterion.name}: memory", limit)
+        return limit
 
     def values(self, given: Any) -> torch.Tensor | Ranking:
         """What the criterion makes of units, of what they did, of their moments, or of their gates.
