@@ -19,7 +19,7 @@ from mlpreduce.graph import find_mlps
 from mlpreduce.repair.fit import RIDGES
 from mlpreduce.repair.nearness import is_further, nearness
 from mlpreduce.repair.sequential import _read
-from mlpreduce.repair.streams import Cut, find_joint
+from mlpreduce.repair.streams import Cut, Joints
 from mlpreduce.testing import tiny_vit
 
 
@@ -245,11 +245,10 @@ def test_the_stream_is_found(kind: str) -> None:
             nn.init.uniform_(module.gamma, 0.1, 0.9)
     tree = quiet_copy(model)
     with torch.no_grad():
-        for mlp in find_mlps(model):
-            dim = -1 if "conv" not in kind else 1
-            joint = find_joint(
-                tree, mlp.leaf("fc2").call, 0, mlp.block, dim, Batch(pictures(2, side=kwargs.get("img_size", 64)))
-            )
+        mlps = find_mlps(model)
+        joints = Joints(tree, [mlp.block for mlp in mlps], Batch(pictures(2, side=kwargs.get("img_size", 64))))
+        for mlp in mlps:
+            joint = joints.find(mlp.leaf("fc2").call, 0, mlp.block, -1 if "conv" not in kind else 1)
             assert joint.followed, mlp.name
             scale = getattr(model.get_submodule(mlp.block), "ls2", None)
             if own:
@@ -283,8 +282,9 @@ def test_where_no_stream_is_found_the_mlps_own_output_is_wanted() -> None:
     data = [torch.randn(64, 5, 6).double()]
     mlp = find_mlps(model, data[0][:2])[0]
     with torch.no_grad():
-        assert not find_joint(quiet_copy(model), mlp.leaf("fc2").call, 0, "", -1, Batch(data[0][:2])).followed
-        assert find_joint(quiet_copy(model), mlp.leaf("fc2").call, 0, mlp.name, -1, Batch(data[0][:2])).followed
+        joints = Joints(quiet_copy(model), [mlp.name], Batch(data[0][:2]))
+        assert not joints.find(mlp.leaf("fc2").call, 0, "", -1).followed
+        assert joints.find(mlp.leaf("fc2").call, 0, mlp.name, -1).followed
 
 
 def test_runs_that_begin_at_a_block_give_the_same() -> None:

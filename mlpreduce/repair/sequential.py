@@ -31,7 +31,7 @@ from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
 from mlpreduce.repair.importance import position_weights
 from mlpreduce.repair.nearness import Nearness, gathered, is_further, nearness
 from mlpreduce.repair.outputs import output_of
-from mlpreduce.repair.streams import Cut, Joint, find_joint, graph_from, stopping_at
+from mlpreduce.repair.streams import Cut, Joint, Joints, graph_from, stopping_at
 from mlpreduce.waiting import steps
 
 __all__ = ["InTurn", "repair_in_turn"]
@@ -243,6 +243,7 @@ def _uses(before: Model, after: Model, blocks: Sequence[str], batch: Batch) -> d
     found: dict[str, list[_Use]] = {}
     paths: dict[int, str] = {}
     dense_calls: dict[int, int] = {}
+    joints = [Joints(tree, [mlp.block for mlp in mlps], batch) for tree, mlps in (before, after)]
     for order, (ours, theirs) in enumerate(zip(before[1], after[1], strict=True)):
         leaf = theirs.leaf("fc2")  # a layer around it may be of each use, and is not refitted
         modules = module_at(before[0], ours.leaf("fc2").call), module_at(after[0], leaf.path)
@@ -251,8 +252,8 @@ def _uses(before: Model, after: Model, blocks: Sequence[str], batch: Batch) -> d
             raise ReductionError(f"repair: {leaf.path} is no linear layer or 1 x 1 convolution; exclude it")
         path = paths.setdefault(id(modules[1]), leaf.path)
         call = dense_calls[id(modules[0])] = dense_calls.get(id(modules[0]), -1) + 1
-        joint = find_joint(before[0], ours.leaf("fc2").call, call, ours.block, layer.features, batch)
-        mine = find_joint(after[0], path, len(found.get(path, ())), theirs.block, layer.features, batch)
+        joint = joints[0].find(ours.leaf("fc2").call, call, ours.block, layer.features)
+        mine = joints[1].find(path, len(found.get(path, ())), theirs.block, layer.features)
         if (joint.place, joint.output) != (mine.place, mine.output) or not joint.followed:
             joint, mine = (
                 replace(one, place=one.leaf, at=one.call, output=True, factor=torch.ones_like(one.factor))

@@ -18,7 +18,7 @@ from torch import fx, nn
 from mlpreduce.calibration import Batch
 from mlpreduce.graph import module_at
 
-__all__ = ["Cut", "Joint", "find_joint", "graph_from", "stopping_at"]
+__all__ = ["Cut", "Joint", "Joints", "graph_from", "stopping_at"]
 
 _ONE = 1e-4  # by which a factor may differ from 1 by rounding
 _NEAR = 1e-3  # by which a change of z may differ from a factor times a change of y, of its size
@@ -111,89 +111,93 @@ def stopping_at(
             handle.remove()
 
 
-def find_joint(tree: nn.Module, leaf: str, call: int, block: str, dim: int, batch: Batch) -> Joint:
-    """Where the output of an fc2 enters a stream.
+class Joints:
+    """Finds where outputs of fc2 enter a stream, by what a model gives for a few examples as it is, and changed.
 
     Args:
         tree: the model, which runs without gradients.
-        leaf: path of fc2.
-        call: which call of it.
-        block: path of the block around it.
-        dim: the dimension of features in what it gives.
+        blocks: paths of the blocks around its MLPs.
         batch: a few examples.
     """
-    fc2 = module_at(tree, leaf)
-    assert fc2 is not None
-    candidates = {path: False for path, module in tree.named_modules() if path and _is_norm(module)}
-    if block and not isinstance(tree, fx.GraphModule) and module_at(tree, block) is not None:
-        candidates[block] = True
-    plain = _observed(tree, fc2, call, candidates, batch, None)
-    given = plain["", 0]
-    change = torch.randn(given.shape, generator=torch.Generator().manual_seed(0)).to(given) * given.std().clamp(
-        min=1e-6
-    )
-    changed = _observed(tree, fc2, call, candidates, batch, change)
-    alone = torch.ones(given.shape[dim], dtype=torch.float64, device=given.device)
-    for key, value in plain.items():
-        other = changed.get(key)
-        if not key[0] or other is None or value.shape != given.shape or value.shape != other.shape:
-            continue
-        moved = (other - value).double().movedim(dim, -1).flatten(0, -2)
-        if not moved.any():
-            continue
-        by = change.double().movedim(dim, -1).flatten(0, -2)
-        factor = (moved * by).sum(0) / by.square().sum(0)
-        if torch.allclose(factor, alone, rtol=0, atol=_ONE):
-            factor = alone
-        if (moved - factor * by).norm() <= _NEAR * moved.norm():
-            return Joint(leaf, call, key[0], key[1], candidates[key[0]], factor)
-        break
-    return Joint(leaf, call, leaf, call, True, alone)
 
+    def __init__(self, tree: nn.Module, blocks: Sequence[str], batch: Batch) -> None:
+        self._tree, self._batch = tree, batch
+        self._norms = [path for path, module in tree.named_modules() if path and _is_norm(module)]
+        known = () if isinstance(tree, fx.GraphModule) else dict.fromkeys(blocks)
+        self._blocks = [path for path in known if path and module_at(tree, path) is not None]
+        self._plain: dict[tuple[str, int], torch.Tensor] = {}
+        with self._told(self._blocks, lambda key, value: self._plain.__setitem__(key, value.clone())):
+            batch.run(tree)
 
-def _observed(
-    tree: nn.Module,
-    fc2: nn.Module,
-    call: int,
-    candidates: dict[str, bool],
-    batch: Batch,
-    change: torch.Tensor | None,
-) -> dict[tuple[str, int], torch.Tensor]:
-    """What candidates are given or give after a call of fc2, in order; under ("", 0) what that gave."""
-    found: dict[tuple[str, int], torch.Tensor] = {}
-    counts = dict.fromkeys(candidates, 0)
-    calls = 0
+    def find(self, leaf: str, call: int, block: str, dim: int) -> Joint:
+        """Where the output of an fc2 enters a stream: at the first place behind it that a change of it changes.
 
-    def note(path: str, value: Any) -> None:
-        value = value[0] if isinstance(value, tuple) and value else value
-        if ("", 0) in found and isinstance(value, torch.Tensor):
-            found[path, counts[path]] = value.clone()
-        counts[path] += 1
+        Args:
+            leaf: path of fc2.
+            call: which call of it.
+            block: path of the block around it.
+            dim: the dimension of features in what it gives.
+        """
+        fc2 = module_at(self._tree, leaf)
+        assert fc2 is not None
+        changes: list[torch.Tensor] = []
+        found: list[Joint] = []
+        calls = 0
 
-    def at_fc2(module: nn.Module, args: Any, output: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls - 1 != call:
-            return None
-        found["", 0] = output.clone()
-        return None if change is None else output + change
+        def change(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+            nonlocal calls
+            calls += 1
+            if calls - 1 != call:
+                return None
+            noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+            changes.append(noise * output.std().clamp(min=1e-6))
+            return output + changes[0]
 
-    handles = [fc2.register_forward_hook(at_fc2)]
-    for path, output in candidates.items():
-        module = module_at(tree, path)
-        assert module is not None
-        if output:
-            handles.append(module.register_forward_hook(lambda m, args, given, path=path: note(path, given)))
-        else:
-            handles.append(
-                module.register_forward_pre_hook(lambda m, args, path=path: note(path, args[0] if args else None))
-            )
-    try:
-        batch.run(tree)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+        def look(key: tuple[str, int], value: torch.Tensor) -> None:
+            plain = self._plain.get(key)
+            if not changes or plain is None or not plain.shape == value.shape == changes[0].shape:
+                return
+            moved, by = ((one.double().movedim(dim, -1).flatten(0, -2)) for one in (value - plain, changes[0]))
+            if not moved.any():
+                return
+            factor = (moved * by).sum(0) / by.square().sum(0)
+            if (moved - factor * by).norm() <= _NEAR * moved.norm():
+                ones = torch.ones_like(factor)
+                factor = ones if torch.allclose(factor, ones, rtol=0, atol=_ONE) else factor
+                found.append(Joint(leaf, call, *key, key[0] in self._blocks, factor))
+            raise _Stop
+
+        with ExitStack() as stack:
+            stack.callback(fc2.register_forward_hook(change).remove)
+            stack.enter_context(self._told([block] if block in self._blocks else [], look))
+            stack.enter_context(suppress(_Stop))
+            self._batch.run(self._tree)
+        ones = torch.ones(changes[0].shape[dim], dtype=torch.float64, device=changes[0].device)
+        return found[0] if found else Joint(leaf, call, leaf, call, True, ones)
+
+    @contextmanager
+    def _told(self, blocks: Sequence[str], told: Callable[[tuple[str, int], torch.Tensor], Any]) -> Iterator[None]:
+        """Within, what norms are given and what these blocks give is told, by path and number of the call."""
+        counts: dict[str, int] = {}
+
+        def note(path: str, value: Any) -> None:
+            value = value[0] if isinstance(value, tuple) and value else value
+            counts[path] = counts.get(path, -1) + 1
+            if isinstance(value, torch.Tensor):
+                told((path, counts[path]), value)
+
+        with ExitStack() as stack:
+            for path in self._norms:
+                if path not in blocks:
+                    norm = self._tree.get_submodule(path)
+                    given = norm.register_forward_pre_hook(
+                        lambda m, args, path=path: note(path, args[0] if args else None)
+                    )
+                    stack.callback(given.remove)
+            for path in blocks:
+                whole = self._tree.get_submodule(path)
+                stack.callback(whole.register_forward_hook(lambda m, args, out, path=path: note(path, out)).remove)
+            yield
 
 
 def _is_norm(module: nn.Module) -> bool:
