@@ -70,14 +70,21 @@ _BESIDE = {"criteria": ("advice", "peers")}
 
 
 def _table(cells: Sequence[dict[str, Any]], measures: Sequence[str]) -> Table:
-    """A row for each way, a column for each width: the measures one after the other."""
+    """A row for each way, a column for each width: the measures one after the other. The best comes first."""
     widths = sorted({cell["width"] for cell in cells}, reverse=True)
     by_row: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
     for cell in cells:
         by_row.setdefault((cell["row"], cell["repair"]), {}).setdefault(cell["width"], []).append(cell)
 
-    def worth(found: dict[float, list[dict[str, Any]]]) -> float:
-        return -float(statistics.mean(cell["measured"]["cosine"] for some in found.values() for cell in some))
+    def missing(some: Sequence[dict[str, Any]]) -> float:
+        """What the cosine lacks to 1."""
+        return float(max(1 - statistics.mean(cell["measured"]["cosine"] for cell in some), 1e-9))
+
+    least = {width: min(missing(found[width]) for found in by_row.values() if width in found) for width in widths}
+
+    def behind(found: dict[float, list[dict[str, Any]]]) -> float:
+        """How many times as much is missing as of the best: where some widths were not measured, the others count."""
+        return statistics.mean(missing(some) / least[width] for width, some in found.items())
 
     def texts(some: Sequence[dict[str, Any]]) -> str:
         parts = []
@@ -89,7 +96,7 @@ def _table(cells: Sequence[dict[str, Any]], measures: Sequence[str]) -> Table:
 
     rows = [
         [name, repair, *(texts(found[width]) if width in found else "" for width in widths)]
-        for (name, repair), found in sorted(by_row.items(), key=lambda item: worth(item[1]))
+        for (name, repair), found in sorted(by_row.items(), key=lambda item: behind(item[1]))
     ]
     return Table("", ["units by", "repair", *(f"{width:.0%}: {' / '.join(measures)}" for width in widths)], rows)
 
