@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import mlpreduce
-from mlpreduce.calibration import Answers
+from mlpreduce.calibration import Answers, memory
 from mlpreduce.calibration.sums import UnitSums
 from mlpreduce.criteria import Ranking, choose
 from mlpreduce.edits import Slice
@@ -175,9 +178,9 @@ class Read:
 
 
 @pytest.mark.parametrize("metric", ["output", "loss"])
-@pytest.mark.parametrize(("tied", "memory", "times"), [(False, 0, 4), (False, 0.6, 2), (True, 0, 2), (False, None, 1)])
+@pytest.mark.parametrize(("tied", "limit", "times"), [(False, 0, 4), (False, 0.6, 2), (True, 0, 2), (False, None, 1)])
 def test_what_does_not_fit_into_memory_is_measured_in_parts(
-    metric: str, tied: bool, memory: float | None, times: int
+    metric: str, tied: bool, limit: float | None, times: int
 ) -> None:
     """Second moments of the 128 units of an MLP are 0.25 MiB, of each half of the examples 0.125."""
     model, data = tiny_vit().eval(), Read((pictures(40), torch.arange(40) % 5))
@@ -188,7 +191,7 @@ def test_what_does_not_fit_into_memory_is_measured_in_parts(
     whole = Answers(model, mlps, data.batches)
     parts = Answers(model, mlps, data)
     for mlp in mlps:
-        one, other = whole.of(mlp, choose(asked)), parts.of(mlp, choose(asked | {"memory": memory}))
+        one, other = whole.of(mlp, choose(asked)), parts.of(mlp, choose(asked | {"memory": limit}))
         assert isinstance(one, Ranking)
         assert isinstance(other, Ranking)
         assert torch.equal(one.order, other.order)
@@ -198,6 +201,16 @@ def test_what_does_not_fit_into_memory_is_measured_in_parts(
     del whole
     kept = [sums for sums in gc.get_objects() if isinstance(sums, UnitSums) and sums.pairs is not None]
     assert len(kept) == len({mlp.owner for mlp in mlps}) // times
+
+
+def test_where_nobody_knows_what_is_free_there_is_no_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    assert 0 < memory.allowed(cpu, None) < math.inf
+    assert memory.allowed(cpu, 2) == 2 << 20
+    monkeypatch.setattr(memory, "_FREE", tmp_path / "absent")
+    assert 0 < memory.allowed(cpu, None) < math.inf
+    monkeypatch.delattr(os, "sysconf")
+    assert memory.allowed(cpu, None) == math.inf
 
 
 def test_widths_are_nested_and_serve_every_target() -> None:

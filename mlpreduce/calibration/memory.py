@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import torch
 
 __all__ = ["allowed"]
 
+_FREE = Path("/proc/meminfo")  # of Linux
 _PART = 0.5  # of what is free
 _MIB = 1 << 20
 
 
 def allowed(device: torch.device, given: float | None) -> float:
-    """Bytes that sums may take on a device: `given` in MiB, or half of what is free there."""
+    """Bytes that sums may take on a device: `given` in MiB, or half of what is free there, without limit where nobody knows."""
     if given is not None:
         return given * _MIB
     if device.type == "cuda":
@@ -23,9 +25,10 @@ def allowed(device: torch.device, given: float | None) -> float:
 
 
 def _available() -> float:
-    """Bytes that this machine can still give, what it holds of files counted as free where the system says how much that is."""
-    told = Path("/proc/meminfo")
-    for line in told.read_text().splitlines() if told.is_file() else ():
+    """Bytes of this machine's memory that are free, or are used for files alone; half of all where the system does not say."""
+    for line in _FREE.read_text().splitlines() if _FREE.is_file() else ():
         if line.startswith("MemAvailable:"):
             return float(line.split()[1]) * 1024
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
     return float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE") / 2
