@@ -18,7 +18,7 @@ from torch import fx, nn
 from mlpreduce.calibration import Batch, Measured, Samples, in_all, quiet_copy, running
 from mlpreduce.edits import Assign, Edit, Plan, Replace, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, check_one_of
-from mlpreduce.graph import MLP, Leaf, module_at
+from mlpreduce.graph import MLP, Leaf
 from mlpreduce.layers import wraps
 from mlpreduce.repair.nearness import gathered, nearness
 from mlpreduce.repair.outputs import output_of
@@ -216,8 +216,7 @@ def _reduced(model: nn.Module, made: Plan) -> nn.Module:
     rehearse(tree, made)  # edits may be of others, and name what is not there
     for edit in made.of(Assign, Scale):
         path, _, name = edit.tensor.rpartition(".")
-        module = module_at(tree, path)
-        assert module is not None
+        module = tree.get_submodule(path)
         value = getattr(module, name).detach().clone()
         setattr(module, name, nn.Parameter(value, requires_grad=False) if name in module._parameters else value)
     carry_out(tree, made)

@@ -170,7 +170,7 @@ def _changes(
                 eye = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
                 factored = torch.linalg.cholesky(inner * factor[0].square() + ridge * eye)
                 found[:, :-1] = torch.cholesky_solve(outer.T * factor[0], factored).T
-            else:  # rows differ, so each has a ridge of its own; in the eigenbasis they are solved together
+            else:  # each output has its own factor; one eigendecomposition solves all
                 values, vectors, there = turned()
                 found[:, :-1] = (there / (factor.square()[:, None] * values + ridge)) @ vectors.T
         if biased:

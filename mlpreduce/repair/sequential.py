@@ -321,8 +321,7 @@ def _exchanged(tree: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, to
     """Put values into parameters of a model that are its own; what was there."""
     old: dict[str, torch.Tensor] = {}
     for path, value in values.items():
-        module = module_at(tree, path.rpartition(".")[0])
-        assert module is not None
+        module = tree.get_submodule(path.rpartition(".")[0])
         name = path.rpartition(".")[2]
         old[path] = module.get_parameter(name)
         module._parameters[name] = nn.Parameter(value.detach(), requires_grad=False)

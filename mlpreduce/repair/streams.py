@@ -87,8 +87,7 @@ def stopping_at(
         return None
 
     for key in places:
-        module = module_at(tree, key[0])
-        assert module is not None
+        module = tree.get_submodule(key[0])
 
         def after(module: nn.Module, args: Any, output: Any, key: tuple[str, bool] = key) -> Any:
             return passed(key, output)
@@ -138,8 +137,7 @@ class Joints:
             block: path of the block around it.
             dim: the dimension of features in what it gives.
         """
-        fc2 = module_at(self._tree, leaf)
-        assert fc2 is not None
+        fc2 = self._tree.get_submodule(leaf)
         changes: list[torch.Tensor] = []
         found: list[Joint] = []
         calls = 0
@@ -155,7 +153,7 @@ class Joints:
 
         def look(key: tuple[str, int], value: torch.Tensor) -> None:
             plain = self._plain.get(key)
-            if not changes or plain is None or not plain.shape == value.shape == changes[0].shape:
+            if not changes or plain is None or value.shape != plain.shape or value.shape != changes[0].shape:
                 return
             moved, by = ((one.double().movedim(dim, -1).flatten(0, -2)) for one in (value - plain, changes[0]))
             if not moved.any():
@@ -177,7 +175,7 @@ class Joints:
 
     @contextmanager
     def _told(self, blocks: Sequence[str], told: Callable[[tuple[str, int], torch.Tensor], Any]) -> Iterator[None]:
-        """Within, what norms are given and what these blocks give is told, by path and number of the call."""
+        """Within, call `told` with each input of a norm and each output of these blocks, by path and number of the call."""
         counts: dict[str, int] = {}
 
         def note(path: str, value: Any) -> None:
@@ -253,8 +251,7 @@ class Cut:
         last = {stage: number for number, stage in enumerate(self._stages[: self._start])}
         with ExitStack() as stack:
             for number, path in enumerate(self._blocks):
-                module = module_at(self._tree, path)
-                assert module is not None
+                module = self._tree.get_submodule(path)
                 if number < self._start:
                     given = known[last[self._stages[number]]]
                     own = vars(module).get("forward")
