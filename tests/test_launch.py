@@ -292,13 +292,14 @@ def test_a_recipe_outlives_an_interrupt_a_worker_and_its_driver(tmp_path: Path, 
 def read_until(process: subprocess.Popen[str], words: str) -> str:
     """What a process prints, up to the line that has these words."""
     assert process.stdout is not None
-    lines: list[str] = []
+    printed = b""
     deadline = time.monotonic() + 120
-    while not lines or words not in lines[-1]:
-        lines.append(process.stdout.readline())
-        assert lines[-1], process.communicate()
+    while not printed.endswith(b"\n") or words not in printed.decode().splitlines()[-1]:
+        one = os.read(process.stdout.fileno(), 1)  # a buffer would keep what follows from `communicate`
+        assert one, process.communicate()
+        printed += one
         assert time.monotonic() < deadline
-    return "".join(lines)
+    return printed.decode()
 
 
 def assert_complete(output: Path) -> None:
