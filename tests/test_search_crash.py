@@ -128,7 +128,7 @@ def settled(drivers: Drivers) -> dict[str, dict[str, Any]]:
 
 
 def two_begin(drivers: Drivers, other: str) -> tuple[subprocess.Popen[str], str]:
-    """Start two in the same second: one has the study, the other is told so and changes nothing.
+    """Start two in the same second: one gets the study, the other is refused and changes nothing.
 
     Returns:
         The one that goes on, and its output.
@@ -232,7 +232,7 @@ def postgres() -> Iterator[str]:
 
 @pytest.mark.postgres
 def test_killed_and_resumed_on_postgresql(tmp_path: Path, mark: str, postgres: str) -> None:
-    """Who has the study is asked of the database here, so another output is no other study; Ray has no part in that."""
+    """The database says who has the study, so a second output does not make a second study. That needs no worker of Ray."""
     drivers = Drivers(mark, tmp_path, postgres)
     first, kept = two_begin(drivers, other="two")
     lose_the_driver_and_go_on(drivers, first, kept, lost=0)
