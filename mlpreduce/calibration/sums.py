@@ -13,8 +13,9 @@ from torch import nn
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at, projection
 
-__all__ = ["UnitSums", "add_calls", "empty_sums", "live_rows", "shared", "take_back"]
+__all__ = ["UnitSums", "add_calls", "empty_sums", "gram", "live_rows", "shared", "take_back"]
 
+_BLOCKS, _BLOCK = 6, 128  # blocks of features at most, and the fewest features in one
 _TENSORS = ("rows", "total", "squares", "pairs", "wanted")
 
 
@@ -48,13 +49,13 @@ class UnitSums:
         self.total[use, half] += rows.sum(0, dtype=torch.float64)
         self.squares[use, half] += rows.square().sum(0, dtype=torch.float64)
         if self.pairs is not None:
-            self.pairs[half] += rows.T @ rows
+            self.pairs[half] += gram(rows)
 
     def add_slopes(self, rows: torch.Tensor) -> None:
         """Add gradients by what fc2 gives, (positions, outputs), where they were asked for."""
         if self.wanted is not None:
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            self.wanted += rows.T @ rows
+            self.wanted += gram(rows)
 
     def shares(self, norms: torch.Tensor, *, centred: bool) -> torch.Tensor:
         """The part of each unit in the output energy of its MLP, by the use where that is largest; (hidden units,).
@@ -91,6 +92,18 @@ def empty_sums(
         products = zeros.new_zeros(2, size, size) if pairs else None
         wanted = zeros.new_zeros(width, width) if slopes else None
         found[mlp.owner] = UnitSums(zeros.new_zeros(uses, 2), zeros, zeros.clone(), products, wanted, biased)
+    return found
+
+
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """The product of (rows, features) with itself, (features, features), whose lower half is its upper one, by blocks."""
+    size = rows.shape[1]
+    found = rows.new_empty(size, size)
+    step = max(_BLOCK, -(-size // _BLOCKS))
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        found[start:stop, start:] = rows[:, start:stop].T @ rows[:, start:]
+        found[stop:, start:stop] = found[start:stop, stop:].T
     return found
 
 

@@ -2,6 +2,9 @@
 
 fit         least squares from sums
 streams     where what an MLP gives enters the residual stream; runs that begin at a block
+uses        the calls of the layers that are refitted
+whole       the stream of the whole model behind each
+importance  how much the outputs hang on what is given at each position
 sequential  MLP after MLP, each on what the model gives as repaired so far, judged by what the whole model gives
 parallel    every MLP by itself
 """

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from mlpreduce.calibration.sums import gram
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import module_at, projection
 
@@ -71,28 +72,37 @@ def add_rows(
     fit: Fit,
     half: int,
     inputs: torch.Tensor,
-    wanted: torch.Tensor,
     missing: torch.Tensor,
+    *,
+    wanted: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
 ) -> None:
-    """Add rows.
+    """Add rows. Products are of their type, about the mean of the inputs; sums are float64.
 
     Args:
         fit: the sums.
         half: of the examples.
         inputs: what fc2 is given, (rows, inputs).
-        wanted: what the stream is to get from it, (rows, outputs).
-        missing: what it lacks there, (rows, outputs).
+        missing: what the stream lacks, (rows, outputs).
+        wanted: what it is to get from fc2, (rows, outputs), where what is missing is asked for as a share of it.
         weight: of each row, (rows,); 1 by default.
     """
-    given, wanted, missing = inputs.double(), wanted.double(), missing.double()
-    given = torch.cat([given, given.new_ones(len(given), 1)], 1)
+    inputs, missing = (some.to(torch.promote_types(some.dtype, torch.float32)) for some in (inputs, missing))
+    means = inputs.mean(0)
+    given = torch.cat([inputs - means, inputs.new_ones(len(inputs), 1)], 1)
     if weight is not None:
-        root = weight.double().sqrt()[:, None]
-        given, wanted, missing = given * root, wanted * root, missing * root
-    fit.square[half].addmm_(given.T, given)
-    fit.cross[half].addmm_(missing.T, given)
-    fit.wanted[half].add_(torch.stack([wanted.sum(0), wanted.square().sum(0), missing.square().sum(0)]))
+        root = weight.to(given.dtype).sqrt()[:, None]
+        given, missing = given * root, missing * root
+    square, cross = gram(given).double(), (missing.T @ given).double()
+    for sums in (square, cross):
+        sums[:, :-1] += torch.outer(sums[:, -1], means.double())
+    square[:-1] += torch.outer(means.double(), square[-1])
+    fit.square[half] += square
+    fit.cross[half] += cross
+    fit.wanted[half, 2] += missing.square().sum(0, dtype=torch.float64)
+    if wanted is not None:
+        wanted = wanted.double()
+        fit.wanted[half, :2] += torch.stack([wanted.sum(0), wanted.square().sum(0)])
 
 
 def check_halves(fit: Fit, count: int) -> None:
@@ -168,9 +178,10 @@ def _changes(
         if 0 < ridge < math.inf:
             if alike:
                 eye = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-                factored = torch.linalg.cholesky(inner * factor[0].square() + ridge * eye)
-                found[:, :-1] = torch.cholesky_solve(outer.T * factor[0], factored).T
-            else:  # each output has its own factor; one eigendecomposition solves all
+                factored, failed = torch.linalg.cholesky_ex(inner * factor[0].square() + ridge * eye)
+                if not failed:
+                    found[:, :-1] = torch.cholesky_solve(outer.T * factor[0], factored).T
+            if not alike or failed:  # each output has its own factor, or rounding left no root
                 values, vectors, there = turned()
                 found[:, :-1] = (there / (factor.square()[:, None] * values + ridge)) @ vectors.T
         if biased:

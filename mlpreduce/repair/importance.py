@@ -17,40 +17,43 @@ from torch import nn
 from mlpreduce.calibration import Batch, all_reduce, in_all
 from mlpreduce.calibration.probing import probing
 from mlpreduce.calibration.sums import live_rows
+from mlpreduce.repair.streams import Place, stopping_at
 
-__all__ = ["Place", "position_weights"]
+__all__ = ["Call", "position_weights"]
 
-Place = tuple[str, int, int]  # path of fc2, which call of it, and the dimension of features
+Call = tuple[str, int, int]  # path of fc2, which call of it, and the dimension of features
 _SEED = 0
 
 
 def position_weights(
     tree: nn.Module,
-    places: Sequence[Place],
+    calls: Sequence[Call],
     batches: Sequence[Batch],
     output: Callable[[Any, Batch], torch.Tensor],
+    places: Sequence[Place] = (),
 ) -> list[list[torch.Tensor]] | None:
-    """Weights of the positions of each batch at each place, (examples, positions), in float64; 1 on average without padding.
+    """Weights of the positions of each batch at each call, (examples, positions), in float64; 1 on average without padding.
 
     Args:
         tree: the whole model.
-        places: where MLPs give something.
+        calls: where MLPs give something.
         batches: the examples.
         output: what a model gives for each example, (examples, values).
+        places: what else is told of these runs, as of `stopping_at`.
 
     Returns:
-        By place and batch; None where the model has no derivative, in any process.
+        By call and batch; None where the model has no derivative, in any process.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    found: list[list[torch.Tensor]] = [[] for _ in places]
-    sums = torch.zeros(len(places) + 1, 2, dtype=torch.float64)  # of squares and positions; and who has no derivative
-    with in_all():
+    found: list[list[torch.Tensor]] = [[] for _ in calls]
+    sums = torch.zeros(len(calls) + 1, 2, dtype=torch.float64)  # of squares and positions; and who has no derivative
+    with in_all(), stopping_at(tree, places, to_end=True) as run:
         for batch in batches:
-            slopes = _slopes(tree, places, batch, output, generator)
+            slopes = _slopes(tree, calls, batch, lambda some: output(run(some), some), generator)
             if slopes is None:
                 sums[-1] += 1
                 break
-            for number, (slope, (_, _, dim)) in enumerate(zip(slopes, places, strict=True)):
+            for number, (slope, (_, _, dim)) in enumerate(zip(slopes, calls, strict=True)):
                 rows = slope.double().movedim(dim, -1)
                 value = rows.reshape(len(batch), -1, rows.shape[-1]).square().sum(-1)
                 live = live_rows(value[..., None], batch.mask)
@@ -67,19 +70,19 @@ def position_weights(
 
 def _slopes(
     tree: nn.Module,
-    places: Sequence[Place],
+    calls: Sequence[Call],
     batch: Batch,
-    output: Callable[[Any, Batch], torch.Tensor],
+    output: Callable[[Batch], torch.Tensor],
     generator: torch.Generator,
 ) -> list[torch.Tensor] | None:
-    """Gradients of the combination by what MLPs give, by place; None where there are none."""
-    with torch.enable_grad(), probing(tree, [path for path, *_ in places]) as probes:
+    """Gradients of the combination by what MLPs give, by call; None where there are none."""
+    with torch.enable_grad(), probing(tree, [path for path, *_ in calls]) as probes:
         try:
-            given = output(batch.run(tree), batch)
+            given = output(batch)
             given = given / given.detach().norm(dim=1, keepdim=True).clamp(min=torch.finfo(given.dtype).tiny)
             along = torch.randn(given.shape, generator=generator, dtype=given.dtype, device="cpu").to(given.device)
             known = {(path, call): probe for path, call, probe in probes}
-            wanted = [known[path, call] for path, call, _ in places]
+            wanted = [known[path, call] for path, call, _ in calls]
             return list(torch.autograd.grad((given * along).sum(), wanted, materialize_grads=True))
         except torch.OutOfMemoryError:
             raise

@@ -119,10 +119,10 @@ def _add(before: Model, after: Model, fits: Mapping[int, Fit], half: int, batch:
     def add_output(place: str, module: nn.Module, args: Any, output: Any) -> None:
         layer = projection(module)
         assert layer is not None
-        rows = [
-            live_rows(t.movedim(layer.features, -1), batch.mask).double() for t in (args[0], given.pop(place), output)
-        ]
-        add_rows(fits[id(module)], half, rows[0], rows[1], rows[1] - rows[2])
+        inputs, wanted, found = (
+            live_rows(t.movedim(layer.features, -1), batch.mask) for t in (args[0], given.pop(place), output)
+        )
+        add_rows(fits[id(module)], half, inputs, wanted - found, wanted=wanted)
 
     with ExitStack() as stack:
         _hook(stack, before, "fc1", note_input)

@@ -15,23 +15,27 @@ Source: the asymmetric target of GPTAQ (arXiv 2504.02692), here for the weights 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import fx, nn
 
 from mlpreduce.calibration import CHUNK, Batch, Samples, all_reduce, in_all, telling
 from mlpreduce.calibration.batches import chunked
+from mlpreduce.calibration.memory import allowed
 from mlpreduce.calibration.samples import together
 from mlpreduce.calibration.sums import live_rows
 from mlpreduce.errors import ReductionError
-from mlpreduce.graph import MLP, module_at, projection
+from mlpreduce.graph import MLP
 from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
 from mlpreduce.repair.importance import position_weights
 from mlpreduce.repair.nearness import Nearness, gathered, is_further, nearness
 from mlpreduce.repair.outputs import output_of
-from mlpreduce.repair.streams import Cut, Joint, Joints, graph_from, stopping_at
+from mlpreduce.repair.streams import Cut, Place, graph_from, stopping_at
+from mlpreduce.repair.uses import Use, blocks_of, uses_of
+from mlpreduce.repair.whole import Whole
 from mlpreduce.waiting import steps
 
 __all__ = ["InTurn", "repair_in_turn"]
@@ -69,19 +73,6 @@ class InTurn:
     weighed: bool = True
 
 
-@dataclass(frozen=True)
-class _Use:
-    """One call of an fc2 that is refitted: where it joins the stream in either model, the number of its block, the dimension of
-    features, and whether tokens count by the norm that follows."""
-
-    name: str
-    dense: Joint
-    reduced: Joint
-    block: int
-    dim: int
-    weighed: bool
-
-
 def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: Samples, kind: str) -> InTurn:
     """Fit fc2 of MLPs one after the other.
 
@@ -101,13 +92,13 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
     first = next(batch for batch in together(some[0]) if batch is not None)[:2]
     first = first.placed(samples.device, samples.dtype)
     with telling(first), in_all():
-        blocks, stages = _blocks(dense, every, first)
-        uses = _uses(before, after, blocks, first)
+        blocks, stages = blocks_of(dense, every, first)
+        uses = uses_of(before, after, blocks, first)
         if any(
             joint.followed and joint.at for some in uses.values() for use in some for joint in (use.dense, use.reduced)
         ):
             blocks, stages = [], []  # a norm that several blocks share would be called less often
-            uses = _uses(before, after, blocks, first)
+            uses = uses_of(before, after, blocks, first)
         parts = [[output_of(batch.run(tree), batch) for batch in held] for tree in (dense, reduced)]
     wanted, unrepaired = (gathered(part) for part in parts)
     found = InTurn(before=nearness(wanted, unrepaired), cut=bool(blocks), held=len(wanted))
@@ -115,16 +106,19 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
     order = sorted(uses, key=lambda path: max(use.block for use in uses[path]))
     starts = [min(use.block for use in uses[path]) for path in order]
     every_use = [use for path in order for use in uses[path]]
+    again, fitting, judging = (Cut(tree, blocks, stages) for tree in (dense, reduced, reduced))
+    whole = Whole(dense, again, every_use, allowed(samples.device, None))
     counts = None
     if kind == "least_squares":
-        places = [(use.dense.leaf, use.dense.call, use.dim) for use in every_use]
-        counts = position_weights(dense, places, batches, output_of)
+        calls = [(use.dense.leaf, use.dense.call, use.dim) for use in every_use]
+        counts = position_weights(dense, calls, batches, output_of, whole.places())
         found.weighed = counts is not None
+    if counts is None:
+        whole.forget()
     weights = dict(zip((use.name for use in every_use), counts or [], strict=False))
-    whole, fitting, judging = (Cut(tree, blocks, stages) for tree in (dense, reduced, reduced))
     beyond = Cut(dense, blocks, stages, known=judging)
 
-    def given(end: int, use: _Use) -> torch.Tensor:
+    def given(end: int, use: Use) -> torch.Tensor:
         """What the whole model gives with the blocks before `end`, whose last has this use, from the reduced one.
 
         A graph begins at the stream behind it; what is no graph and has no blocks is judged with what follows reduced.
@@ -135,8 +129,7 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
             for index, batch in enumerate(held):
                 if isinstance(dense, fx.GraphModule) and use.dense.followed:
                     streams: list[torch.Tensor] = []
-                    place = (use.reduced.place, use.reduced.at, use.reduced.output, streams.append)
-                    with stopping_at(reduced, [place]) as run:
+                    with stopping_at(reduced, [use.reduced.told_by(streams.append)]) as run:
                         run(batch)
                     outputs.append(output_of(graph_from(dense, use.dense, streams[0], batch), batch))
                     continue
@@ -149,23 +142,19 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
     with steps(f"repair {kind}", len(order)) as advance:
         for number, path in enumerate(order):
             end = max(use.block for use in uses[path]) + 1
-            for cut in (whole, fitting, judging):
+            for cut in (again, fitting, judging):
                 cut.begin(min(starts[number:]))
             fit = replace(empty_fit(reduced, path), factor=uses[path][0].dense.factor)
             with in_all():
                 for index, batch in enumerate(batches):
                     with telling(batch):
-                        _add(
-                            fit,
-                            uses[path],
-                            (dense, whole),
-                            (reduced, fitting),
-                            index,
-                            batch,
-                            end,
-                            samples.rank,
-                            weights,
-                        )
+                        dense_streams = whole.streams(index, batch, uses[path], end)
+                        places, taken = _places(uses[path])
+                        with fitting.at(index, end), stopping_at(reduced, [*places, *fitting.last(end)]) as run:
+                            run(batch)
+                        for use, stream in zip(uses[path], dense_streams, strict=True):
+                            weight = weights[use.name][index] if use.name in weights else None
+                            _add(fit, use, batch, stream, taken[use.name], weight, samples.rank)
             fit = replace(
                 fit, square=all_reduce(fit.square), cross=all_reduce(fit.cross), wanted=all_reduce(fit.wanted)
             )
@@ -182,7 +171,8 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
                 else:
                     found.values |= new
                 judging.end(starts[number])  # else it has not run
-            whole.end(end)
+            whole.done(uses[path])
+            again.end(end)
             fitting.end(starts[number])
             advance(1)
     with in_all():
@@ -219,102 +209,48 @@ def _chunked(batches: Sequence[Batch]) -> list[Batch]:
     return [batch for batch, _ in chunked(((batch, None) for batch in batches if len(batch)), CHUNK, CHUNK - 1)]
 
 
-def _blocks(tree: nn.Module, mlps: Sequence[MLP], batch: Batch) -> tuple[list[str], list[str]]:
-    """Paths and stages of the blocks of MLPs, in order, if each is a module that is called once, and none lies in another."""
-    found = {mlp.block: mlp.stage for mlp in mlps}
-    calls: list[str] = []
-    handles = []
-    for path in found:
-        module = module_at(tree, path) if path else None
-        if module is None:
-            return [], []
-        handles.append(module.register_forward_pre_hook(lambda m, args, path=path: calls.append(path)))
-    try:
-        batch.run(tree)
-    finally:
-        for handle in handles:
-            handle.remove()
-    nested = any(one != other and one.startswith(f"{other}.") for one in found for other in found)
-    return ([], []) if calls != list(found) or nested else (list(found), list(found.values()))
-
-
-def _uses(before: Model, after: Model, blocks: Sequence[str], batch: Batch) -> dict[str, list[_Use]]:
-    """Calls of each fc2 that is refitted, by its path in the reduced model."""
-    found: dict[str, list[_Use]] = {}
-    paths: dict[int, str] = {}
-    dense_calls: dict[int, int] = {}
-    joints = [Joints(tree, [mlp.block for mlp in mlps], batch) for tree, mlps in (before, after)]
-    for order, (ours, theirs) in enumerate(zip(before[1], after[1], strict=True)):
-        leaf = theirs.leaf("fc2")  # a layer around it may be of each use, and is not refitted
-        modules = module_at(before[0], ours.leaf("fc2").call), module_at(after[0], leaf.path)
-        layer = projection(modules[1])
-        if layer is None:
-            raise ReductionError(f"repair: {leaf.path} is no linear layer or 1 x 1 convolution; exclude it")
-        path = paths.setdefault(id(modules[1]), leaf.path)
-        call = dense_calls[id(modules[0])] = dense_calls.get(id(modules[0]), -1) + 1
-        joint = joints[0].find(ours.leaf("fc2").call, call, ours.block, layer.features)
-        mine = joints[1].find(path, len(found.get(path, ())), theirs.block, layer.features)
-        if (joint.place, joint.output) != (mine.place, mine.output) or not joint.followed:
-            joint, mine = (
-                replace(one, place=one.leaf, at=one.call, output=True, factor=torch.ones_like(one.factor))
-                for one in (joint, mine)
-            )
-        block = blocks.index(ours.block) if blocks else order
-        weighed = joint.followed and ours.norm_follows
-        found.setdefault(path, []).append(_Use(ours.name, joint, mine, block, layer.features, weighed))
-    return found
+def _places(uses: Sequence[Use]) -> tuple[list[Place], dict[str, dict[str, torch.Tensor]]]:
+    """Places where the reduced model has what each fc2 is given, and the stream behind it; and where those will be, by use."""
+    taken: dict[str, dict[str, torch.Tensor]] = {use.name: {} for use in uses}
+    places: list[Place] = []
+    for use in uses:
+        keep = taken[use.name].__setitem__
+        places.append((use.reduced.leaf, use.reduced.call, False, partial(keep, "inputs")))
+        places.append(use.reduced.told_by(partial(keep, "stream")))
+    return places, taken
 
 
 def _add(
     fit: Fit,
-    uses: Sequence[_Use],
-    whole: tuple[nn.Module, Cut],
-    part: tuple[nn.Module, Cut],
-    index: int,
+    use: Use,
     batch: Batch,
-    until: int,
+    wanted: torch.Tensor,
+    taken: Mapping[str, torch.Tensor],
+    weight: torch.Tensor | None,
     rank: int,
-    weights: Mapping[str, Sequence[torch.Tensor]],
 ) -> None:
-    """Add what a batch says of each use; `weights` are those of its positions, by use and batch."""
-    taken: dict[tuple[int, str], torch.Tensor] = {}
+    """Add what a batch says of a use: the stream of the whole model, what the reduced one has, and weights of positions."""
 
-    def take(number: int, what: str) -> Callable[[torch.Tensor], None]:
-        return lambda value: taken.__setitem__((number, what), value)
+    def rows(value: torch.Tensor) -> torch.Tensor:
+        value = value.movedim(use.dim, -1)
+        if len(value) % len(batch):
+            raise ReductionError(
+                f"{use.name} does not have the examples along its first dimension, so that a repair cannot judge by half "
+                f"of them; exclude it"
+            )
+        return value.reshape(len(batch), -1, value.shape[-1])
 
-    wanted, given = [], []
-    for number, use in enumerate(uses):
-        wanted += [(use.dense.leaf, use.dense.call, True, take(number, "y"))]
-        given += [(use.reduced.leaf, use.reduced.call, False, take(number, "a"))]
-        for joint, places, what in ((use.dense, wanted, "z"), (use.reduced, given, "z_r")):
-            places.append((joint.place, joint.at, joint.output, take(number, what)))
-    for (tree, cut), places in ((whole, wanted), (part, given)):
-        with cut.at(index, until), stopping_at(tree, [*places, *cut.last(until)]) as run:
-            run(batch)
-    for number, use in enumerate(uses):
-
-        def rows(what: str, number: int = number, use: _Use = use) -> torch.Tensor:
-            value = taken[number, what]
-            value = value.movedim(use.dim, -1)
-            if len(value) % len(batch):
-                raise ReductionError(
-                    f"{use.name} does not have the examples along its first dimension, so that a repair cannot judge by half "
-                    f"of them; exclude it"
-                )
-            return value.reshape(len(batch), -1, value.shape[-1])
-
-        a, y, z, z_r = (rows(what) for what in ("a", "y", "z", "z_r"))
-        weight = weights[use.name][index] if use.name in weights else None
-        if use.weighed:
-            by_norm = z.double().var(-1, correction=0).reciprocal()
-            weight = by_norm if weight is None else weight * by_norm
-        for half in range(2):
-            pick = slice((half + rank) % 2, None, 2)  # so that one image in each process is enough
-            if len(z[pick]):
-                mask = None if batch.mask is None else batch.mask[pick]
-                inputs, given_y, missing = (live_rows(value[pick], mask) for value in (a, y, z - z_r))
-                counts = None if weight is None else live_rows(weight[pick][..., None], mask)[:, 0]
-                add_rows(fit, half, inputs, given_y * use.dense.factor.to(y), missing, counts)
+    inputs, stream, wanted = rows(taken["inputs"]), rows(taken["stream"]), rows(wanted)
+    if use.weighed:
+        by_norm = wanted.double().var(-1, correction=0).reciprocal()
+        weight = by_norm if weight is None else weight * by_norm
+    missing = wanted - stream
+    for half in range(2):
+        pick = slice((half + rank) % 2, None, 2)  # so that one example in each process is enough
+        if len(inputs[pick]):
+            mask = None if batch.mask is None else batch.mask[pick]
+            counts = None if weight is None else live_rows(weight[pick][..., None], mask)[:, 0]
+            add_rows(fit, half, live_rows(inputs[pick], mask), live_rows(missing[pick], mask), weight=counts)
 
 
 def _exchanged(tree: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,7 +18,11 @@ from torch import fx, nn
 from mlpreduce.calibration import Batch
 from mlpreduce.graph import module_at
 
-__all__ = ["Cut", "Joint", "Joints", "graph_from", "stopping_at"]
+__all__ = ["Cut", "Joint", "Joints", "Place", "graph_from", "stopping_at"]
+
+# A module's path, which of its calls, whether its output counts or its input, and what is told the tensor. What that returns
+# for an output, unless it is None, is passed on in its place.
+Place = tuple[str, int, bool, Callable[[torch.Tensor], Any]]
 
 _ONE = 1e-4  # by which a factor may differ from 1 by rounding
 _NEAR = 1e-3  # by which a change of z may differ from a factor times a change of y, of its size
@@ -49,21 +53,23 @@ class Joint:
         """Whether there is a stream."""
         return self.place != self.leaf
 
+    def told_by(self, told: Callable[[torch.Tensor], Any]) -> Place:
+        """The place of the stream, for `stopping_at`."""
+        return self.place, self.at, self.output, told
+
 
 class _Stop(Exception):
     """All that was wanted of a run is there."""
 
 
 @contextmanager
-def stopping_at(
-    tree: nn.Module, wanted: Sequence[tuple[str, int, bool, Callable[[torch.Tensor], Any]]]
-) -> Iterator[Any]:
+def stopping_at(tree: nn.Module, wanted: Sequence[Place], *, to_end: bool = False) -> Iterator[Any]:
     """Within, call `run(batch)` to run a model until all of these places were passed; what it gives if it comes to its end.
 
     Args:
         tree: the model.
-        wanted: path of a module, which of its calls, whether its output counts or its input, and what is told the tensor; what
-            that returns for an output, unless it is None, is passed on in its place.
+        wanted: the places.
+        to_end: whether it runs on to its end.
     """
     handles, left = [], [0]
     places: dict[tuple[str, bool], list[tuple[int, Callable[[torch.Tensor], Any]]]] = {}
@@ -82,7 +88,7 @@ def stopping_at(
                 left[0] -= 1
         if found is not None:
             return found
-        if not left[0]:
+        if not left[0] and not to_end:
             raise _Stop
         return None
 
@@ -236,7 +242,7 @@ class Cut:
         """Leave out so many blocks."""
         self._start = start if self._blocks else 0
 
-    def last(self, until: int) -> list[tuple[str, int, bool, Callable[[torch.Tensor], None]]]:
+    def last(self, until: int) -> list[Place]:
         """The place that a run must pass so that what blocks before `until` give is known."""
         return [(self._blocks[until - 1], 0, True, _ignore)] if self._blocks else []
 
