@@ -231,6 +231,7 @@ STREAMS: dict[str, tuple[Any, dict[str, Any], bool]] = {
     "layer scale": ("deit3_small_patch16_224", DEIT, False),
     "norm of the branch": ("swinv2_tiny_window8_256", SWIN, True),
     "1 x 1 convolutions": (*KINDS["1 x 1 convolutions"], False),
+    "tokens": (*KINDS["tokens"], False),
 }  # fmt: skip
 
 
@@ -250,6 +251,7 @@ def test_the_stream_is_found(kind: str) -> None:
         for mlp in mlps:
             joint = joints.find(mlp.leaf("fc2").call, 0, mlp.block, -1 if "conv" not in kind else 1)
             assert joint.followed, mlp.name
+            assert joint.order == ((0, 2, 1) if "tokens" in mlp.name else ())  # an MLP over tokens gives them last
             scale = getattr(model.get_submodule(mlp.block), "ls2", None)
             if own:
                 assert joint.place.startswith(mlp.block)  # the norm that only sees the branch

@@ -240,7 +240,8 @@ def _add(
             )
         return value.reshape(len(batch), -1, value.shape[-1])
 
-    inputs, stream, wanted = rows(taken["inputs"]), rows(taken["stream"]), rows(wanted)
+    inputs = rows(taken["inputs"])
+    stream, wanted = (rows(use.dense.laid_out(value)) for value in (taken["stream"], wanted))
     if use.weighed:
         by_norm = wanted.double().var(-1, correction=0).reciprocal()
         weight = by_norm if weight is None else weight * by_norm

@@ -7,6 +7,7 @@ or a norm between fc2 and the addition, where r is 0 and z is y itself. A change
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Joint:
         at: which call of that.
         output: whether it is its output.
         factor: g, (features,) in float64.
+        order: dimensions of the output as the stream has them, as after a transposition; none where they are the same.
     """
 
     leaf: str
@@ -47,11 +49,16 @@ class Joint:
     at: int
     output: bool
     factor: torch.Tensor
+    order: tuple[int, ...] = ()
 
     @property
     def followed(self) -> bool:
         """Whether there is a stream."""
         return self.place != self.leaf
+
+    def laid_out(self, stream: torch.Tensor) -> torch.Tensor:
+        """The stream with its dimensions in the order of what fc2 gives."""
+        return _back(stream, self.order) if self.order else stream
 
     def told_by(self, told: Callable[[torch.Tensor], Any]) -> Place:
         """The place of the stream, for `stopping_at`."""
@@ -159,16 +166,21 @@ class Joints:
 
         def look(key: tuple[str, int], value: torch.Tensor) -> None:
             plain = self._plain.get(key)
-            if not changes or plain is None or value.shape != plain.shape or value.shape != changes[0].shape:
+            if not changes or plain is None or value.shape != plain.shape:
                 return
-            moved, by = ((one.double().movedim(dim, -1).flatten(0, -2)) for one in (value - plain, changes[0]))
-            if not moved.any():
+            orders = _orders(changes[0], value)
+            if not orders or not (value - plain).any():
                 return
-            factor = (moved * by).sum(0) / by.square().sum(0)
-            if (moved - factor * by).norm() <= _NEAR * moved.norm():
-                ones = torch.ones_like(factor)
-                factor = ones if torch.allclose(factor, ones, rtol=0, atol=_ONE) else factor
-                found.append(Joint(leaf, call, *key, key[0] in self._blocks, factor))
+            by = changes[0].double().movedim(dim, -1).flatten(0, -2)
+            for order in orders:
+                moved = _back(value - plain, order).double().movedim(dim, -1).flatten(0, -2)
+                factor = (moved * by).sum(0) / by.square().sum(0)
+                if (moved - factor * by).norm() <= _NEAR * moved.norm():
+                    ones = torch.ones_like(factor)
+                    factor = ones if torch.allclose(factor, ones, rtol=0, atol=_ONE) else factor
+                    turned = order if order != tuple(range(len(order))) else ()
+                    found.append(Joint(leaf, call, *key, key[0] in self._blocks, factor, turned))
+                    break
             raise _Stop
 
         with ExitStack() as stack:
@@ -202,6 +214,16 @@ class Joints:
                 whole = self._tree.get_submodule(path)
                 stack.callback(whole.register_forward_hook(lambda m, args, out, path=path: note(path, out)).remove)
             yield
+
+
+def _orders(given: torch.Tensor, stream: torch.Tensor) -> list[tuple[int, ...]]:
+    """The orders of dimensions, examples first, in which what is given has the shape of a stream; its own before others."""
+    every = ((0, *order) for order in itertools.permutations(range(1, given.dim())))
+    return [order for order in every if given.permute(order).shape == stream.shape]
+
+
+def _back(stream: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    return stream.permute(*sorted(range(len(order)), key=order.__getitem__))
 
 
 def _is_norm(module: nn.Module) -> bool:

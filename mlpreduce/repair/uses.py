@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -66,12 +66,12 @@ def uses_of(before: Model, after: Model, blocks: Sequence[str], batch: Batch) ->
         call = dense_calls[id(modules[0])] = dense_calls.get(id(modules[0]), -1) + 1
         joint = joints[0].find(ours.leaf("fc2").call, call, ours.block, layer.features)
         mine = joints[1].find(path, len(found.get(path, ())), theirs.block, layer.features)
-        if (joint.place, joint.output) != (mine.place, mine.output) or not joint.followed:
+        if (joint.place, joint.output, joint.order) != (mine.place, mine.output, mine.order) or not joint.followed:
             joint, mine = (
-                replace(one, place=one.leaf, at=one.call, output=True, factor=torch.ones_like(one.factor))
+                Joint(one.leaf, one.call, one.leaf, one.call, True, torch.ones_like(one.factor))
                 for one in (joint, mine)
             )
         block = blocks.index(ours.block) if blocks else order
-        weighed = joint.followed and ours.norm_follows
+        weighed = joint.followed and ours.norm_follows and not joint.order
         found.setdefault(path, []).append(Use(ours.name, joint, mine, block, layer.features, weighed))
     return found
