@@ -251,7 +251,7 @@ def test_the_stream_is_found(kind: str) -> None:
         for mlp in mlps:
             joint = joints.find(mlp.leaf("fc2").call, 0, mlp.block, -1 if "conv" not in kind else 1)
             assert joint.followed, mlp.name
-            assert joint.order == ((0, 2, 1) if "tokens" in mlp.name else ())  # an MLP over tokens gives them last
+            assert (joint.order == (0, 2, 1)) == ("tokens" in mlp.name)  # an MLP over tokens gives them last
             scale = getattr(model.get_submodule(mlp.block), "ls2", None)
             if own:
                 assert joint.place.startswith(mlp.block)  # the norm that only sees the branch

@@ -240,8 +240,10 @@ def _add(
             )
         return value.reshape(len(batch), -1, value.shape[-1])
 
+    shape = list(taken["inputs"].shape)
+    shape[use.dim] = -1
     inputs = rows(taken["inputs"])
-    stream, wanted = (rows(use.dense.laid_out(value)) for value in (taken["stream"], wanted))
+    stream, wanted = (rows(use.dense.laid_out(value, shape)) for value in (taken["stream"], wanted))
     if use.weighed:
         by_norm = wanted.double().var(-1, correction=0).reciprocal()
         weight = by_norm if weight is None else weight * by_norm

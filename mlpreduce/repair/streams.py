@@ -40,7 +40,7 @@ class Joint:
         at: which call of that.
         output: whether it is its output.
         factor: g, (features,) in float64.
-        order: dimensions of the output as the stream has them, as after a transposition; none where they are the same.
+        order: dimensions of the stream in the order of the output, as after a transposition; none for fc2 itself.
     """
 
     leaf: str
@@ -49,16 +49,16 @@ class Joint:
     at: int
     output: bool
     factor: torch.Tensor
-    order: tuple[int, ...] = ()
+    order: tuple[int, ...]
 
     @property
     def followed(self) -> bool:
         """Whether there is a stream."""
         return self.place != self.leaf
 
-    def laid_out(self, stream: torch.Tensor) -> torch.Tensor:
-        """The stream with its dimensions in the order of what fc2 gives."""
-        return _back(stream, self.order) if self.order else stream
+    def laid_out(self, stream: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """The stream with the shape of what fc2 gives, which may have its positions in one dimension."""
+        return stream.permute(self.order).reshape(shape) if self.order else stream
 
     def told_by(self, told: Callable[[torch.Tensor], Any]) -> Place:
         """The place of the stream, for `stopping_at`."""
@@ -155,7 +155,7 @@ class Joints:
         found: list[Joint] = []
         calls = 0
 
-        def change(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        def disturb(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
             nonlocal calls
             calls += 1
             if calls - 1 != call:
@@ -166,30 +166,29 @@ class Joints:
 
         def look(key: tuple[str, int], value: torch.Tensor) -> None:
             plain = self._plain.get(key)
-            if not changes or plain is None or value.shape != plain.shape:
+            if not changes or plain is None or value.shape != plain.shape or value.numel() != changes[0].numel():
                 return
-            orders = _orders(changes[0], value)
-            if not orders or not (value - plain).any():
+            change = value - plain
+            if not change.any():
                 return
             by = changes[0].double().movedim(dim, -1).flatten(0, -2)
-            for order in orders:
-                moved = _back(value - plain, order).double().movedim(dim, -1).flatten(0, -2)
+            for order in _orders(value):
+                moved = change.permute(order).reshape(changes[0].shape).double().movedim(dim, -1).flatten(0, -2)
                 factor = (moved * by).sum(0) / by.square().sum(0)
                 if (moved - factor * by).norm() <= _NEAR * moved.norm():
                     ones = torch.ones_like(factor)
                     factor = ones if torch.allclose(factor, ones, rtol=0, atol=_ONE) else factor
-                    turned = order if order != tuple(range(len(order))) else ()
-                    found.append(Joint(leaf, call, *key, key[0] in self._blocks, factor, turned))
+                    found.append(Joint(leaf, call, *key, key[0] in self._blocks, factor, order))
                     break
             raise _Stop
 
         with ExitStack() as stack:
-            stack.callback(fc2.register_forward_hook(change).remove)
+            stack.callback(fc2.register_forward_hook(disturb).remove)
             stack.enter_context(self._told([block] if block in self._blocks else [], look))
             stack.enter_context(suppress(_Stop))
             self._batch.run(self._tree)
         ones = torch.ones(changes[0].shape[dim], dtype=torch.float64, device=changes[0].device)
-        return found[0] if found else Joint(leaf, call, leaf, call, True, ones)
+        return found[0] if found else Joint(leaf, call, leaf, call, True, ones, ())
 
     @contextmanager
     def _told(self, blocks: Sequence[str], told: Callable[[tuple[str, int], torch.Tensor], Any]) -> Iterator[None]:
@@ -216,14 +215,9 @@ class Joints:
             yield
 
 
-def _orders(given: torch.Tensor, stream: torch.Tensor) -> list[tuple[int, ...]]:
-    """The orders of dimensions, examples first, in which what is given has the shape of a stream; its own before others."""
-    every = ((0, *order) for order in itertools.permutations(range(1, given.dim())))
-    return [order for order in every if given.permute(order).shape == stream.shape]
-
-
-def _back(stream: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    return stream.permute(*sorted(range(len(order)), key=order.__getitem__))
+def _orders(value: torch.Tensor) -> Iterator[tuple[int, ...]]:
+    """Orders of its dimensions in which the examples stay first; the one that they have comes first."""
+    return ((0, *order) for order in itertools.permutations(range(1, value.dim())))
 
 
 def _is_norm(module: nn.Module) -> bool:

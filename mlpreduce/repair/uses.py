@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -68,10 +68,10 @@ def uses_of(before: Model, after: Model, blocks: Sequence[str], batch: Batch) ->
         mine = joints[1].find(path, len(found.get(path, ())), theirs.block, layer.features)
         if (joint.place, joint.output, joint.order) != (mine.place, mine.output, mine.order) or not joint.followed:
             joint, mine = (
-                Joint(one.leaf, one.call, one.leaf, one.call, True, torch.ones_like(one.factor))
+                replace(one, place=one.leaf, at=one.call, output=True, factor=torch.ones_like(one.factor), order=())
                 for one in (joint, mine)
             )
         block = blocks.index(ours.block) if blocks else order
-        weighed = joint.followed and ours.norm_follows and not joint.order
+        weighed = joint.followed and ours.norm_follows and list(joint.order) == sorted(joint.order)
         found.setdefault(path, []).append(Use(ours.name, joint, mine, block, layer.features, weighed))
     return found
