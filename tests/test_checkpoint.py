@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers.fresh import python
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -42,7 +41,7 @@ def test_fresh_process(tmp_path: Path, images: torch.Tensor) -> None:
         "assert [p.transform for p in mlpreduce.history(model)] == ['grouped', 'shallow']\n"
         "torch.save(model(images).detach(), sys.argv[1] + '/output.pt')\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(mlpreduce.__file__).parents[1])
+    python("-c", code, str(tmp_path)).check_returncode()
     assert torch.equal(torch.load(tmp_path / "output.pt", weights_only=True), model(images))
 
 

@@ -525,7 +525,7 @@ def test_two_processes_choose_the_units_of_one(together: Together, trained: Path
     ours, theirs = (torch.load(tmp_path / f"weights{rank}.pt") for rank in range(2))
     same(ours, theirs)
     for name, tensor in tensors(model).items():
-        assert torch.allclose(tensor, ours[name], rtol=0, atol=1e-5), name
+        assert torch.allclose(tensor, ours[name], rtol=0, atol=1e-4), name  # products are float32
 
 
 def test_the_dry_run_reads_neither_weights_nor_data(monkeypatch: pytest.MonkeyPatch) -> None:

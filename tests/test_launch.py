@@ -41,7 +41,7 @@ from mlpreduce.train.settings import Run, TrainSettings
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")
 
 EPOCHS = 12
-SETTINGS = ["seeds=[42]", f"train.epochs={EPOCHS}"]
+SETTINGS = ["seeds=[42]", f"train.epochs={EPOCHS}", "model.kwargs.depth=2", "model.kwargs.embed_dim=16"]
 
 
 @pytest.fixture(scope="module")

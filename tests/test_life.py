@@ -6,10 +6,7 @@ import copy
 import importlib
 import io
 import json
-import os
 import pickle
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers.fresh import python
 from helpers.marks import slow_but
 from helpers.two_processes import Together
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -836,8 +834,7 @@ def test_the_papers_names_in_a_fresh_process(tmp_path: Path, images: torch.Tenso
         "import sys; sys.argv = ['train.py', 'vit_base_patch16_224_']\n"
         "import mlpreduce.timm_models, runpy; runpy.run_path('train.py', run_name='__main__')"
     )
-    environment = {"PYTHONPATH": str(Path(mlpreduce.__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=os.environ | environment)
+    python("-c", code, cwd=tmp_path).check_returncode()
     importlib.import_module("mlpreduce.timm_models")
     for kind in ("grouped", "shallow", "thin"):
         output, count = torch.load(tmp_path / f"{kind}.pt", weights_only=True)

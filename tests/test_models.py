@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from helpers.fresh import python
 from helpers.marks import slow_but
 from helpers.runs import digits_run, state
 from torch import nn
@@ -114,7 +113,7 @@ def test_a_recipe_trains_it(tmp_path: Path) -> None:
 
 
 def in_a_fresh_process(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.fresh import ROOT, python
 
 import mlpreduce
 from mlpreduce import registry, transforms
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # one that registers itself, under another name than its entry point's, and one that is a plain function
 PLUGIN = '''
@@ -77,8 +75,7 @@ def install(site: Path, package: str, code: str, entries: dict[str, str]) -> Non
 
 
 def run(site: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
+    return python(*arguments, cwd=cwd, paths=[site])
 
 
 def output(site: Path, *arguments: str, cwd: Path = ROOT) -> str:

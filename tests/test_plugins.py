@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import timm
+from helpers.fresh import python
 
 import mlpreduce
 from mlpreduce import plugins, recipe, registry
@@ -573,8 +572,7 @@ def saved(folder: Path, code: str, work: str) -> None:
     script = (
         f"import mlpreduce\nfrom mlpreduce.testing import tiny_vit\nmlpreduce.plugins.load_plugins(['mine.py'])\n{work}"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    done = python("-c", script, cwd=folder)
     assert done.returncode == 0, done.stderr
 
 
@@ -689,8 +687,7 @@ def test_a_run_needs_no_file_in_another_process(toml: Path, mine: Path, tmp_path
         "check_known([name for run in runs for name in names_of(run)])\n"
         "train_all(runs, Runtime(report=lambda e: print(e['event'], e['variant']), threads=1))\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = python("-c", script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {f"end {variant}" for variant in ("baseline", "ends", "narrow")} <= set(done.stdout.splitlines())
 

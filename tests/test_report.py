@@ -3,13 +3,12 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.fresh import python
 from helpers.records import COUNTS, HARDWARE, cells, make_record, write
 from PIL import Image
 from rich.console import Console
@@ -338,8 +337,8 @@ def test_several_runs_need_a_place_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.processes
 def test_the_command_rebuilds_a_report(output: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mlpreduce", "report", str(output), "--output", str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = python("-m", "mlpreduce", "report", str(output), "--output", str(tmp_path / "out"))
+    result.check_returncode()
     assert "81.47 ± 0.16" in result.stdout
     assert str(tmp_path / "out" / "report.html") in result.stdout
     assert (tmp_path / "out" / "report.html").is_file()

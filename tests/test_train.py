@@ -4,14 +4,13 @@ import hashlib
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.fresh import python
 from helpers.marks import slow_but
 from helpers.runs import (
     SMALL_VIT,
@@ -566,7 +565,7 @@ except ReductionError as error:
 def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
     tests = str(Path(__file__).parent)
     script = FULL.format(tests=tests, folder=str(tmp_path / "run"))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = python("-c", script)
     assert "worker 0 cannot " in done.stdout, done.stderr
     assert "File too large" in done.stdout
     assert "Checkpoints that are kept: 1." in done.stdout

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class Pricer:
         self._known: dict[str, _Known] = {}
         self._priced: dict[str, Point] = {}
 
-    @property
+    @cached_property
     def model(self) -> ModelView:
         """What spaces may know of the unreduced model.
 
