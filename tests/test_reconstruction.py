@@ -129,7 +129,8 @@ def test_uses_of_a_tied_mlp_count_together() -> None:
 
 
 def test_the_loss_weighs_outputs() -> None:
-    """The same order as when fc2's outputs are turned by a root of the second moments of the loss's gradients there."""
+    """The same order as when fc2's outputs are turned by a root of the second moments of the loss's gradients there, and each
+    position counts halfway between 1 and its share of the squared gradient in its chunk of 16 examples."""
     model, images = tiny_vit().double().eval(), pictures().double()
     labels = torch.arange(18) % 5
     mlps = find_mlps(model)
@@ -143,7 +144,11 @@ def test_the_loss_weighs_outputs() -> None:
     g = slopes[0].flatten(0, 1)
     root = torch.linalg.cholesky(g.T @ g + 1e-12 * torch.eye(g.shape[1], dtype=torch.float64)).T
     a = given(model, mlps, images)[mlp.name]
-    square = a.T @ a / len(a)
+    norms = slopes[0].square().sum(-1)
+    shares = torch.cat([norms[:16] / norms[:16].mean(), norms[16:] / norms[16:].mean()])
+    w = (0.5 + 0.5 * shares).flatten()[:, None]
+    square = a.T @ (w * a) / len(a)
+    assert float(w.mean()) == pytest.approx(1)
     expected = first_to_go(root @ columns(model, mlp), square, RIDGE * float(square.diagonal().mean()), 1, 20)
     answers = Answers(tiny_vit().double().eval(), mlps, [(images, labels)])
     answer = answers.of(mlp, choose({"name": "reconstruction", "ridge": RIDGE, "metric": "loss"}))

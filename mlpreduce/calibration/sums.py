@@ -13,7 +13,7 @@ from torch import nn
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at, projection
 
-__all__ = ["UnitSums", "add_calls", "empty_sums", "gram", "live_rows", "shared", "take_back"]
+__all__ = ["UnitSums", "add_calls", "empty_sums", "gram", "halfway", "live_rows", "shared", "take_back"]
 
 _BLOCKS, _BLOCK = 6, 128  # blocks of features at most, and the fewest features in one
 _TENSORS = ("rows", "total", "squares", "pairs", "wanted")
@@ -21,10 +21,10 @@ _TENSORS = ("rows", "total", "squares", "pairs", "wanted")
 
 @dataclass
 class UnitSums:
-    """Sums over all positions and examples, each half of the examples by itself, in float64.
+    """Sums over all positions and examples, each half of the examples by itself, in float64; positions may have weights.
 
     Attributes:
-        rows: how many positions, (uses, 2).
+        rows: how many positions, or their weights, (uses, 2).
         total: sums of a, (uses, 2, hidden units).
         squares: sums of a^2, (uses, 2, hidden units).
         pairs: sums of a a^T over all uses, (2, hidden units, hidden units); None where they were not asked for.
@@ -42,11 +42,13 @@ class UnitSums:
     biased: bool
     examples: int = 0
 
-    def add(self, use: int, half: int, rows: torch.Tensor) -> None:
+    def add(self, use: int, half: int, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add what fc2 was given, (positions, hidden units). Products are of its type, sums float64."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        self.rows[use, half] += len(rows)
-        self.total[use, half] += rows.sum(0, dtype=torch.float64)
+        roots = rows.new_ones(len(rows), 1) if weights is None else weights.to(rows.dtype).sqrt()[:, None]
+        self.rows[use, half] += len(rows) if weights is None else weights.sum()
+        rows = rows * roots
+        self.total[use, half] += (rows * roots).sum(0, dtype=torch.float64)
         self.squares[use, half] += rows.square().sum(0, dtype=torch.float64)
         if self.pairs is not None:
             self.pairs[half] += gram(rows)
@@ -107,6 +109,11 @@ def gram(rows: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def halfway(squares: torch.Tensor, mean: float) -> torch.Tensor:
+    """Weights of positions: halfway between 1 and the share of each in squared gradients of this mean; 1 where all are 0."""
+    return 0.5 + 0.5 * squares / mean if mean > 0 else torch.ones_like(squares)
+
+
 def live_rows(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The rows of values (examples, ..., features), but for positions that are padding; (rows, features)."""
     if mask is not None and values.shape[:-1] == mask.shape:
@@ -119,15 +126,25 @@ def add_calls(
     kept: Mapping[str, Sequence[torch.Tensor]],
     rank: int,
     mask: torch.Tensor | None = None,
+    weights: Mapping[str, Sequence[torch.Tensor]] | None = None,
 ) -> None:
-    """Add what each fc2 was given in its calls, (examples, positions, hidden units) each, but for padding."""
+    """Add what each fc2 was given in its calls, (examples, positions, hidden units) each, but for padding.
+
+    Args:
+        sums: by owner.
+        kept: what it was given, by owner and call.
+        rank: of this process.
+        mask: which positions are no padding.
+        weights: of positions, (examples, positions), by owner and call; 1 by default.
+    """
     for owner, calls in kept.items():
         for number, hidden in enumerate(calls if owner in sums else ()):
             for half in range(2):
                 pick = slice((half + rank) % 2, None, 2)  # so that one example in each process is enough
                 if len(some := hidden.detach()[pick]):
-                    rows = live_rows(some, None if mask is None else mask[pick])
-                    sums[owner].add(min(number, len(sums[owner].rows) - 1), half, rows)
+                    live = None if mask is None else mask[pick]
+                    counts = None if weights is None else live_rows(weights[owner][number][pick][..., None], live)[:, 0]
+                    sums[owner].add(min(number, len(sums[owner].rows) - 1), half, live_rows(some, live), counts)
 
 
 def shared(sums: Mapping[str, UnitSums]) -> dict[Any, torch.Tensor]:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from mlpreduce.calibration.batches import Batch
 from mlpreduce.calibration.measure import Loss, Measured, objective_of, telling
 from mlpreduce.calibration.memory import allowed
 from mlpreduce.calibration.probing import Probe, probing
 from mlpreduce.calibration.quiet import quiet_copy, running
 from mlpreduce.calibration.samples import Samples, together
-from mlpreduce.calibration.sums import UnitSums, add_calls, empty_sums, shared, take_back
+from mlpreduce.calibration.sums import UnitSums, add_calls, empty_sums, halfway, live_rows, shared, take_back
 from mlpreduce.calibration.taps import Taps
 from mlpreduce.criteria import Choice
 from mlpreduce.errors import ReductionError
@@ -70,9 +71,8 @@ def measure_units(
                             total = objective_of(choice, tree, batch, labels, loss)() * len(batch)
                         else:
                             batch.run(tree)
-                add_calls(sums, kept, samples.rank, batch.mask)
-                if slopes:
-                    _add_slopes(sums, tree, owners, probes, total)
+                weights = _add_slopes(sums, tree, owners, probes, total, batch) if slopes else None
+                add_calls(sums, kept, samples.rank, batch.mask, weights)
         except Exception as error:  # whatever the data raises, or the model: the other processes are told
             problem = error
         every = samples.finish(shared(sums), problem)
@@ -88,11 +88,26 @@ def _from(mlps: Sequence[MLP], first: str) -> list[MLP]:
 
 
 def _add_slopes(
-    sums: dict[str, UnitSums], tree: nn.Module, mlps: Sequence[MLP], probes: Sequence[Probe], total: torch.Tensor
-) -> None:
+    sums: dict[str, UnitSums],
+    tree: nn.Module,
+    mlps: Sequence[MLP],
+    probes: Sequence[Probe],
+    total: torch.Tensor,
+    batch: Batch,
+) -> dict[str, list[torch.Tensor]]:
+    """Add gradients by what each MLP gives; weights of its positions by them, (examples, positions), by owner and call."""
     slopes = torch.autograd.grad(total, [probe for *_, probe in probes], materialize_grads=True)
     owners = {mlp.leaf("fc2").call: mlp.owner for mlp in mlps}
+    squares: dict[str, list[torch.Tensor]] = {}
     for (path, _, _), slope in zip(probes, slopes, strict=True):
         layer = projection(module_at(tree, path))
         if layer is not None:
-            sums[owners[path]].add_slopes(slope.movedim(layer.features, -1).flatten(0, -2))
+            rows = slope.movedim(layer.features, -1)
+            sums[owners[path]].add_slopes(rows.flatten(0, -2))
+            square = rows.double().square().sum(-1).reshape(len(batch), -1)
+            squares.setdefault(owners[path], []).append(square)
+    means = {
+        owner: torch.cat([live_rows(one[..., None], batch.mask) for one in some]).mean()
+        for owner, some in squares.items()
+    }
+    return {owner: [halfway(one, float(means[owner])) for one in some] for owner, some in squares.items()}

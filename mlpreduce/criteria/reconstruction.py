@@ -37,7 +37,8 @@ def reconstruction(
     """Units in the order in which they are missed, when all others make up for them as well as they can.
 
     The scores of the units that go add up to the squared error of what the MLP gives at a position, after a refit of fc2 and
-    its bias; with `metric="loss"` they are weighed by how much the loss hangs on each output, and compare between MLPs.
+    its bias; with `metric="loss"` they are weighed by how much the loss hangs on each output, and compare between MLPs. Each
+    position counts by it too: halfway between 1 and its share of the squared gradient of the loss, among those of 16 examples.
 
     Args:
         seen: the moments.
@@ -70,7 +71,7 @@ def reconstruction(
             raise ReductionError("criterion reconstruction: no gradients were measured")
         weight = _root(seen.wanted) @ weight
     share = _chosen(seen, weight) if ridge is None else ridge
-    count, least = int(seen.rows.sum()), len(square) + seen.folded
+    count, least = round(float(seen.rows.sum())), len(square) + seen.folded
     if not share and count < least:
         raise ReductionError(
             f"criterion reconstruction(ridge={ridge}): {count:,} positions of the data are too few for {len(square):,} hidden "

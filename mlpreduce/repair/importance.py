@@ -16,7 +16,7 @@ from torch import nn
 
 from mlpreduce.calibration import Batch, all_reduce, in_all
 from mlpreduce.calibration.probing import probing
-from mlpreduce.calibration.sums import live_rows
+from mlpreduce.calibration.sums import halfway, live_rows
 from mlpreduce.repair.streams import Place, stopping_at
 
 __all__ = ["Call", "position_weights"]
@@ -63,7 +63,7 @@ def position_weights(
     if missing:
         return None
     return [
-        [0.5 + 0.5 * value * count / total if total > 0 else torch.ones_like(value) for value in some]
+        [halfway(value, total / max(count, 1)) for value in some]
         for some, (total, count) in zip(found, totals, strict=True)
     ]
 
