@@ -259,6 +259,21 @@ def test_the_stream_is_found(kind: str) -> None:
                 torch.testing.assert_close(joint.factor, scale.gamma.detach(), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("gamma", [1e-6, 1e-5, 1.0])
+def test_a_layer_scale_that_is_nearly_shut_is_followed(gamma: float) -> None:
+    """In single precision a change of what the MLP gives, times 1e-6, would be next to the rounding of the stream."""
+    model: Any = timm.create_model("deit3_small_patch16_224", **DEIT).eval()
+    for block in model.blocks:
+        nn.init.constant_(block.ls2.gamma, gamma)
+    mlps, tree = find_mlps(model), quiet_copy(model)
+    with torch.no_grad():
+        joints = Joints(tree, [mlp.block for mlp in mlps], Batch(pictures(2, side=32).float()))
+        for mlp in mlps:
+            joint = joints.find(mlp.leaf("fc2").call, 0, mlp.block, -1)
+            assert joint.followed
+            torch.testing.assert_close(joint.factor.mean(), torch.tensor(gamma).double(), rtol=1e-3, atol=0)
+
+
 def test_where_no_stream_is_found_the_mlps_own_output_is_wanted() -> None:
     class Squared(nn.Module):
         """A block whose stream is bent at once."""

@@ -26,6 +26,7 @@ __all__ = ["Cut", "Joint", "Joints", "Place", "graph_from", "stopping_at"]
 Place = tuple[str, int, bool, Callable[[torch.Tensor], Any]]
 
 _ONE = 1e-4  # by which a factor may differ from 1 by rounding
+_CHANGE = 2.0**14  # standard deviations of y: what layer scale leaves of it, 1e-6 at first, must not be rounding
 _NEAR = 1e-3  # by which a change of z may differ from a factor times a change of y, of its size
 
 
@@ -161,7 +162,7 @@ class Joints:
             if calls - 1 != call:
                 return None
             noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-            changes.append(noise * output.std().clamp(min=1e-6))
+            changes.append(noise * output.std().clamp(min=1e-6) * _CHANGE)
             return output + changes[0]
 
         def look(key: tuple[str, int], value: torch.Tensor) -> None:
