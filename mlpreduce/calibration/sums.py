@@ -45,10 +45,11 @@ class UnitSums:
     def add(self, use: int, half: int, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add what fc2 was given, (positions, hidden units). Products are of its type, sums float64."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        roots = rows.new_ones(len(rows), 1) if weights is None else weights.to(rows.dtype).sqrt()[:, None]
+        counts = None if weights is None else weights.to(rows.dtype)[:, None]
         self.rows[use, half] += len(rows) if weights is None else weights.sum()
-        rows = rows * roots
-        self.total[use, half] += (rows * roots).sum(0, dtype=torch.float64)
+        self.total[use, half] += (rows if counts is None else rows * counts).sum(0, dtype=torch.float64)
+        if counts is not None:
+            rows = rows * counts.sqrt()
         self.squares[use, half] += rows.square().sum(0, dtype=torch.float64)
         if self.pairs is not None:
             self.pairs[half] += gram(rows)
