@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 import mlpreduce
 from mlpreduce.calibration import Answers, memory
 from mlpreduce.calibration.sums import UnitSums
+from mlpreduce.calibration.units import _weights
 from mlpreduce.criteria import Ranking, choose
 from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError
@@ -130,7 +131,7 @@ def test_uses_of_a_tied_mlp_count_together() -> None:
 
 def test_the_loss_weighs_outputs() -> None:
     """The same order as when fc2's outputs are turned by a root of the second moments of the loss's gradients there, and each
-    position counts halfway between 1 and its share of the squared gradient in its chunk of 16 examples."""
+    position counts halfway between 1 and its share of the squared gradient in its example."""
     model, images = tiny_vit().double().eval(), pictures().double()
     labels = torch.arange(18) % 5
     mlps = find_mlps(model)
@@ -145,8 +146,7 @@ def test_the_loss_weighs_outputs() -> None:
     root = torch.linalg.cholesky(g.T @ g + 1e-12 * torch.eye(g.shape[1], dtype=torch.float64)).T
     a = given(model, mlps, images)[mlp.name]
     norms = slopes[0].square().sum(-1)
-    shares = torch.cat([norms[:16] / norms[:16].mean(), norms[16:] / norms[16:].mean()])
-    w = (0.5 + 0.5 * shares).flatten()[:, None]
+    w = (0.5 + 0.5 * norms / norms.mean(1, keepdim=True)).flatten()[:, None]
     square = a.T @ (w * a) / len(a)
     assert float(w.mean()) == pytest.approx(1)
     expected = first_to_go(root @ columns(model, mlp), square, RIDGE * float(square.diagonal().mean()), 1, 20)
@@ -157,6 +157,20 @@ def test_the_loss_weighs_outputs() -> None:
     assert isinstance(plain, Ranking)
     assert answer.order.flip(0)[:20].tolist() == expected
     assert plain.order.tolist() != answer.order.tolist()
+
+
+def test_positions_of_an_example_count_1_on_average_but_for_padding() -> None:
+    squares = [torch.rand(3, 5, dtype=torch.float64) for _ in range(2)]  # of two uses of one MLP
+    for one in squares:
+        one[1] = 0  # an example on which the loss does not hang
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()
+    found = _weights(squares, mask)
+    assert all(torch.equal(one[1], torch.ones(5, dtype=torch.float64)) for one in found)
+    live = torch.cat([mask, mask], 1)
+    means = (torch.cat(found, 1) * live).sum(1) / live.sum(1)
+    torch.testing.assert_close(means, torch.ones(3, dtype=torch.float64))
+    assert torch.cat(found)[torch.cat([mask, mask])].ge(0.5).all()
+    torch.testing.assert_close(found[0][0, 0] - 0.5, (found[1][0, 0] - 0.5) * squares[0][0, 0] / squares[1][0, 0])
 
 
 def test_batches_do_not_matter() -> None:

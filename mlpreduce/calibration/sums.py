@@ -110,9 +110,9 @@ def gram(rows: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def halfway(squares: torch.Tensor, mean: float) -> torch.Tensor:
+def halfway(squares: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """Weights of positions: halfway between 1 and the share of each in squared gradients of this mean; 1 where all are 0."""
-    return 0.5 + 0.5 * squares / mean if mean > 0 else torch.ones_like(squares)
+    return torch.where(mean > 0, 0.5 + 0.5 * squares / mean, 1.0)
 
 
 def live_rows(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

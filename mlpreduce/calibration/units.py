@@ -14,7 +14,7 @@ from mlpreduce.calibration.memory import allowed
 from mlpreduce.calibration.probing import Probe, probing
 from mlpreduce.calibration.quiet import quiet_copy, running
 from mlpreduce.calibration.samples import Samples, together
-from mlpreduce.calibration.sums import UnitSums, add_calls, empty_sums, halfway, live_rows, shared, take_back
+from mlpreduce.calibration.sums import UnitSums, add_calls, empty_sums, halfway, shared, take_back
 from mlpreduce.calibration.taps import Taps
 from mlpreduce.criteria import Choice
 from mlpreduce.errors import ReductionError
@@ -106,8 +106,16 @@ def _add_slopes(
             sums[owners[path]].add_slopes(rows.flatten(0, -2))
             square = rows.double().square().sum(-1).reshape(len(batch), -1)
             squares.setdefault(owners[path], []).append(square)
-    means = {
-        owner: torch.cat([live_rows(one[..., None], batch.mask) for one in some]).mean()
-        for owner, some in squares.items()
-    }
-    return {owner: [halfway(one, float(means[owner])) for one in some] for owner, some in squares.items()}
+    return {owner: _weights(some, batch.mask) for owner, some in squares.items()}
+
+
+def _weights(squares: Sequence[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Weights of positions, (examples, positions) for each call, by squared gradients there; 1 on average in each example.
+
+    Examples count alike: of a model that is trained, few have a large gradient, and what is fitted must serve all.
+    """
+    live = [torch.ones_like(one) if mask is None or mask.shape != one.shape else mask.to(one) for one in squares]
+    totals = [(one * some).sum(1, keepdim=True) for one, some in zip(squares, live, strict=True)]
+    counts = [some.sum(1, keepdim=True) for some in live]
+    mean = torch.stack(totals).sum(0) / torch.stack(counts).sum(0).clamp(min=1)
+    return [halfway(one, mean) for one in squares]

@@ -38,7 +38,7 @@ def reconstruction(
 
     The scores of the units that go add up to the squared error of what the MLP gives at a position, after a refit of fc2 and
     its bias; with `metric="loss"` they are weighed by how much the loss hangs on each output, and compare between MLPs. Each
-    position counts by it too: halfway between 1 and its share of the squared gradient of the loss, among those of 16 examples.
+    position counts by it too: halfway between 1 and its share of the squared gradient of the loss in its example.
 
     Args:
         seen: the moments.

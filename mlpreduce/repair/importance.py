@@ -63,7 +63,7 @@ def position_weights(
     if missing:
         return None
     return [
-        [halfway(value, total / max(count, 1)) for value in some]
+        [halfway(value, value.new_tensor(total / max(count, 1))) for value in some]
         for some, (total, count) in zip(found, totals, strict=True)
     ]
 
