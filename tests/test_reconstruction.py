@@ -27,6 +27,7 @@ from mlpreduce.graph import MLP, find_mlps, module_at, projection
 from mlpreduce.testing import tiny_vit
 
 RIDGE = 1e-2
+LOSS = {"name": "reconstruction", "ridge": RIDGE, "metric": "loss"}
 
 
 def pictures(count: int = 18, side: int = 16) -> torch.Tensor:
@@ -129,6 +130,20 @@ def test_uses_of_a_tied_mlp_count_together() -> None:
     assert answer.order.flip(0)[:12].tolist() == expected
 
 
+@pytest.mark.parametrize("per_use", ["lora", "ssf"])
+def test_uses_with_layers_of_their_own_count_as_those_without(per_use: str) -> None:
+    """Corrections that have not been trained change nothing, and lie around the shared fc2."""
+    images, labels = pictures().double(), torch.arange(18) % 5
+    found = []
+    for own in ("none", per_use):
+        model = mlpreduce.apply(tiny_vit().double().eval(), "grouped", group=2, scale="none", per_use=own)
+        answer = Answers(model, mlps := find_mlps(model), [(images, labels)]).of(mlps[1], choose(LOSS))
+        assert isinstance(answer, Ranking)
+        found.append(answer)
+    assert torch.equal(found[0].order, found[1].order)
+    torch.testing.assert_close(found[0].scores, found[1].scores)
+
+
 def test_the_loss_weighs_outputs() -> None:
     """The same order as when fc2's outputs are turned by a root of the second moments of the loss's gradients there, and each
     position counts halfway between 1 and its share of the squared gradient in its example."""
@@ -151,7 +166,7 @@ def test_the_loss_weighs_outputs() -> None:
     assert float(w.mean()) == pytest.approx(1)
     expected = first_to_go(root @ columns(model, mlp), square, RIDGE * float(square.diagonal().mean()), 1, 20)
     answers = Answers(tiny_vit().double().eval(), mlps, [(images, labels)])
-    answer = answers.of(mlp, choose({"name": "reconstruction", "ridge": RIDGE, "metric": "loss"}))
+    answer = answers.of(mlp, choose(LOSS))
     plain = answers.of(mlp, choose({"name": "reconstruction", "ridge": RIDGE}))
     assert isinstance(answer, Ranking)
     assert isinstance(plain, Ranking)

@@ -58,7 +58,8 @@ def measure_units(
         sums = empty_sums(_from(mlps, first), tree, pairs=pairs, slopes=slopes, most=most)
         taps = Taps(tree, [mlp for mlp in mlps if mlp.owner in sums], ("fc2",))
         owners = [mlp for mlp in mlps if mlp.name in sums]
-        paths = [mlp.leaf("fc2").call for mlp in owners] if slopes else []
+        # fc2 itself and not a layer around it, of which each use has its own
+        paths = [mlp.leaf("fc2").path for mlp in owners] if slopes else []
         if not sums:
             raise ReductionError("no MLP has a linear layer or a 1 x 1 convolution for fc2; use a criterion of weights")
         try:
@@ -97,7 +98,7 @@ def _add_slopes(
 ) -> dict[str, list[torch.Tensor]]:
     """Add gradients by what each MLP gives; weights of its positions by them, (examples, positions), by owner and call."""
     slopes = torch.autograd.grad(total, [probe for *_, probe in probes], materialize_grads=True)
-    owners = {mlp.leaf("fc2").call: mlp.owner for mlp in mlps}
+    owners = {mlp.leaf("fc2").path: mlp.owner for mlp in mlps}
     squares: dict[str, list[torch.Tensor]] = {}
     for (path, _, _), slope in zip(probes, slopes, strict=True):
         layer = projection(module_at(tree, path))
