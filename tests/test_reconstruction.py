@@ -247,6 +247,15 @@ def test_where_nobody_knows_what_is_free_there_is_no_limit(monkeypatch: pytest.M
     assert memory.allowed(cpu, None) == math.inf
 
 
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(memory, "_available", lambda: 800.0)
+    assert memory.allowed(torch.device("cpu"), None) == 400
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.allowed(torch.device("cpu"), None) == 100
+    assert memory.allowed(torch.device("cpu"), 2) == 2 << 20
+
+
 def test_widths_are_nested_and_serve_every_target() -> None:
     model, data = tiny_vit().eval(), [(pictures(40), torch.arange(40) % 5)]
     for criterion in ("reconstruction", {"name": "reconstruction", "metric": "loss"}):

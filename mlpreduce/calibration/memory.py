@@ -1,4 +1,4 @@
-"""How much memory sums over calibration data may take."""
+"""How much memory may be taken by what is kept of calibration data."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ _MIB = 1 << 20
 
 
 def allowed(device: torch.device, given: float | None) -> float:
-    """Bytes that sums may take on a device: `given` in MiB, or half of what is free there, without limit where nobody knows."""
+    """Bytes that what is kept of data may take on a device: `given` in MiB, or half of what is free there.
+
+    Processes of one machine that were started together, as by torchrun, share half of its memory. There is no limit where
+    nobody knows what is free.
+    """
     if given is not None:
         return given * _MIB
     if device.type == "cuda":
         return _PART * torch.cuda.mem_get_info(device)[0]
-    return _PART * _available()
+    return _PART * _available() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _available() -> float:
