@@ -43,13 +43,16 @@ class UnitSums:
     examples: int = 0
 
     def add(self, use: int, half: int, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add what fc2 was given, (positions, hidden units). Products are of its type, sums float64."""
+        """Add inputs of fc2, (positions, hidden units), with weights of positions. Products are of their type, sums float64."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        counts = None if weights is None else weights.to(rows.dtype)[:, None]
-        self.rows[use, half] += len(rows) if weights is None else weights.sum()
-        self.total[use, half] += (rows if counts is None else rows * counts).sum(0, dtype=torch.float64)
-        if counts is not None:
-            rows = rows * counts.sqrt()
+        if weights is None:
+            self.rows[use, half] += len(rows)
+            self.total[use, half] += rows.sum(0, dtype=torch.float64)
+        else:
+            roots = weights.to(rows.dtype).sqrt()[:, None]
+            rows = rows * roots  # products of two have the weight once
+            self.rows[use, half] += weights.sum()
+            self.total[use, half] += (rows * roots).sum(0, dtype=torch.float64)
         self.squares[use, half] += rows.square().sum(0, dtype=torch.float64)
         if self.pairs is not None:
             self.pairs[half] += gram(rows)
@@ -129,23 +132,27 @@ def add_calls(
     mask: torch.Tensor | None = None,
     weights: Mapping[str, Sequence[torch.Tensor]] | None = None,
 ) -> None:
-    """Add what each fc2 was given in its calls, (examples, positions, hidden units) each, but for padding.
+    """Add the inputs of each fc2, without padding.
 
     Args:
         sums: by owner.
-        kept: what it was given, by owner and call.
+        kept: the inputs, (examples, positions, hidden units), by owner and call.
         rank: of this process.
-        mask: which positions are no padding.
+        mask: which positions are no padding, (examples, positions); all by default.
         weights: of positions, (examples, positions), by owner and call; 1 by default.
     """
+
+    def rows(values: torch.Tensor, some: slice) -> torch.Tensor:
+        return live_rows(values[some], None if mask is None else mask[some])
+
     for owner, calls in kept.items():
         for number, hidden in enumerate(calls if owner in sums else ()):
             for half in range(2):
                 pick = slice((half + rank) % 2, None, 2)  # so that one example in each process is enough
-                if len(some := hidden.detach()[pick]):
-                    live = None if mask is None else mask[pick]
-                    counts = None if weights is None else live_rows(weights[owner][number][pick][..., None], live)[:, 0]
-                    sums[owner].add(min(number, len(sums[owner].rows) - 1), half, live_rows(some, live), counts)
+                if len(hidden[pick]):
+                    given = rows(hidden.detach(), pick)
+                    weight = rows(weights[owner][number][..., None], pick)[:, 0] if weights is not None else None
+                    sums[owner].add(min(number, len(sums[owner].rows) - 1), half, given, weight)
 
 
 def shared(sums: Mapping[str, UnitSums]) -> dict[Any, torch.Tensor]:

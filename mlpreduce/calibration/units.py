@@ -115,8 +115,7 @@ def _weights(squares: Sequence[torch.Tensor], mask: torch.Tensor | None) -> list
 
     Examples count alike: of a model that is trained, few have a large gradient, and what is fitted must serve all.
     """
-    live = [torch.ones_like(one) if mask is None or mask.shape != one.shape else mask.to(one) for one in squares]
-    totals = [(one * some).sum(1, keepdim=True) for one, some in zip(squares, live, strict=True)]
-    counts = [some.sum(1, keepdim=True) for some in live]
-    mean = torch.stack(totals).sum(0) / torch.stack(counts).sum(0).clamp(min=1)
+    every = torch.cat(list(squares), 1)
+    live = torch.cat([torch.ones_like(one) if mask is None or mask.shape != one.shape else mask for one in squares], 1)
+    mean = (every * live).sum(1, keepdim=True) / live.sum(1, keepdim=True).clamp(min=1)
     return [halfway(one, mean) for one in squares]

@@ -35,7 +35,6 @@ __all__ = ["REPAIRS", "distances", "refit_errors", "repaired"]
 REPAIRS = ("none", "bias", "parallel", "least_squares")
 _COMPARED = 128  # examples of each process, by which sets of edits are compared
 _FAR = 0.9  # cosine of what the models give, below which the plan warns
-Model = tuple[nn.Module, Sequence[MLP]]  # with its MLPs that are repaired, all uses
 Value = TypeVar("Value")
 Key = TypeVar("Key")
 

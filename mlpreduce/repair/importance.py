@@ -39,7 +39,7 @@ def position_weights(
         calls: where MLPs give something.
         batches: the examples.
         output: what a model gives for each example, (examples, values).
-        places: what else is told of these runs, as of `stopping_at`.
+        places: whose tensors are told to somebody in these runs, see `stopping_at`.
 
     Returns:
         By call and batch; None where the model has no derivative, in any process.
@@ -75,7 +75,7 @@ def _slopes(
     output: Callable[[Batch], torch.Tensor],
     generator: torch.Generator,
 ) -> list[torch.Tensor] | None:
-    """Gradients of the combination by what MLPs give, by call; None where there are none."""
+    """Gradients of the combination at the outputs of MLPs, one for each call; None where the model has none."""
     with torch.enable_grad(), probing(tree, [path for path, *_ in calls]) as probes:
         try:
             given = output(batch)

@@ -22,10 +22,9 @@ from mlpreduce.calibration import Batch, Samples, telling
 from mlpreduce.calibration.sums import live_rows
 from mlpreduce.graph import MLP, module_at, projection
 from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
+from mlpreduce.repair.uses import Model
 
 __all__ = ["Alone", "repair_alone"]
-
-Model = tuple[nn.Module, Sequence[MLP]]  # with its MLPs that are repaired, all uses
 
 
 @dataclass

@@ -34,7 +34,7 @@ from mlpreduce.repair.importance import position_weights
 from mlpreduce.repair.nearness import Nearness, gathered, is_further, nearness
 from mlpreduce.repair.outputs import output_of
 from mlpreduce.repair.streams import Cut, Place, graph_from, stopping_at
-from mlpreduce.repair.uses import Use, blocks_of, uses_of
+from mlpreduce.repair.uses import Model, Use, blocks_of, uses_of
 from mlpreduce.repair.whole import Whole
 from mlpreduce.waiting import steps
 
@@ -42,8 +42,6 @@ __all__ = ["InTurn", "repair_in_turn"]
 
 _HELD = 8  # one in so many examples is held out
 _FEWEST = 16  # examples, below which all are fitted and judged by
-
-Model = tuple[nn.Module, Sequence[MLP]]  # with its MLPs that are repaired, all uses
 
 
 @dataclass
@@ -108,14 +106,14 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
     every_use = [use for path in order for use in uses[path]]
     again, fitting, judging = (Cut(tree, blocks, stages) for tree in (dense, reduced, reduced))
     whole = Whole(dense, again, every_use, allowed(samples.device, None))
-    counts = None
+    positions = None
     if kind == "least_squares":
         calls = [(use.dense.leaf, use.dense.call, use.dim) for use in every_use]
-        counts = position_weights(dense, calls, batches, output_of, whole.places())
-        found.weighed = counts is not None
-    if counts is None:
+        positions = position_weights(dense, calls, batches, output_of, whole.places())
+        found.weighed = positions is not None
+    if positions is None:
         whole.forget()
-    weights = dict(zip((use.name for use in every_use), counts or [], strict=False))
+    weights = dict(zip((use.name for use in every_use), positions or [], strict=False))
     beyond = Cut(dense, blocks, stages, known=judging)
 
     def given(end: int, use: Use) -> torch.Tensor:

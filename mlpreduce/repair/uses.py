@@ -13,7 +13,7 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at, projection
 from mlpreduce.repair.streams import Joint, Joints
 
-__all__ = ["Use", "blocks_of", "uses_of"]
+__all__ = ["Model", "Use", "blocks_of", "uses_of"]
 
 Model = tuple[nn.Module, Sequence[MLP]]  # with its MLPs that are repaired, all uses
 
