@@ -93,7 +93,7 @@ def cluster_of(number: int) -> Iterator[Nodes]:
         started.end()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def two_nodes() -> Iterator[Nodes]:
     with cluster_of(2) as started:
         yield started
@@ -149,25 +149,23 @@ def test_an_elastic_run_goes_on_without_the_nodes_that_were_lost(three_nodes: No
 
 
 @pytest.mark.ray
-def test_two_nodes_give_the_bits_of_one(together: Together, two_nodes: Nodes, tmp_path: Path) -> None:
+def test_two_nodes_give_the_bits_of_one_and_let_in_who_has_the_token(
+    together: Together, two_nodes: Nodes, tmp_path: Path
+) -> None:
     output = put_store(tmp_path / "out")
     whole = undisturbed(together, tmp_path / "whole", *GROUPED)
     process = start(two_nodes, *GROUPED, "--output", str(output))
     wait_for_epochs(process, output, "grouped-42", 1)
     workers = workers_of(two_nodes.mark)
     assert len({parent(worker) for worker in workers}) == len(workers) == 2  # each node has a raylet of its own
+    stranger = start(two_nodes, *GROUPED, "--output", str(tmp_path / "stranger"), token="1" * 32)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "Traceback" not in stdout + stderr
     same(last_state(output / "grouped" / "seed42"), last_state(whole))
     assert without_times(records(output)["grouped-42"]["epochs"]) == last_state(whole)["history"]
-
-
-@pytest.mark.ray
-def test_another_token_is_told(two_nodes: Nodes, tmp_path: Path) -> None:
-    process = start(two_nodes, *GROUPED, "--output", str(tmp_path / "out"), token="1" * 32)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 2, stderr
+    _, stderr = stranger.communicate(timeout=120)
+    assert stranger.returncode == 2, stderr
     assert "does not let this process in" in stderr
     assert "RAY_AUTH_TOKEN" in stderr
 

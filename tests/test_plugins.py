@@ -704,14 +704,14 @@ def suggest(trial):
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_recipe_trains_under_ray_with_two_workers(toml: Path, tmp_path: Path) -> None:
-    found = recipe.load(str(toml), ["launch.workers=2", "train.batch_size=32"])
+    both = "variants={both=[{transform='own_ends'}, {transform='shallow', ratio=0.5, criterion='own_norm'}]}"
+    found = recipe.load(str(toml), ["launch.workers=2", "train.batch_size=32", both])
     toml.with_name("mine.py").unlink()  # workers are sent its text
     assert running.train(found, tmp_path / "out") == 0
     variants = json.loads((tmp_path / "out" / "results.json").read_text())["variants"]
-    assert set(variants) == {"baseline", "ends", "narrow"}
-    assert (variants["baseline"]["unique_mlps"], variants["ends"]["unique_mlps"]) == (2, 1)
-    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/seed1/record.json")]
-    assert [{entry["workers"] for entry in record["epochs"]} for record in records] == [{2}] * 3
+    assert {name: variant["unique_mlps"] for name, variant in variants.items()} == {"both": 1}
+    (record,) = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/seed1/record.json")]
+    assert {entry["workers"] for entry in record["epochs"]} == {2}
 
 
 @pytest.mark.ray

@@ -244,18 +244,21 @@ def test_one_objective_and_optunas_pruner(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_screening_and_inherited_weights(tmp_path: Path) -> None:
-    document = search(tmp_path / "screened", inherit="baseline", screen=64, trials=4, seed=3)
+    few: dict[str, Any] = {"references": ("baseline",), "seeds": (1,)}
+    document = search(tmp_path / "screened", inherit="baseline", screen=64, trials=4, seed=3, **few)
     found = optuna.load_study(
         study_name="sharing_width-digits_tiny", storage=f"sqlite:///{tmp_path}/screened/optuna.db"
     )
     tried = [trial.user_attrs["sensitivity"] for trial in found.get_trials() if "sensitivity" in trial.user_attrs]
     assert len(tried) == 4 + document["counts"]["screened"]
     assert "Trials started from trained weights" in document["verdicts"][0]
-    document = search(tmp_path / "nearest", inherit="nearest", trials=3)
-    first, *others = (point for point in document["points"] if point["kind"] == "trial")
-    record = json.loads((tmp_path / "nearest" / "points" / others[-1]["key"] / "seed1" / "record.json").read_text())
-    assert record["epochs"][0]["train_loss"] < 2.0  # not that of random weights
-    assert first["runs"]
+    document = search(tmp_path / "nearest", inherit="nearest", trials=3, **few)
+    points = {point["name"]: tmp_path / "nearest" / "points" / point["key"] / "seed1" for point in document["points"]}
+    random, inherited = (
+        json.loads((points[name] / "record.json").read_text())["epochs"][0]["train_loss"]
+        for name in ("baseline", "trial 2")
+    )
+    assert inherited < 0.95 * random
 
 
 @pytest.mark.slow
