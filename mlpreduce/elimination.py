@@ -13,6 +13,7 @@ Source: the optimal brain surgeon (Hassibi and Stork, 1993) for columns, as ZipL
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ import torch
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["Elimination", "eliminate", "refit_error", "swapped"]
+__all__ = ["Elimination", "eliminate", "refit_errors", "swapped"]
 
 _PANEL = 48  # removals that are kept as columns before P and W are updated by them
 
@@ -220,23 +221,30 @@ def _error(wanted: torch.Tensor, ridged: torch.Tensor, whole: float, kept: Seque
     return whole - float((fitted * wanted[:, some]).sum())
 
 
-def refit_error(
-    weight: torch.Tensor, square: torch.Tensor, ridge: float, kept: torch.Tensor, other: torch.Tensor
-) -> float:
-    """The squared error on other second moments, of a refit on these with some of the inputs.
+def refit_errors(
+    weight: torch.Tensor, square: torch.Tensor, ridges: Sequence[float], kept: torch.Tensor, other: torch.Tensor
+) -> list[float]:
+    """The squared errors on other second moments, of refits on these with some of the inputs.
 
     Args:
         weight: as `eliminate`.
         square: as `eliminate`.
-        ridge: as `eliminate`.
+        ridges: as `eliminate`, one of each refit.
         kept: the inputs.
-        other: second moments by which the refit is judged; infinite where there is no refit.
+        other: second moments by which the refits are judged; the error is infinite where there is no refit.
     """
-    ridged = square.double().clone()
-    ridged.diagonal().add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(ridged[kept][:, kept])
-    if int(info):
-        return float("inf")
-    change = -weight.double().clone()
-    change[:, kept] += torch.cholesky_solve((weight.double() @ ridged)[:, kept].T, factor).T
-    return float((change @ other * change).sum())
+    weight, square, other = weight.double(), square.double(), other.double()
+    gone = torch.ones(len(square), dtype=torch.bool, device=square.device)
+    gone[kept] = False
+    inner, cross = square[kept][:, kept], weight @ square[:, kept]
+    lost = weight[:, gone]
+    rest, between = float((lost @ other[gone][:, gone] * lost).sum()), lost @ other[gone][:, kept]
+    seen, found = other[kept][:, kept], []
+    for ridge in ridges:
+        ridged = inner.clone()
+        ridged.diagonal().add_(ridge)
+        factor, info = torch.linalg.cholesky_ex(ridged)
+        change = torch.cholesky_solve((cross + ridge * weight[:, kept]).T, factor).T - weight[:, kept]
+        error = float((change @ seen * change).sum() - 2 * (change * between).sum()) + rest
+        found.append(math.inf if int(info) else error)
+    return found

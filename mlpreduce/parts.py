@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from mlpreduce.budget import Baseline, counted, measure
-from mlpreduce.calibration import Answers, Loss
+from mlpreduce.calibration import Answers, Loss, Watcher
 from mlpreduce.criteria import Ranking, as_order, choose, guard_notes, guarded
 from mlpreduce.edits import Edit, Slice
 from mlpreduce.errors import ReductionError
@@ -49,6 +49,7 @@ class Parts(Sequence[MLP]):
         loss: of what the model gives and labels; by default the cross entropy.
         example_inputs: what the model is called with, to count MACs.
         refitted: whether what stays is refitted, so that the bias of fc2 takes up the means of what goes.
+        watcher: looks on when the model runs over the data.
     """
 
     def __init__(
@@ -61,9 +62,11 @@ class Parts(Sequence[MLP]):
         loss: Loss | None = None,
         example_inputs: Inputs | None = None,
         refitted: bool = False,
+        watcher: Watcher | None = None,
     ) -> None:
         self._model, self._mlps, self._every = model, list(mlps), list(every or mlps)
-        self._answers, self._inputs = Answers(model, self._every, data, loss, refitted=refitted), example_inputs
+        self._answers = Answers(model, self._every, data, loss, refitted=refitted, watcher=watcher)
+        self._inputs = example_inputs
         self.chains = chains(self._mlps)
         self.notes: list[str] = []
         self._strong: dict[str, list[str]] = {"stay": [], "go": []}  # units, as notes name them

@@ -35,7 +35,7 @@ from mlpreduce.graph import (
 from mlpreduce.outcomes import planned
 from mlpreduce.parts import Parts
 from mlpreduce.registry import origin
-from mlpreduce.repair import repaired
+from mlpreduce.repair import repaired, watcher
 from mlpreduce.surgery import rehearse
 from mlpreduce.ties import check_parts
 from mlpreduce.transforms import Transform, check_config
@@ -122,8 +122,10 @@ def make_plan(
         if not scope:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
             raise ReductionError(f"none of {len(mlps)} MLPs is in scope ({reasons})")
-        refitted = config.get("repair", "none") != "none"
-        parts = Parts(model, scope, mlps, data=data, loss=loss, example_inputs=example_inputs, refitted=refitted)
+        repair = config.get("repair", "none")
+        whole = watcher(repair, mlps, scope)
+        given: dict[str, Any] = {"data": data, "loss": loss, "example_inputs": example_inputs}
+        parts = Parts(model, scope, mlps, **given, refitted=repair != "none", watcher=whole)
         edits = tuple(entry.function(parts, **config) or ())
         strange = [edit for edit in edits if not isinstance(edit, Slice | Share | Replace | Assign | Scale)]
         if strange:
@@ -150,14 +152,14 @@ def make_plan(
         _check_runs(model, draft, example_inputs, call)
     draft = replace(draft, data=parts.data)
     unused = parts.unused
-    if config.get("repair", "none") != "none":
+    if repair != "none":
         unused = [name for name in unused if name != "data"]
         layers = {leaf.path for mlp in mlps for leaf in mlp.leaves}
-        whole = [edit for edit in edits if isinstance(edit, Replace) and edit.module not in layers]  # around MLPs
+        around = [edit for edit in edits if isinstance(edit, Replace) and edit.module not in layers]  # around MLPs
         try:
-            draft = replace(draft, edits=tuple(edit for edit in draft.edits if edit not in whole))
-            draft = repaired(model, mlps, draft, data)
-            draft = replace(draft, edits=(*draft.edits, *whole))
+            draft = replace(draft, edits=tuple(edit for edit in draft.edits if edit not in around))
+            draft = repaired(model, mlps, draft, data, whole)
+            draft = replace(draft, edits=(*draft.edits, *around))
         except ReductionError as error:
             raise ReductionError(str(error) if str(error).startswith(call) else f"{call}: {error}") from error
     if unused:

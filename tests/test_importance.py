@@ -10,7 +10,8 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce.calibration import Batch, quiet_copy
-from mlpreduce.repair.importance import position_weights
+from mlpreduce.graph import MLP, find_mlps
+from mlpreduce.repair.whole import Whole
 from mlpreduce.testing import tiny_vit
 
 
@@ -18,18 +19,23 @@ def images(count: int = 24) -> torch.Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def output(given: Any, batch: Batch) -> torch.Tensor:
-    found: torch.Tensor = given.double()
-    return found
-
-
-def places(depth: int = 4) -> list[tuple[str, int, int]]:
-    return [(f"blocks.{number}.mlp.fc2", 0, -1) for number in range(depth)]
+def weights(model: nn.Module, mlps: list[MLP], batches: list[Batch]) -> list[list[torch.Tensor]] | None:
+    """Of all positions, by MLP and batch."""
+    whole, tree = Whole(mlps), quiet_copy(model)
+    with torch.no_grad():
+        for batch in batches:
+            with whole.over(tree, batch):
+                batch.run(tree)
+    names = [mlp.name for mlp in mlps]
+    picks = [(number, torch.ones(len(batch), dtype=torch.bool)) for number, batch in enumerate(batches)]
+    found = whole.weights(names, picks, batches)
+    return None if found is None else [found[name] for name in names]
 
 
 def test_after_the_last_block_only_the_class_token_counts() -> None:
     batches = [Batch(images()[:16]), Batch(images()[16:])]
-    found = position_weights(quiet_copy(tiny_vit().eval()), places(), batches, output)
+    model = tiny_vit().eval()
+    found = weights(model, find_mlps(model), batches)
     assert found is not None
     for some in found:
         every = torch.cat(some)
@@ -44,11 +50,10 @@ def test_after_the_last_block_only_the_class_token_counts() -> None:
 
 def test_calls_of_a_tied_layer_have_weights_of_their_own() -> None:
     model = mlpreduce.apply(tiny_vit().eval(), "grouped", group=4)
-    tied = [("blocks.0.mlp.fc2", call, -1) for call in (3, 0)]
-    found = position_weights(quiet_copy(model), tied, [Batch(images())], output)
+    found = weights(model, find_mlps(model), [Batch(images())])
     assert found is not None
-    assert torch.equal(found[0][0][:, 1:], torch.full((24, 16), 0.5, dtype=torch.float64))  # the last call
-    assert found[1][0][:, 1:].gt(0.5).all()
+    assert torch.equal(found[3][0][:, 1:], torch.full((24, 16), 0.5, dtype=torch.float64))  # the last call
+    assert found[0][0][:, 1:].gt(0.5).all()
 
 
 def test_without_a_derivative_all_count_alike() -> None:
@@ -63,8 +68,7 @@ def test_without_a_derivative_all_count_alike() -> None:
             return found
 
     model = Frozen().eval()
-    inner = [(f"vit.{path}", call, dim) for path, call, dim in places()]
-    assert position_weights(quiet_copy(model), inner, [Batch(images())], output) is None
+    assert weights(model, find_mlps(model, images(1)), [Batch(images())]) is None
     config: dict[str, Any] = {"ratio": 0.5, "data": [images()], "repair": "least_squares", "guard": False}
     made = mlpreduce.plan(model, "shallow", example_inputs=images(1), **config)
     assert made.data is not None
@@ -101,8 +105,6 @@ def test_outputs_that_hang_on_no_mlp_leave_all_alike() -> None:
             return x.mean((1, 2, 3))[:, None] * self.free.detach() + self.vit.blocks[0].mlp.fc2.weight.sum() * 0
 
     model = Constant().eval()
-    inner = [(f"vit.{path}", call, dim) for path, call, dim in places()]
-    batch = Batch(images().requires_grad_())
-    found = position_weights(model, inner, [batch], output)
+    found = weights(model, find_mlps(model, images(1)), [Batch(images().requires_grad_())])
     assert found is not None
     assert all(torch.equal(some[0], torch.ones_like(some[0])) for some in found)

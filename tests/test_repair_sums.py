@@ -13,7 +13,7 @@ import mlpreduce
 from mlpreduce.calibration import Batch
 from mlpreduce.calibration.sums import gram
 from mlpreduce.edits import Assign
-from mlpreduce.repair import sequential
+from mlpreduce.repair import whole
 from mlpreduce.repair.fit import Fit, _changes, add_rows, empty_fit
 from mlpreduce.testing import tiny_vit
 
@@ -71,10 +71,10 @@ def test_kept_streams_and_those_run_for_again_give_the_same(monkeypatch: pytest.
             nn.init.normal_(parameter, std=0.3)
     config: dict[str, Any] = {"ratio": 0.5} if transform == "shallow" else {"scale": "none"}
     lengths: list[int] = []
-    one = 56 // 2 * model.embed_dim * 17 * 8  # bytes of the stream of one block for one batch
+    one = 64 // 2 * model.embed_dim * 17 * 8  # bytes of the stream of one block for one batch
     made = []
     for most in (math.inf, 0.0, 5.5 * one):  # all, none, and what turns out to be too much on the way
-        monkeypatch.setattr(sequential, "allowed", lambda device, given, most=most: most)
+        monkeypatch.setattr(whole, "allowed", lambda device, given, most=most: most)
         made.append(_counted(model, transform, config, images, lengths))
     assert made[0].of(Assign)
     for other in made[1:]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ import mlpreduce
 from mlpreduce.calibration import Batch, quiet_copy
 from mlpreduce.edits import Assign
 from mlpreduce.graph import find_mlps
+from mlpreduce.repair import repaired
 from mlpreduce.repair.fit import RIDGES
 from mlpreduce.repair.nearness import is_further, nearness
-from mlpreduce.repair.sequential import _read
+from mlpreduce.repair.sequential import _read, _split
 from mlpreduce.repair.streams import Cut, Joints
+from mlpreduce.repair.whole import Whole
 from mlpreduce.testing import tiny_vit
 
 
@@ -46,12 +49,12 @@ def streams(model: Any, images: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-def by_importance(whole: Any, fit: torch.Tensor) -> list[torch.Tensor]:
+def by_importance(whole: Any, every: torch.Tensor, out: torch.Tensor) -> list[torch.Tensor]:
     """For each block, what the outputs hang on what its MLP gives at each token, (examples, tokens), halfway to 1."""
     generator = torch.Generator().manual_seed(0)
     found: list[list[torch.Tensor]] = [[] for _ in whole.blocks]
     with torch.enable_grad():
-        for images in fit.split(16):
+        for images in every.split(16):
             kept: list[torch.Tensor] = []
             handles = [
                 block.mlp.fc2.register_forward_hook(lambda m, args, given, kept=kept: kept.append(given))
@@ -64,8 +67,8 @@ def by_importance(whole: Any, fit: torch.Tensor) -> list[torch.Tensor]:
             along = torch.randn(given.shape, generator=generator, dtype=torch.float64)
             for some, slope in zip(found, torch.autograd.grad((given * along).sum(), kept), strict=True):
                 some.append(slope.square().sum(-1))
-    every = [torch.cat(some) for some in found]
-    return [0.5 + 0.5 * value / value.mean() for value in every]
+    fitted = [torch.cat(some)[~out] for some in found]
+    return [0.5 + 0.5 * value / value.mean() for value in fitted]
 
 
 def falls(wanted: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> bool:
@@ -86,9 +89,10 @@ def falls(wanted: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> bo
     return bool((changes(every) < -1e-6 - 2 * error).any())
 
 
-def by_hand(whole: Any, part: Any, fit: torch.Tensor, held: torch.Tensor) -> list[int]:
+def by_hand(whole: Any, part: Any, images: torch.Tensor, out: torch.Tensor) -> list[int]:
     """Repair `part` in place, block by block, as the formulas say; which blocks stay as they were."""
     left = []
+    fit, held = images[~out], images[out]
     wanted = whole(held)
 
     def given(number: int) -> torch.Tensor:
@@ -99,7 +103,7 @@ def by_hand(whole: Any, part: Any, fit: torch.Tensor, held: torch.Tensor) -> lis
         found: torch.Tensor = whole.forward_head(whole.norm(z))
         return found
 
-    weights = by_importance(whole, fit)
+    weights = by_importance(whole, images, out)
     for number, block in enumerate(part.blocks):
         kept: list[torch.Tensor] = []
         handle = block.mlp.fc2.register_forward_pre_hook(lambda module, args, kept=kept: kept.append(args[0]))
@@ -108,8 +112,8 @@ def by_hand(whole: Any, part: Any, fit: torch.Tensor, held: torch.Tensor) -> lis
         g = block.ls2.gamma if hasattr(block.ls2, "gamma") else torch.ones(missing.shape[-1]).double()
         halves = []
         for half in range(2):
-            # examples in batches of 16, each of which is halved
-            pick = torch.tensor([i for i in range(len(fit)) if i % 16 % 2 == half])
+            # 14 examples are left of a batch of 16, each of which is halved
+            pick = torch.tensor([i for i in range(len(fit)) if i % 14 % 2 == half])
             halves.append(tuple(v[pick].flatten(0, 1) for v in (kept[0], missing, weights[number][..., None])))
 
         def change(
@@ -159,7 +163,7 @@ def test_it_is_what_a_loop_by_hand_gives(init_values: float | None) -> None:
     part = mlpreduce.apply(copy.deepcopy(model), "shallow", ratio=0.5)
     out = torch.arange(64) % 8 == 7
     with torch.no_grad():
-        left = by_hand(copy.deepcopy(model), part, images[~out], images[out])
+        left = by_hand(copy.deepcopy(model), part, images, out)
     values = {edit.tensor: edit.value for edit in made.of(Assign)}
     assert {int(path.split(".")[1]) for path in values} == {*range(4)} - {*left}
     for number in {*range(4)} - {*left}:
@@ -365,11 +369,13 @@ def test_few_examples_are_fitted_and_judged_by_all() -> None:
     from mlpreduce.calibration import Samples
 
     model = tiny_vit()
-    batches, held = _read(Samples([pictures(5).float()], model, labels=False), "bias")
-    assert (sum(map(len, batches)), sum(map(len, held))) == (5, 5)
-    batches, held = _read(Samples([pictures(40).float()], model, labels=False), "bias")
-    assert [len(batch) for batch in batches] == [16, 16, 3]
-    assert [len(batch) for batch in held] == [5]
+
+    def counts(number: int) -> list[list[int]]:
+        data = Samples([pictures(number).float()], model, labels=False)
+        return [[int(which.sum()) for _, which in some] for some in _split(_read(data, "bias"))]
+
+    assert counts(5) == [[5], [5]]
+    assert counts(40) == [[14, 14, 7], [2, 2, 1]]
 
 
 def test_blocks_that_are_shared_as_a_whole() -> None:
@@ -411,6 +417,45 @@ def test_mlps_that_need_no_repair_are_passed_by() -> None:
     mlpreduce.apply(model, made)
     assert made.data is not None
     assert made.data["cosine"][0] >= made.data["cosine_before"][0]
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "activation", {"name": "energy", "about": "mean"}])
+def test_what_a_criterion_reads_is_not_read_again(criterion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is the same, to the bit, as where the whole model runs once more for the repair."""
+    model, data = lively(), [(pictures(40), torch.arange(40) % 5), (pictures(24, seed=4), torch.arange(24) % 5)]
+    config: dict[str, Any] = {"ratio": 0.5, "criterion": criterion, "guard": False}
+    chosen = mlpreduce.plan(model, "shallow", data=data, **config, repair="none")
+    runs: list[Batch] = []
+    monkeypatch.setattr(
+        Whole, "over", lambda self, tree, batch, over=Whole.over: (runs.append(batch), over(self, tree, batch))[1]
+    )
+    after = repaired(
+        model, find_mlps(model), replace(chosen, config={**chosen.config, "repair": "least_squares"}), data
+    )
+    assert len(runs) == 4
+    at_once = mlpreduce.plan(model, "shallow", data=data, **config, repair="least_squares")
+    assert len(runs) == 8  # and not 12
+    values = [{edit.tensor: edit.value for edit in made.of(Assign)} for made in (after, at_once)]
+    assert values[0].keys() == values[1].keys()
+    assert values[0]
+    assert all(torch.equal(values[0][path], values[1][path]) for path in values[0])
+
+
+def test_data_in_another_order_is_read_again() -> None:
+    model, images = lively(), pictures(64)
+
+    class Shuffled(list[torch.Tensor]):
+        def __iter__(self) -> Any:
+            self.reverse()
+            return super().__iter__()
+
+    near = [
+        mlpreduce.plan(
+            model, "shallow", ratio=0.5, criterion="activation", data=data, repair="least_squares", guard=False
+        ).data
+        for data in (Shuffled(images.split(16)), [*images.split(16)])
+    ]
+    assert all(found is not None and found["cosine"][0] > found["cosine_before"][0] for found in near)
 
 
 def test_a_graph_is_judged_as_its_model_is() -> None:

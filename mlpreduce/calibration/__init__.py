@@ -22,6 +22,7 @@ from mlpreduce.calibration.quiet import (
 )
 from mlpreduce.calibration.samples import CHUNK, Samples, all_reduce, in_all, rereadable
 from mlpreduce.calibration.taps import Taps
+from mlpreduce.calibration.watching import Watcher
 
 __all__ = [
     "CHECKPOINTING",
@@ -32,6 +33,7 @@ __all__ = [
     "Measured",
     "Samples",
     "Taps",
+    "Watcher",
     "all_reduce",
     "check_twice_differentiable",
     "full_precision",

@@ -16,6 +16,7 @@ from mlpreduce.calibration.moments import measure_moments
 from mlpreduce.calibration.similarity import measure_similarity
 from mlpreduce.calibration.sums import UnitSums
 from mlpreduce.calibration.units import measure_units
+from mlpreduce.calibration.watching import Watcher
 from mlpreduce.criteria import Choice, HiddenUnits, Moments, Ranking, choose, derived_seed
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at
@@ -35,6 +36,7 @@ class Answers:
         data: calibration data, if there is any.
         loss: of what the model gives and labels; by default the cross entropy.
         refitted: whether what is chosen is refitted, so that the bias of fc2 takes up the means of what goes.
+        watcher: looks on when the model runs over the data.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Answers:
         loss: Loss | None = None,
         *,
         refitted: bool = False,
+        watcher: Watcher | None = None,
     ) -> None:
         self._model, self._mlps, self._data, self._loss = model, mlps, data, loss
-        self._refitted = refitted
+        self._refitted, self._watcher = refitted, watcher
         self._measured: dict[tuple[str, int], Measured] = {}
         self._sums: dict[tuple[bool, bool], dict[str, UnitSums]] = {}  # by whether of pairs, and of a loss
         self._of_moments: dict[tuple[str, str], torch.Tensor | Ranking] = {}  # by criterion and owner
@@ -114,7 +117,7 @@ class Answers:
             self._sums.pop(kind, None)  # or there would be twice as much
             first = mlp.owner if kind[0] else ""
             self._sums[kind], found = measure_units(
-                self._model, self._mlps, self._data, choice, self._loss, first=first
+                self._model, self._mlps, self._data, choice, self._loss, first=first, watcher=self._watcher
             )
             self._measured[str(choice), seed] = found if kind[0] else replace(found, sums=self._sums[kind])
         sums, units = self._sums[kind].get(mlp.owner), self._units(mlp, seed)
@@ -151,7 +154,9 @@ class Answers:
             return None
         if not known:
             self._used.add("data")
-            sums, measured = measure_units(self._model, self._mlps, self._data, choose("energy"), what="guard")
+            sums, measured = measure_units(
+                self._model, self._mlps, self._data, choose("energy"), what="guard", watcher=self._watcher
+            )
             self._measured["energy", 0] = replace(measured, sums=sums)
             known = [sums]
         if (one := known[0].get(mlp.owner)) is None:
@@ -194,7 +199,7 @@ class Answers:
         self._used |= {"data"} if choice.criterion.objective or choice.criterion.needs == "images" else {"data", "loss"}
         if choice.criterion.needs == "gates":
             return measure_gates(self._model, self._mlps, choice, self._data, self._loss)
-        return measure_scores(self._model, self._mlps, choice, self._data, self._loss, seed)
+        return measure_scores(self._model, self._mlps, choice, self._data, self._loss, seed, self._watcher)
 
 
 def _checked(choice: Choice, mlp: MLP, answer: torch.Tensor | Ranking) -> torch.Tensor | Ranking:

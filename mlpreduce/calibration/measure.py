@@ -16,6 +16,7 @@ from mlpreduce.calibration.quiet import check_twice_differentiable, quiet_copy, 
 from mlpreduce.calibration.samples import Samples
 from mlpreduce.calibration.sums import UnitSums, add_calls, empty_sums, shared, take_back
 from mlpreduce.calibration.taps import Gates, Taps
+from mlpreduce.calibration.watching import Watcher
 from mlpreduce.criteria import Choice, Ranking, Seen, derived_seed
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, tensor_of
@@ -43,7 +44,13 @@ class Measured:
 
 
 def measure_scores(
-    model: nn.Module, mlps: Sequence[MLP], choice: Choice, data: Any, loss: Loss | None = None, seed: int = 0
+    model: nn.Module,
+    mlps: Sequence[MLP],
+    choice: Choice,
+    data: Any,
+    loss: Loss | None = None,
+    seed: int = 0,
+    watcher: Watcher | None = None,
 ) -> Measured:
     """Scores by a criterion that looks at data.
 
@@ -54,6 +61,7 @@ def measure_scores(
         data: an iterable of images, or of (images, labels) for a criterion that needs a loss.
         loss: `(what the model gives, labels) -> scalar`, the mean over the examples; by default the cross entropy.
         seed: of random signs.
+        watcher: looks on, where the model runs on the data as it is.
 
     Raises:
         ReductionError: the data is empty or not what is needed, or the model cannot be run on it.
@@ -62,7 +70,7 @@ def measure_scores(
     own = criterion.objective is not None
     samples = Samples(data, model, labels=criterion.needs == "loss" and not own, compared=own)
     with running(samples.device, gradients=criterion.needs == "loss"), samples.shown(f"criterion {criterion.name}"):
-        sums, units = _sums(model, mlps, choice, samples, loss, seed)
+        sums, units = _sums(model, mlps, choice, samples, loss, seed, Watcher() if own or not watcher else watcher)
     for owner, total in sums.items():
         if not total.isfinite().all():
             raise ReductionError(f"criterion {choice}: the scores of {owner} are not finite; is the loss?")
@@ -76,7 +84,13 @@ def measure_scores(
 
 
 def _sums(
-    model: nn.Module, mlps: Sequence[MLP], choice: Choice, samples: Samples, loss: Loss | None, seed: int
+    model: nn.Module,
+    mlps: Sequence[MLP],
+    choice: Choice,
+    samples: Samples,
+    loss: Loss | None,
+    seed: int,
+    watcher: Watcher,
 ) -> tuple[dict[str, torch.Tensor], dict[str, UnitSums]]:
     """Sums of a criterion's values over all examples, and of what the units did, by owner."""
     criterion = choice.criterion
@@ -91,7 +105,7 @@ def _sums(
             with telling(batch):
                 if number == 0:
                     taps.check_examples(tree, batch)
-                with given.recording(len(batch)) as kept:
+                with watcher.over(tree, batch), given.recording(len(batch)) as kept:
                     if criterion.needs == "images":
                         batch.run(tree)
                         seen = {owner: Seen(torch.cat(calls, 1), {}, {}) for owner, calls in kept.items() if calls}
@@ -112,6 +126,7 @@ def _sums(
     except Exception as error:  # whatever the data raises, or the model: the other processes are told
         problem = error
     every = samples.finish({**sums, **shared(units)}, problem)
+    watcher.end(samples)
     take_back(units, every, samples.count)
     return {owner: every[owner] for owner in sums}, units
 

@@ -31,7 +31,8 @@ class Samples:
 
     Attributes:
         count: examples that were read, over all processes, once `finish` was called.
-        fingerprint: of these examples in their order.
+        fingerprint: of these examples in their order, and their labels.
+        of_inputs: the same without labels.
         rank: of this process.
 
     Args:
@@ -61,7 +62,7 @@ class Samples:
         self.count = 0
         self.rank = dist.get_rank() if _is_group() else 0
         self._digests = hashlib.sha256(), hashlib.sha256()  # of images and labels
-        self.fingerprint = ""
+        self.fingerprint = self.of_inputs = ""
         self._read = False
         self._advance: Callable[[int], None] = _unseen
 
@@ -165,12 +166,17 @@ class Samples:
             ReductionError: as `raise_together`, or no process has an example.
         """
         raise_together(problem)
-        told = together((self.count, "".join(part.hexdigest() for part in self._digests)))
+        told = together((self.count, [part.hexdigest() for part in self._digests]))
         self.count = sum(count for count, _ in told)
         if not self.count:
             raise ReductionError("data is empty: it gave 0 images; a loader that was read once may be used up")
-        self.fingerprint = hashlib.sha256("".join(text for _, text in told).encode()).hexdigest()[:16]
+        self.fingerprint = _joined(text for _, parts in told for text in parts)
+        self.of_inputs = _joined(parts[0] for _, parts in told)
         return {key: all_reduce(value) for key, value in sums.items()}
+
+
+def _joined(digests: Iterable[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
 def _check(data: Any, model: nn.Module, parameter: torch.Tensor, labels: bool) -> None:

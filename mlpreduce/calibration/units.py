@@ -16,6 +16,7 @@ from mlpreduce.calibration.quiet import quiet_copy, running
 from mlpreduce.calibration.samples import Samples, together
 from mlpreduce.calibration.sums import UnitSums, add_calls, empty_sums, halfway, shared, take_back
 from mlpreduce.calibration.taps import Taps
+from mlpreduce.calibration.watching import Watcher
 from mlpreduce.criteria import Choice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at, projection
@@ -31,6 +32,7 @@ def measure_units(
     loss: Loss | None = None,
     what: str = "",
     first: str = "",
+    watcher: Watcher | None = None,
 ) -> tuple[dict[str, UnitSums], Measured]:
     """Moments of the hidden units of each unique MLP in one pass over the data, or of as many of them as fit into memory.
 
@@ -42,6 +44,7 @@ def measure_units(
         loss: as of `measure_scores`.
         what: is done, as shown while it takes long; by default the criterion.
         first: the owner to begin with, where moments of pairs do not all fit; by default the first of all.
+        watcher: looks on.
 
     Returns:
         Sums by owner, of those from the first on that fit together; and which data was read, without scores.
@@ -49,6 +52,7 @@ def measure_units(
     Raises:
         ReductionError: as `measure_scores`.
     """
+    watcher = watcher or Watcher()
     pairs, slopes = choice.criterion.needs == "pairs", choice.needs_loss
     samples = Samples(data, model, labels=slopes)
     problem: Exception | None = None
@@ -67,7 +71,11 @@ def measure_units(
                 with telling(batch):
                     if number == 0:
                         taps.check_examples(tree, batch)
-                    with taps.recording(len(batch)) as kept, probing(tree, paths) as probes:
+                    with (
+                        watcher.over(tree, batch),
+                        taps.recording(len(batch)) as kept,
+                        probing(tree, paths) as probes,
+                    ):
                         if slopes:
                             total = objective_of(choice, tree, batch, labels, loss)() * len(batch)
                         else:
@@ -77,6 +85,7 @@ def measure_units(
         except Exception as error:  # whatever the data raises, or the model: the other processes are told
             problem = error
         every = samples.finish(shared(sums), problem)
+    watcher.end(samples)
     take_back(sums, every, samples.count)
     return sums, Measured({}, samples.count, samples.fingerprint)
 

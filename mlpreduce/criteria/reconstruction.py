@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mlpreduce.criteria import Moments, Ranking, register_criterion
-from mlpreduce.elimination import eliminate, refit_error, swapped
+from mlpreduce.elimination import eliminate, refit_errors, swapped
 from mlpreduce.errors import ReductionError, check_number, check_one_of, check_whole
 
 METRICS = ("output", "loss")
@@ -101,11 +101,9 @@ def _chosen(seen: Moments, weight: torch.Tensor) -> float:
     energy = seen.mean_square(centred=seen.folded) * weight.square().sum(0)
     kept = energy.argsort(descending=True, stable=True)[: max(len(energy) // 2, 1)]
     halves = [seen.products(centred=seen.folded, half=half) for half in range(2)]
-    errors = [
-        sum(
-            refit_error(weight, here, share * float(here.diagonal().mean()), kept, there)
-            for here, there in (halves, halves[::-1])
-        )
-        for share in _RIDGES
+    every = [
+        refit_errors(weight, here, [share * float(here.diagonal().mean()) for share in _RIDGES], kept, there)
+        for here, there in (halves, halves[::-1])
     ]
+    errors = [sum(both) for both in zip(*every, strict=True)]
     return _RIDGES[errors.index(min(errors))]

@@ -27,10 +27,11 @@ from mlpreduce.repair.nearness import gathered, nearness
 from mlpreduce.repair.outputs import output_of
 from mlpreduce.repair.parallel import repair_alone
 from mlpreduce.repair.sequential import repair_in_turn
+from mlpreduce.repair.whole import Whole
 from mlpreduce.surgery import carry_out, rehearse
 from mlpreduce.waiting import steps
 
-__all__ = ["REPAIRS", "distances", "refit_errors", "repaired"]
+__all__ = ["REPAIRS", "distances", "refit_errors", "repaired", "watcher"]
 
 REPAIRS = ("none", "bias", "parallel", "least_squares")
 _COMPARED = 128  # examples of each process, by which sets of edits are compared
@@ -39,7 +40,19 @@ Value = TypeVar("Value")
 Key = TypeVar("Key")
 
 
-def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Plan:
+def watcher(kind: str, mlps: Sequence[MLP], scope: Sequence[MLP]) -> Whole:
+    """What a repair needs of the whole model, noted while that runs over the data for a criterion.
+
+    Args:
+        kind: of the repair.
+        mlps: all MLPs of the model.
+        scope: those that may change, and what is tied to them too.
+    """
+    owners = {mlp.owner for mlp in scope} if kind == "least_squares" else set()
+    return Whole([mlp for mlp in mlps if mlp.owner in owners])
+
+
+def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any, whole: Whole | None = None) -> Plan:
     """The plan with new values of fc2 of every MLP that it changes.
 
     Args:
@@ -47,6 +60,7 @@ def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Pl
         mlps: its MLPs.
         made: a plan for it.
         data: an iterable of batches of images.
+        whole: what was noted of the whole model; it is run if that was of other data.
 
     Raises:
         ReductionError: unknown repair, the data is missing, empty or not finite, or an MLP cannot be refitted.
@@ -62,7 +76,7 @@ def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any) -> Pl
         )
     before, after = ([pair[number] for pair in uses] for number in range(2))
     if kind != "parallel":
-        return _in_turn(model, mlps, made, (before, after), samples, kind)
+        return _in_turn(model, mlps, made, (before, after), samples, whole or watcher(kind, mlps, before))
     with running(samples.device, gradients=False):
         found = repair_alone((quiet_copy(model), before), (_reduced(model, made), after), samples)
     facts = {"samples": samples.count, "fingerprint": samples.fingerprint}
@@ -175,12 +189,13 @@ def _in_turn(
     made: Plan,
     uses: tuple[Sequence[MLP], Sequence[MLP]],
     samples: Samples,
-    kind: str,
+    whole: Whole,
 ) -> Plan:
     """The plan with values of a repair in order of execution, and what it came to."""
+    kind = made.config["repair"]
     with running(samples.device, gradients=False):
         before, after = quiet_copy(model), _reduced(model, made)
-        found = repair_in_turn((before, uses[0]), (after, uses[1]), mlps, samples, kind)
+        found = repair_in_turn((before, uses[0]), (after, uses[1]), mlps, samples, kind, whole)
     note = (
         f"repair={kind!r}, {samples.count:,} examples: what the model gives for {found.held:,} of them that no fit saw is as "
         f"near to the whole model's as cosine {found.after[0]:.3f} and alignment {found.after[1]:.3f} say, without repair "

@@ -8,86 +8,62 @@ of the mean over all positions. So that none is forgotten, each weight is halfwa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from mlpreduce.calibration import Batch, all_reduce, in_all
-from mlpreduce.calibration.probing import probing
+from mlpreduce.calibration import all_reduce
 from mlpreduce.calibration.sums import halfway, live_rows
-from mlpreduce.repair.streams import Place, stopping_at
 
-__all__ = ["Call", "position_weights"]
+__all__ = ["position_weights", "squared_slopes"]
 
-Call = tuple[str, int, int]  # path of fc2, which call of it, and the dimension of features
-_SEED = 0
+
+def squared_slopes(
+    given: torch.Tensor, places: Sequence[tuple[torch.Tensor, int]], generator: torch.Generator
+) -> list[torch.Tensor] | None:
+    """Squared norms of the gradient of a random combination of outputs, (examples, positions) for each place, in float64.
+
+    Args:
+        given: what a model gives for each example, (examples, values).
+        places: zeros that were added to what MLPs give, and the dimension of features there.
+        generator: draws the combination.
+
+    Returns:
+        None where there is no gradient.
+    """
+    with torch.enable_grad():
+        given = given / given.detach().norm(dim=1, keepdim=True).clamp(min=torch.finfo(given.dtype).tiny)
+        along = torch.randn(given.shape, generator=generator, dtype=given.dtype, device="cpu").to(given.device)
+        try:
+            slopes = torch.autograd.grad(
+                (given * along).sum(), [probe for probe, _ in places], retain_graph=True, materialize_grads=True
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError):  # such as a forward that switches gradients off
+            return None
+    rows = [slope.movedim(dim, -1) for slope, (_, dim) in zip(slopes, places, strict=True)]
+    return [row.double().reshape(len(given), -1, row.shape[-1]).square().sum(-1) for row in rows]
 
 
 def position_weights(
-    tree: nn.Module,
-    calls: Sequence[Call],
-    batches: Sequence[Batch],
-    output: Callable[[Any, Batch], torch.Tensor],
-    places: Sequence[Place] = (),
-) -> list[list[torch.Tensor]] | None:
-    """Weights of the positions of each batch at each call, (examples, positions), in float64; 1 on average without padding.
+    squares: Sequence[Sequence[torch.Tensor]], masks: Sequence[torch.Tensor | None]
+) -> list[list[torch.Tensor]]:
+    """Weights of positions by their squared gradients; 1 on average over all processes, without padding.
 
     Args:
-        tree: the whole model.
-        calls: where MLPs give something.
-        batches: the examples.
-        output: what a model gives for each example, (examples, values).
-        places: whose tensors are told to somebody in these runs, see `stopping_at`.
+        squares: (examples, positions), by place and batch.
+        masks: which positions of a batch are no padding.
 
     Returns:
-        By call and batch; None where the model has no derivative, in any process.
+        (examples, positions), by place and batch.
     """
-    generator = torch.Generator().manual_seed(_SEED)
-    found: list[list[torch.Tensor]] = [[] for _ in calls]
-    sums = torch.zeros(len(calls) + 1, 2, dtype=torch.float64)  # of squares and positions; and who has no derivative
-    with in_all(), stopping_at(tree, places, to_end=True) as run:
-        for batch in batches:
-            slopes = _slopes(tree, calls, batch, lambda some: output(run(some), some), generator)
-            if slopes is None:
-                sums[-1] += 1
-                break
-            for number, (slope, (_, _, dim)) in enumerate(zip(slopes, calls, strict=True)):
-                rows = slope.double().movedim(dim, -1)
-                value = rows.reshape(len(batch), -1, rows.shape[-1]).square().sum(-1)
-                live = live_rows(value[..., None], batch.mask)
-                sums[number] += torch.tensor([float(live.sum()), live.numel()], dtype=torch.float64)
-                found[number].append(value)
-    *totals, (missing, _) = all_reduce(sums).tolist()
-    if missing:
-        return None
+    sums = torch.zeros(len(squares), 2, dtype=torch.float64, device="cpu")
+    for number, some in enumerate(squares):
+        for value, mask in zip(some, masks, strict=True):
+            live = live_rows(value[..., None], mask)
+            sums[number] += torch.tensor([float(live.sum()), live.numel()], dtype=torch.float64)
     return [
         [halfway(value, value.new_tensor(total / max(count, 1))) for value in some]
-        for some, (total, count) in zip(found, totals, strict=True)
+        for some, (total, count) in zip(squares, all_reduce(sums).tolist(), strict=True)
     ]
-
-
-def _slopes(
-    tree: nn.Module,
-    calls: Sequence[Call],
-    batch: Batch,
-    output: Callable[[Batch], torch.Tensor],
-    generator: torch.Generator,
-) -> list[torch.Tensor] | None:
-    """Gradients of the combination at the outputs of MLPs, one for each call; None where the model has none."""
-    with torch.enable_grad(), probing(tree, [path for path, *_ in calls]) as probes:
-        try:
-            given = output(batch)
-            given = given / given.detach().norm(dim=1, keepdim=True).clamp(min=torch.finfo(given.dtype).tiny)
-            along = torch.randn(given.shape, generator=generator, dtype=given.dtype, device="cpu").to(given.device)
-            known = {(path, call): probe for path, call, probe in probes}
-            wanted = [known[path, call] for path, call, _ in calls]
-            return list(torch.autograd.grad((given * along).sum(), wanted, materialize_grads=True))
-        except torch.OutOfMemoryError:
-            raise
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ):  # such as a forward without gradients, or one that goes through numpy
-            return None

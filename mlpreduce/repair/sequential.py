@@ -15,7 +15,7 @@ Source: the asymmetric target of GPTAQ (arXiv 2504.02692), here for the weights 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -24,18 +24,16 @@ from torch import fx, nn
 
 from mlpreduce.calibration import CHUNK, Batch, Samples, all_reduce, in_all, telling
 from mlpreduce.calibration.batches import chunked
-from mlpreduce.calibration.memory import allowed
 from mlpreduce.calibration.samples import together
 from mlpreduce.calibration.sums import live_rows
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP
 from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
-from mlpreduce.repair.importance import position_weights
 from mlpreduce.repair.nearness import Nearness, gathered, is_further, nearness
 from mlpreduce.repair.outputs import output_of
 from mlpreduce.repair.streams import Cut, Place, graph_from, stopping_at
 from mlpreduce.repair.uses import Model, Use, blocks_of, uses_of
-from mlpreduce.repair.whole import Whole
+from mlpreduce.repair.whole import Pick, Whole
 from mlpreduce.waiting import steps
 
 __all__ = ["InTurn", "repair_in_turn"]
@@ -71,7 +69,9 @@ class InTurn:
     weighed: bool = True
 
 
-def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: Samples, kind: str) -> InTurn:
+def repair_in_turn(
+    before: Model, after: Model, every: Sequence[MLP], samples: Samples, kind: str, whole: Whole
+) -> InTurn:
     """Fit fc2 of MLPs one after the other.
 
     Args:
@@ -80,12 +80,17 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
         every: all MLPs of the model, whose blocks say where it can be cut.
         samples: the calibration data.
         kind: `least_squares`, or `bias`, which fits the bias alone.
+        whole: what was noted of the whole model when it ran over the data for something else.
 
     Raises:
         ReductionError: as `repaired`.
     """
     dense, reduced = before[0], after[0]
-    batches, held = _read(samples, kind)
+    chunks = _read(samples, kind)
+    picks, out = _split(chunks)
+    batches = [chunks[number][which] for number, which in picks]
+    whole = whole.look(dense, chunks, samples)
+    held = [*_chunked(chunks[number][which] for number, which in out)]
     some: list[Batch | None] = [*batches[:1], None]
     first = next(batch for batch in together(some[0]) if batch is not None)[:2]
     first = first.placed(samples.device, samples.dtype)
@@ -97,23 +102,19 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
         ):
             blocks, stages = [], []  # a norm that several blocks share would be called less often
             uses = uses_of(before, after, blocks, first)
-        parts = [[output_of(batch.run(tree), batch) for batch in held] for tree in (dense, reduced)]
-    wanted, unrepaired = (gathered(part) for part in parts)
+        known = whole.outputs(out) or [output_of(batch.run(dense), batch) for batch in held]
+        parts = [output_of(batch.run(reduced), batch) for batch in held]
+    wanted, unrepaired = gathered(known), gathered(parts)
     found = InTurn(before=nearness(wanted, unrepaired), cut=bool(blocks), held=len(wanted))
     found.unfollowed = [use.name for some in uses.values() for use in some if not use.dense.followed]
     order = sorted(uses, key=lambda path: max(use.block for use in uses[path]))
     starts = [min(use.block for use in uses[path]) for path in order]
     every_use = [use for path in order for use in uses[path]]
     again, fitting, judging = (Cut(tree, blocks, stages) for tree in (dense, reduced, reduced))
-    whole = Whole(dense, again, every_use, allowed(samples.device, None))
-    positions = None
+    weights: dict[str, list[torch.Tensor]] = {}
     if kind == "least_squares":
-        calls = [(use.dense.leaf, use.dense.call, use.dim) for use in every_use]
-        positions = position_weights(dense, calls, batches, output_of, whole.places())
-        found.weighed = positions is not None
-    if positions is None:
-        whole.forget()
-    weights = dict(zip((use.name for use in every_use), positions or [], strict=False))
+        positions = whole.weights([use.name for use in every_use], picks, batches)
+        found.weighed, weights = positions is not None, positions or {}
     beyond = Cut(dense, blocks, stages, known=judging)
 
     def given(end: int, use: Use) -> torch.Tensor:
@@ -146,11 +147,11 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
             with in_all():
                 for index, batch in enumerate(batches):
                     with telling(batch):
-                        dense_streams = whole.streams(index, batch, uses[path], end)
+                        streams = whole.streams(dense, again, index, picks[index], batch, uses[path], end)
                         places, taken = _places(uses[path])
                         with fitting.at(index, end), stopping_at(reduced, [*places, *fitting.last(end)]) as run:
                             run(batch)
-                        for use, stream in zip(uses[path], dense_streams, strict=True):
+                        for use, stream in zip(uses[path], streams, strict=True):
                             weight = weights[use.name][index] if use.name in weights else None
                             _add(fit, use, batch, stream, taken[use.name], weight, samples.rank)
             fit = replace(
@@ -182,8 +183,8 @@ def repair_in_turn(before: Model, after: Model, every: Sequence[MLP], samples: S
     return found
 
 
-def _read(samples: Samples, kind: str) -> tuple[list[Batch], list[Batch]]:
-    """Batches to fit on, and those held out."""
+def _read(samples: Samples, kind: str) -> list[Batch]:
+    """All of the data."""
     chunks: list[Batch] = []
     problem: Exception | None = None
     with samples.shown(f"repair {kind}: data"):
@@ -192,19 +193,23 @@ def _read(samples: Samples, kind: str) -> tuple[list[Batch], list[Batch]]:
         except Exception as error:  # whatever the data raises: the other processes are told
             problem = error
         samples.finish({}, problem)
-    if sum(map(len, chunks)) < _FEWEST:
-        return chunks, chunks
-    fitted, held, start = [], [], 0
-    for batch in chunks:
+    return chunks
+
+
+def _split(chunks: Sequence[Batch]) -> tuple[list[Pick], list[Pick]]:
+    """Examples of each batch to fit on, and those held out; where there are few, all are both."""
+    few = sum(map(len, chunks)) < _FEWEST
+    picks, held, start = [], [], 0
+    for number, batch in enumerate(chunks):
         out = torch.arange(start, start + len(batch)) % _HELD == _HELD - 1
-        fitted.append(batch[~out])
-        held.append(batch[out])
+        picks.append((number, ~out | few))
+        held.append((number, out | few))
         start += len(batch)
-    return _chunked(fitted), _chunked(held)
+    return [pick for pick in picks if pick[1].any()], [pick for pick in held if pick[1].any()]
 
 
-def _chunked(batches: Sequence[Batch]) -> list[Batch]:
-    return [batch for batch, _ in chunked(((batch, None) for batch in batches if len(batch)), CHUNK, CHUNK - 1)]
+def _chunked(batches: Iterable[Batch]) -> Iterator[Batch]:
+    return (batch for batch, _ in chunked(((batch, None) for batch in batches), CHUNK, CHUNK - 1))
 
 
 def _places(uses: Sequence[Use]) -> tuple[list[Place], dict[str, dict[str, torch.Tensor]]]:

@@ -11,18 +11,19 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from mlpreduce.calibration import Batch
+from mlpreduce.errors import ReductionError
 from mlpreduce.graph import module_at
 
-__all__ = ["Cut", "Joint", "Joints", "Place", "graph_from", "stopping_at"]
+__all__ = ["Cut", "Joint", "Joints", "Place", "graph_from", "stopping_at", "telling_of"]
 
-# A module's path, which of its calls, whether its output counts or its input, and what is told the tensor. What that returns
-# for an output, unless it is None, is passed on in its place.
+# A module's path, which of its calls, whether its output counts or its input, and what is told the tensor.
 Place = tuple[str, int, bool, Callable[[torch.Tensor], Any]]
 
 _ONE = 1e-4  # by which a factor may differ from 1 by rounding
@@ -71,57 +72,60 @@ class _Stop(Exception):
 
 
 @contextmanager
-def stopping_at(tree: nn.Module, wanted: Sequence[Place], *, to_end: bool = False) -> Iterator[Any]:
-    """Within, call `run(batch)` to run a model until all of these places were passed; what it gives if it comes to its end.
-
-    Args:
-        tree: the model.
-        wanted: the places.
-        to_end: whether it runs on to its end.
-    """
-    handles, left = [], [0]
+def telling_of(tree: nn.Module, wanted: Sequence[Place]) -> Iterator[None]:
+    """Within, one run of a model tells what passes these places."""
+    handles = []
     places: dict[tuple[str, bool], list[tuple[int, Callable[[torch.Tensor], Any]]]] = {}
     for path, call, output, told in wanted:
         places.setdefault((path, output), []).append((call, told))
-    counts: dict[tuple[str, bool], int] = {}
+    counts = dict.fromkeys(places, 0)
 
-    def passed(key: tuple[str, bool], value: Any) -> Any:
+    def passed(key: tuple[str, bool], value: Any) -> None:
         number = counts[key]
         counts[key] += 1
-        found = None
         for call, told in places[key]:
             if call == number:
-                changed = told(value[0] if isinstance(value, tuple) else value)
-                found = changed if changed is not None else found
-                left[0] -= 1
-        if found is not None:
-            return found
-        if not left[0] and not to_end:
-            raise _Stop
-        return None
+                told(value[0] if isinstance(value, tuple) else value)
 
     for key in places:
         module = tree.get_submodule(key[0])
 
-        def after(module: nn.Module, args: Any, output: Any, key: tuple[str, bool] = key) -> Any:
-            return passed(key, output)
+        def after(module: nn.Module, args: Any, output: Any, key: tuple[str, bool] = key) -> None:
+            passed(key, output)
 
         def before(module: nn.Module, args: Any, key: tuple[str, bool] = key) -> None:
             passed(key, args[0])
 
         handles.append(module.register_forward_hook(after) if key[1] else module.register_forward_pre_hook(before))
 
-    def run(batch: Batch) -> Any:
-        left[0] = len(wanted)
-        counts.update(dict.fromkeys(places, 0))
-        with suppress(_Stop):
-            return batch.run(tree)
-
     try:
-        yield run
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def stopping_at(tree: nn.Module, wanted: Sequence[Place]) -> Iterator[Any]:
+    """Within, call `run(batch)` once to run a model until all of these places were passed.
+
+    It returns what the model gives if it comes to its end.
+    """
+    left = len(wanted)
+
+    def counted(told: Callable[[torch.Tensor], Any], value: torch.Tensor) -> None:
+        nonlocal left
+        told(value)
+        left -= 1
+        if not left:
+            raise _Stop
+
+    def run(batch: Batch) -> Any:
+        with suppress(_Stop):
+            return batch.run(tree)
+
+    with telling_of(tree, [(path, call, output, partial(counted, told)) for path, call, output, told in wanted]):
+        yield run
 
 
 class Joints:
@@ -150,6 +154,9 @@ class Joints:
             call: which call of it.
             block: path of the block around it.
             dim: the dimension of features in what it gives.
+
+        Raises:
+            ReductionError: there is no such call.
         """
         fc2 = self._tree.get_submodule(leaf)
         changes: list[torch.Tensor] = []
@@ -188,6 +195,8 @@ class Joints:
             stack.enter_context(self._told([block] if block in self._blocks else [], look))
             stack.enter_context(suppress(_Stop))
             self._batch.run(self._tree)
+        if not changes:
+            raise ReductionError(f"{leaf} is not called {call + 1} times when the model runs; exclude its MLP")
         ones = torch.ones(changes[0].shape[dim], dtype=torch.float64, device=changes[0].device)
         return found[0] if found else Joint(leaf, call, leaf, call, True, ones, ())
 
