@@ -37,6 +37,7 @@ _NAMES = {
     "save": "checkpoint",
     "to_graph": "graph",
     "to_onnx": "exporting",
+    "tune": "search",
     "untie": "reduction",
     "verify": "verification",
 }
@@ -77,7 +78,7 @@ __all__ = [
     "register",
     "register_model",
 ]
-__all__ += ["save", "to_graph", "to_onnx", "untie", "verify"]
+__all__ += ["save", "to_graph", "to_onnx", "tune", "untie", "verify"]
 
 if TYPE_CHECKING:
     from mlpreduce.checkpoint import load, save

@@ -1,4 +1,4 @@
-"""The `mlpreduce` command: list, plan, profile, bench, recipe, search, report, coverage. It dispatches and prints."""
+"""The `mlpreduce` command: list, plan, profile, tune, bench, recipe, search, report, coverage. It dispatches and prints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from mlpreduce.plugins import add_option, load_plugins
 if TYPE_CHECKING:
     from torch import nn
 
-_OWN = ("bench", "recipe", "search", "report", "coverage")  # commands whose room has its own `main`
+_OWN = {name: name for name in ("bench", "recipe", "search", "report", "coverage")}  # where the `main` of a command is
+_OWN["tune"] = "search.tuning_cli"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if arguments[:1] and arguments[0] in _OWN:
-        status: int = importlib.import_module(f"mlpreduce.{arguments[0]}").main(arguments[1:])
+        status: int = importlib.import_module(f"mlpreduce.{_OWN[arguments[0]]}").main(arguments[1:])
         return status
     parser = _parser()
     if not arguments:
@@ -50,7 +51,9 @@ def _run(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlpreduce", description="Reduce the MLPs of Vision Transformers.")
     parser.add_argument("--version", action="version", version=f"mlpreduce {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{list,plan,profile,bench,recipe,search,report,coverage}")
+    commands = parser.add_subparsers(
+        required=True, metavar="{list,plan,profile,tune,bench,recipe,search,report,coverage}"
+    )
     words = 'timm arguments as key=value, then transforms: "grouped(group=2)", or grouped group=2'
 
     listing = commands.add_parser(
@@ -73,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--batch-size", type=int, default=32, help="images of a timed batch (default: 32)")
     profile.set_defaults(run=_profile)
 
+    commands.add_parser("tune", help="reduce a trained timm model within a budget, without training", add_help=False)
     commands.add_parser("bench", help="time applying or training, beside a peer that does the same", add_help=False)
     commands.add_parser("recipe", help="run an experiment; the same as python -m mlpreduce.recipe", add_help=False)
     commands.add_parser(

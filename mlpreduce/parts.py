@@ -50,6 +50,7 @@ class Parts(Sequence[MLP]):
         example_inputs: what the model is called with, to count MACs.
         refitted: whether what stays is refitted, so that the bias of fc2 takes up the means of what goes.
         watcher: looks on when the model runs over the data.
+        answers: what is known of all its MLPs and this data already.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Parts(Sequence[MLP]):
         example_inputs: Inputs | None = None,
         refitted: bool = False,
         watcher: Watcher | None = None,
+        answers: Answers | None = None,
     ) -> None:
         self._model, self._mlps, self._every = model, list(mlps), list(every or mlps)
-        self._answers = Answers(model, self._every, data, loss, refitted=refitted, watcher=watcher)
+        self._answers = answers or Answers(model, self._every, data, loss, refitted=refitted, watcher=watcher)
         self._inputs = example_inputs
         self.chains = chains(self._mlps)
         self.notes: list[str] = []

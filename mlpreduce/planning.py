@@ -15,7 +15,7 @@ from torch import nn
 
 from mlpreduce.budget import Cost, measure, outcome
 from mlpreduce.builds import build_doubt
-from mlpreduce.calibration import Loss, rereadable
+from mlpreduce.calibration import Answers, Loss, rereadable
 from mlpreduce.edits import Assign, Plan, Replace, Row, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import (
@@ -97,8 +97,9 @@ def make_plan(
     loss: Loss | None = None,
     example_inputs: Inputs | None = None,
     found: Survey | None = None,
+    answers: Answers | None = None,
 ) -> tuple[Plan, Survey]:
-    """The plan without its costs, and what the model has; `found` is that, if it is known.
+    """The plan without its costs, and what the model has; `found` and `answers` are that, and of the data, if it is known.
 
     Raises:
         ReductionError: as `plan`.
@@ -125,7 +126,7 @@ def make_plan(
         repair = config.get("repair", "none")
         whole = watcher(repair, mlps, scope)
         given: dict[str, Any] = {"data": data, "loss": loss, "example_inputs": example_inputs}
-        parts = Parts(model, scope, mlps, **given, refitted=repair != "none", watcher=whole)
+        parts = Parts(model, scope, mlps, **given, refitted=repair != "none", watcher=whole, answers=answers)
         edits = tuple(entry.function(parts, **config) or ())
         strange = [edit for edit in edits if not isinstance(edit, Slice | Share | Replace | Assign | Scale)]
         if strange:

@@ -21,6 +21,7 @@ from mlpreduce import recipe as recipes
 from mlpreduce.edits import Slice
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.spaces import Suggestion
+from mlpreduce.search.subjects import RecipeModel
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import DensityLoss, fit
 from mlpreduce.train.density import layer_density
@@ -155,7 +156,7 @@ def test_a_search_and_a_supernet_refuse_what_they_cannot_price_or_watch(tmp_path
         with pytest.raises(
             ReductionError, match="with min_score the cost follows from given weights, and a search knows costs before"
         ):
-            Pricer(recipes.load("digits_tiny")).price(Suggestion((step,), {}))
+            Pricer(RecipeModel(recipes.load("digits_tiny"))).price(Suggestion((step,), {}))
     run = digits_run(tmp_path, density_weight=1.0)
     point = ({"transform": "shallow", "ratio": 0.5},)
     with pytest.raises(ReductionError, match=r"density_weight=1 watches the MLPs of the whole model"):

@@ -16,6 +16,7 @@ from mlpreduce.search.cli import _parser, _settings
 from mlpreduce.search.jobs import references_of
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.settings import StudySettings
+from mlpreduce.search.subjects import RecipeModel
 
 VALUES: dict[str, Any] = {
     "4": 4,
@@ -181,7 +182,7 @@ def test_references_of_a_search() -> None:
     found = _settings(options)["references"]
     assert found == ("baseline", "grouped(group=4, keep='last')")
     recipe = load("digits_tiny")
-    points = references_of(StudySettings(name="any", references=found), recipe, Pricer(recipe))
+    points = references_of(StudySettings(name="any", references=found), recipe, Pricer(RecipeModel(recipe)))
     assert points[found[1]].cost.unique_mlps == 1
     with pytest.raises(ReductionError, match=r"--references groupd: neither .*grouped\(group=4\)"):
-        references_of(StudySettings(name="any", references=("groupd",)), recipe, Pricer(recipe))
+        references_of(StudySettings(name="any", references=("groupd",)), recipe, Pricer(RecipeModel(recipe)))

@@ -25,6 +25,7 @@ from mlpreduce.parts import Parts
 from mlpreduce.recipe.schema import runs
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.spaces import Suggestion
+from mlpreduce.search.subjects import RecipeModel
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import build_model
 from mlpreduce.train.calibrated import needs_data, without_data
@@ -209,7 +210,7 @@ def test_a_recipe_and_a_search_know_its_cost_before(pattern: str) -> None:
     assert without_data(step) == {**step, "pattern": "cycle"}
     recipe = recipes.load("digits_tiny")
     cycle = {**step, "pattern": "cycle"}
-    points = [Pricer(recipe).price(Suggestion((some,), {})) for some in (step, cycle)]
+    points = [Pricer(RecipeModel(recipe)).price(Suggestion((some,), {})) for some in (step, cycle)]
     assert points[0].cost == points[1].cost
     assert points[0].key != points[1].key
 
@@ -334,6 +335,6 @@ def test_blocks_that_cannot_share_are_told(unchanged: Callable[[nn.Module], Call
 def test_a_search_prices_it() -> None:
     steps = ({"transform": "grouped", "share": "block"}, {"transform": "shallow", "ratio": 0.5})
     recipe = recipes.load("digits_tiny")
-    point = Pricer(recipe).price(Suggestion(steps, {}))
+    point = Pricer(RecipeModel(recipe)).price(Suggestion(steps, {}))
     run = runs(recipe, ".")[0].model_copy(update={"steps": steps})
     assert point.cost.params == count(build_model(run))

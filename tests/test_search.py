@@ -31,7 +31,9 @@ from mlpreduce.search.spaces import Suggestion, list_spaces, load_space
 from mlpreduce.search.stopping import Halving
 from mlpreduce.search.storage import hidden
 from mlpreduce.search.study import Study
+from mlpreduce.search.subjects import RecipeModel
 from mlpreduce.search.told import counts
+from mlpreduce.search.training import training_owner
 from mlpreduce.train import build_model
 from mlpreduce.transforms import is_construction
 
@@ -55,12 +57,12 @@ def quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def pricer() -> Pricer:
-    return Pricer(recipes.load("digits_tiny", DEPTH6))
+    return Pricer(RecipeModel(recipes.load("digits_tiny", DEPTH6)))
 
 
 def built(pricer: Pricer, point: Point) -> mlpreduce.profiling.Profile:
     """Counts of the model that would be trained."""
-    run = recipes.runs(recipes.changed(pricer.recipe, point.settings), ".")[0]
+    run = recipes.runs(recipes.changed(pricer.subject.recipe, point.settings), ".")[0]
     model = build_model(run.model_copy(update={"steps": point.steps}))
     assert [mlp.hidden_features for mlp in mlpreduce.find_mlps(model)] == point.pattern["widths"]
     names = point.pattern["blocks"]
@@ -70,7 +72,7 @@ def built(pricer: Pricer, point: Point) -> mlpreduce.profiling.Profile:
 
 def counted(pricer: Pricer, point: Point, cost: str) -> int:
     """A cost of the model that would be trained."""
-    run = recipes.runs(recipes.changed(pricer.recipe, point.settings), ".")[0]
+    run = recipes.runs(recipes.changed(pricer.subject.recipe, point.settings), ".")[0]
     model = build_model(run.model_copy(update={"steps": point.steps}))
     if cost == "params":
         return sum(parameter.numel() for parameter in model.parameters())
@@ -277,7 +279,7 @@ class TestBudgets:
     @pytest.mark.parametrize("name", slow_but(SMALL, "width", "sharing"))
     @pytest.mark.parametrize("cost", ["params", "macs"])
     def test_the_smallest_is_found(self, name: str, cost: str) -> None:
-        pricer = Pricer(recipes.load("digits_tiny", ["model.kwargs.depth=3", "model.kwargs.embed_dim=16"]))
+        pricer = Pricer(RecipeModel(recipes.load("digits_tiny", ["model.kwargs.depth=3", "model.kwargs.embed_dim=16"])))
         space = load_space(name)
         with warnings.catch_warnings():  # it is marked experimental since long
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -299,7 +301,7 @@ class TestBudgets:
     @pytest.mark.parametrize("part", range(4))
     def test_every_trial_keeps_its_budget(self, part: int) -> None:
         """Of a hundred random budgets, 25 in each part."""
-        pricer = Pricer(recipes.load("digits_tiny", ["model.kwargs.embed_dim=16"]))
+        pricer = Pricer(RecipeModel(recipes.load("digits_tiny", ["model.kwargs.embed_dim=16"])))
         generator = random.Random(part)
         least: dict[tuple[str, str], int] = {}
         baseline = pricer.price(Suggestion((), {})).cost
@@ -527,7 +529,7 @@ class TestOwner:
         recipe = recipes.load("digits_tiny", DEPTH6)
         settings = StudySettings(name="any", trials=9, references=(), seeds=(1,))
         document, storage = recipe.model_dump(mode="json"), f"sqlite:///{tmp_path}/optuna.db"
-        found = Owner(settings.model_dump(mode="json"), document, str(space), storage, str(tmp_path), False)
+        found = training_owner(settings.model_dump(mode="json"), document, str(space), storage, str(tmp_path), False)
         yield found
         found.close()
 
@@ -552,11 +554,11 @@ class TestOwner:
         known = {"trials": 9, "references": (), "seeds": (1,)}
         url = f"sqlite:///{tmp_path}/optuna.db"
         with pytest.raises(ReductionError, match="has a study of this name; go on with --resume"):
-            Owner({"name": "any", **known}, recipe, space, url, str(tmp_path / "other"), False)
+            training_owner({"name": "any", **known}, recipe, space, url, str(tmp_path / "other"), False)
         foreign = optuna.create_study(study_name="foreign", storage=url)
         foreign.add_trial(optuna.trial.create_trial(value=1.0))
         with pytest.raises(ReductionError, match="not made by mlpreduce search"):
-            Owner({"name": "foreign", **known}, recipe, space, url, str(tmp_path / "other"), True)
+            training_owner({"name": "foreign", **known}, recipe, space, url, str(tmp_path / "other"), True)
         assert len(foreign.trials) == 1
         assert not foreign.user_attrs
 
@@ -564,7 +566,7 @@ class TestOwner:
 def test_lost_workers_end_a_study_that_only_loses(tmp_path: Path) -> None:
     recipe = recipes.load("digits_tiny", DEPTH6).model_dump(mode="json")
     settings = StudySettings(name="any", trials=9, references=(), seeds=(1,)).model_dump(mode="json")
-    owner = Owner(settings, recipe, "width", f"sqlite:///{tmp_path}/optuna.db", str(tmp_path), False)
+    owner = training_owner(settings, recipe, "width", f"sqlite:///{tmp_path}/optuna.db", str(tmp_path), False)
 
     def lose() -> None:
         job = owner.next_job()

@@ -25,6 +25,7 @@ from mlpreduce.search.choices import Walker
 from mlpreduce.search.goals import read_budgets
 from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.spaces import Suggestion, load_space
+from mlpreduce.search.subjects import RecipeModel
 from mlpreduce.search.supernet import Candidate, agreement, front_of, sample, supernet_of
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import Run, Runtime, evaluate, fit
@@ -430,7 +431,7 @@ DEPTH6 = ("model.kwargs.depth=6", "model.kwargs.embed_dim=16")
 
 @pytest.fixture(scope="module")
 def pricer() -> Pricer:
-    return Pricer(recipes.load("digits_tiny", DEPTH6))
+    return Pricer(RecipeModel(recipes.load("digits_tiny", DEPTH6)))
 
 
 def candidate(**cost: int) -> Candidate:

@@ -135,6 +135,14 @@ class Answers:
             folded=self._refitted and sums.biased,
         )
 
+    def pairs(self, mlp: MLP, choice: Choice) -> Moments:
+        """The moments that a criterion of pairs looks at: what fc2 of an MLP is given.
+
+        Raises:
+            ReductionError: as `of`.
+        """
+        return self._moments_of(mlp, choice, 0)
+
     def shares(self, mlp: MLP, *, read: bool) -> torch.Tensor | None:
         """The part of each hidden unit in the output energy of its MLP, of the use where it is largest, (hidden units,).
 

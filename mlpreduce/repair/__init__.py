@@ -7,11 +7,12 @@ whole       the stream of the whole model behind each
 importance  how much the outputs hang on what is given at each position
 sequential  MLP after MLP, each on what the model gives as repaired so far, judged by what the whole model gives
 parallel    every MLP by itself
+moments     the same from moments that were measured once
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,10 +20,13 @@ import torch
 from torch import fx, nn
 
 from mlpreduce.calibration import Batch, Measured, Samples, in_all, quiet_copy, running
+from mlpreduce.criteria import Moments
 from mlpreduce.edits import Assign, Edit, Plan, Replace, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, check_one_of
 from mlpreduce.graph import MLP, Leaf
 from mlpreduce.layers import wraps
+from mlpreduce.repair.fit import empty_fit, solved
+from mlpreduce.repair.moments import fill
 from mlpreduce.repair.nearness import gathered, nearness
 from mlpreduce.repair.outputs import output_of
 from mlpreduce.repair.parallel import repair_alone
@@ -31,7 +35,7 @@ from mlpreduce.repair.whole import Whole
 from mlpreduce.surgery import carry_out, rehearse
 from mlpreduce.waiting import steps
 
-__all__ = ["REPAIRS", "distances", "refit_errors", "repaired", "watcher"]
+__all__ = ["REPAIRS", "distances", "refit_errors", "repaired", "repaired_from", "watcher"]
 
 REPAIRS = ("none", "bias", "parallel", "least_squares")
 _COMPARED = 128  # examples of each process, by which sets of edits are compared
@@ -82,6 +86,41 @@ def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any, whole
     facts = {"samples": samples.count, "fingerprint": samples.fingerprint}
     note = f"repair={kind!r}, {samples.count:,} examples: {found}"
     return replace(_with(made, found.values), notes=(*made.notes, note), data=facts)
+
+
+def repaired_from(
+    model: nn.Module,
+    mlps: Sequence[MLP],
+    made: Plan,
+    moments: Callable[[MLP], Moments],
+    known: MutableMapping[tuple[str, tuple[int, ...]], dict[str, torch.Tensor]],
+) -> Plan:
+    """The plan as `repair="parallel"` makes it, from moments that were measured once and without running the model.
+
+    Args:
+        model: the unreduced model; it is not changed.
+        mlps: its MLPs.
+        made: a plan for it, which slices alone.
+        moments: of an MLP, with pairs.
+        known: fits of earlier plans, by MLP and its units that stay; those of this one are put there.
+
+    Raises:
+        ReductionError: the plan does more than slice, or an MLP cannot be refitted.
+    """
+    others = sorted({type(edit).__name__ for edit in made.edits if not isinstance(edit, Slice)})
+    if others:
+        raise ReductionError(f"repair from moments: the plan has edits {', '.join(others)}, of which they tell nothing")
+    by_name = {mlp.name: mlp for mlp in mlps}
+    missing = [edit for edit in made.of(Slice) if (edit.mlp, tuple(edit.units)) not in known]
+    tree = _reduced(model, made) if missing else None
+    for edit in missing:
+        assert tree is not None
+        mlp, units = by_name[edit.mlp], tuple(edit.units)
+        fit, seen = empty_fit(tree, mlp.leaf("fc2").path), moments(mlp)
+        fill(fit, seen, torch.tensor(units, device=seen.weight.device))
+        known[edit.mlp, units] = solved(fit)[0]
+    values = [known[edit.mlp, tuple(edit.units)] for edit in made.of(Slice)]
+    return _with(made, {path: value for some in values for path, value in some.items()})
 
 
 def refit_errors(

@@ -52,6 +52,11 @@ _LUCK = (
     "One seed says little: the best of many trials is in part the luckiest. Train the points that matter with new seeds before "
     "you believe in their order."
 )
+_SCORE = (
+    "Score: of the model after the reduction, the higher the better; of points of the front and of references with all layers "
+    "refitted in turn, of others with each refitted by itself."
+)
+_SCORED = "The whole model, the paper's points and equal parts of all MLPs are scored beside the trials."
 _REFERENCES = "Baseline and the paper's points are trained beside the trials; they need not keep the budgets."
 
 
@@ -106,6 +111,12 @@ def front_table(document: dict[str, Any]) -> Table:
     baseline = next((p for p in points.references(document) if not p["steps"]), None)
     whole = points.value_of(baseline, "params") if baseline else None
     extra = [o for o in document["objectives"] if o["name"] not in ("top1", "params", "macs")]
+    trained: list[_Column] = [
+        ("top-1 %", _top1),
+        ("n", lambda p: str(len(points.measured(p, "top1")))),
+        ("peak-to-final", _peak_to_final),
+        ("95 % interval", _interval),
+    ]
     columns: list[_Column] = [
         ("point", lambda p: p["name"]),
         ("reduction", points.reduction),
@@ -114,13 +125,15 @@ def front_table(document: dict[str, Any]) -> Table:
         ("MACs", _value("macs")),
         ("unique MLPs", _value("unique_mlps")),
         *((points.objective_label(o), _objective_cell(o["name"])) for o in extra),
-        ("top-1 %", _top1),
-        ("n", lambda p: str(len(points.measured(p, "top1")))),
-        ("peak-to-final", _peak_to_final),
-        ("95 % interval", _interval),
+        *(trained if _is_trained(document) else []),
     ]
     title = "Pareto front and references" if len(rows) > len(on_front) else "Pareto front"
     return _table(title if on_front else "References", columns, rows)
+
+
+def _is_trained(document: dict[str, Any]) -> bool:
+    """Whether points were trained, and not scored."""
+    return any(objective["name"] == "top1" for objective in document["objectives"])
 
 
 def console_table(document: dict[str, Any]) -> Grid:
@@ -184,7 +197,7 @@ def _objective_cell(name: str) -> Callable[[points.Point], str]:
 
     def cell(point: points.Point) -> str:
         runs = points.measured(point, name)
-        return mean_std(runs, 3) if runs else points.number_text(name, points.value_of(point, name))
+        return mean_std(runs, 3) if runs and name != "score" else points.number_text(name, points.value_of(point, name))
 
     return cell
 
@@ -282,7 +295,7 @@ def _remarks(document: dict[str, Any]) -> Iterator[str]:
         within = f", {len(points.candidates(document))} of them within the budgets" if document["budgets"] else ""
         yield f"There is no front: {len(complete)} of {len(points.trials(document))} trials are complete{within}."
     few = [p["name"] for p in on_front if len(points.measured(p, "top1")) < 3]
-    if few:
+    if few and _is_trained(document):
         yield (
             f"Points of the front with fewer than 3 runs: {len(few)} of {len(on_front)}. Small differences between them may "
             "be chance."
@@ -290,8 +303,8 @@ def _remarks(document: dict[str, Any]) -> Iterator[str]:
 
 
 def _notes(document: dict[str, Any]) -> Iterator[str]:
-    yield from (_COUNTS, _TOP1, _FRONT, _LUCK)
+    yield from (_COUNTS, _TOP1, _FRONT, _LUCK) if _is_trained(document) else (_COUNTS, _SCORE, _FRONT)
     if points.references(document):
-        yield _REFERENCES
+        yield _REFERENCES if _is_trained(document) else _SCORED
     if document["hypervolume"]:
         yield "Hypervolume: of what the front dominates, up to the reference; only equal references can be compared."

@@ -151,6 +151,8 @@ def number_text(name: str, value: float | None) -> str:
         return short(value)
     if name in COSTS:
         return f"{value:,.0f}"
+    if name == "score":
+        return f"{value:.4f}"
     return f"{value:.2f}" if abs(value) >= 10 or name == "top1" else f"{value:.4g}"
 
 

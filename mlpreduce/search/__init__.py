@@ -1,6 +1,8 @@
 """Search for a reduction: an Optuna study over a search space. The only package that imports optuna.
 
     spaces      search spaces: Python files with a function `suggest`
+    subjects    what is reduced: the model of a recipe, built when a point is priced
+    hand        the same: a model in hand, of which all that points ask for is measured once
     points      what a suggestion comes to: exact cost, pattern, and a key that equal reductions share
     choices     walks through a space without training: checks it, finds its cheapest point
     goals       objectives and budgets
@@ -8,15 +10,19 @@
     storage     where it is kept, and that one process at a time owns it
     study       Optuna's study: asks for points worth training, and is told what became of them
     told        what the storage tells of trials
-    results     what else a study knows: what it is, and what each run came to
-    jobs        a point and a seed, as what a worker needs
-    owner       decides what is trained next; a Ray actor
+    results     what else a study knows: what it is, and what each job came to
+    valuing     how points are valued, as the owner sees it
+    training    by training them: runs of a recipe
+    scoring     by a score of the reduced model
+    owner       decides what is valued next; a Ray actor where points are trained by Ray
+    jobs        a point and a seed, as what a worker needs to train it
     stopping    which trials are ended early
     racing      which points are trained with further seeds
     supernet    candidates for a supernet, and how well it ranks
     ranking     the supernet in a study
     trial       what a worker does
     driver      keeps the workers busy
+    tuning      `mlpreduce.tune`
     bare        the same points in plain Optuna, for the bench
     answer      what a study came to
     export      its points as recipes
@@ -36,11 +42,19 @@ if TYPE_CHECKING:
     from mlpreduce.search.driver import run
     from mlpreduce.search.settings import StudySettings
     from mlpreduce.search.spaces import list_spaces
+    from mlpreduce.search.tuning import Tuning, tune
 
-__all__ = ["StudySettings", "list_spaces", "main", "run"]
+__all__ = ["StudySettings", "Tuning", "list_spaces", "main", "run", "tune"]
 
 NEEDED = ("optuna", "mlflow", "matplotlib")  # to search; ray too, unless with workers=0
-_HOME = {"StudySettings": "settings", "list_spaces": "spaces", "main": "cli", "run": "driver"}
+_HOME = {
+    "StudySettings": "settings",
+    "Tuning": "tuning",
+    "list_spaces": "spaces",
+    "main": "cli",
+    "run": "driver",
+    "tune": "tuning",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -48,4 +62,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "run":
         require("mlpreduce.search.run", *NEEDED)
+    if name == "tune":
+        require("mlpreduce.tune", "optuna", "scipy")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from mlpreduce.budget import Cost
 from mlpreduce.errors import ReductionError
 from mlpreduce.search.front import dominates, front, hypervolume, losses
-from mlpreduce.search.goals import OBJECTIVES, read_budgets
+from mlpreduce.search.goals import OBJECTIVES, read_budgets, value_of
 from mlpreduce.search.points import Point
 from mlpreduce.search.ranking import told_agreement
 from mlpreduce.search.settings import StudySettings
@@ -41,7 +41,13 @@ def describe(study: optuna.Study) -> dict[str, Any]:
     baseline = next((point for point in references if not point["steps"]), None)
     points = [*references, *trials]
     ranked = told_agreement(trials) if settings.supernet else None
-    for name in _front_of(trials, settings):
+    scored = "scored" in known
+    if scored:  # size counts beside the score, which alone was sought
+        valued = [point for point in trials if point["values"]]
+        whole = [point for point in valued if len(point["runs"]) > 1] or valued  # repaired as by `plan`
+        for name in front({p["name"]: (-p["values"]["score"], p["cost"]["params"]) for p in whole}):
+            next(point for point in trials if point["name"] == name)["front"] = True
+    for name in [] if scored else _front_of(trials, settings):
         next(point for point in trials if point["name"] == name)["front"] = True
     costs = None if baseline is None else Cost(**baseline["cost"])
     budgets = read_budgets(settings.budgets, costs) if costs is not None else ()
@@ -88,7 +94,7 @@ def history(study: optuna.Study) -> list[tuple[float, tuple[float, ...]]]:
 
 
 def reference_values(study: optuna.Study) -> dict[str, float]:
-    """The worst that counts: a top-1 of 0, and of the other objectives the baseline's.
+    """The worst that counts: a top-1 or score of 0, and of the other objectives the baseline's.
 
     Raises:
         ReductionError: no baseline was trained beside the study.
@@ -98,7 +104,7 @@ def reference_values(study: optuna.Study) -> dict[str, float]:
     values = _point("baseline", "reference", _whole(study), known, settings)["values"]
     if not values:
         raise ReductionError(f"study {study.study_name}: its baseline has not been trained")
-    return {**values, "top1": 0.0}
+    return {**values, value_of(settings.objectives): 0.0}
 
 
 def _whole(study: optuna.Study) -> Point:
@@ -127,8 +133,9 @@ def _point(name: str, kind: str, point: Point, known: Mapping[str, Any], setting
     every = known.get(f"runs:{point.key}", {})  # also of seeds that were asked for earlier
     order = {seed: number for number, seed in enumerate(settings.seeds)}
     runs = sorted(every.values(), key=lambda run: order.get(run["seed"], len(order)))
+    counted = runs[-1:] if "scored" in known else runs  # the last score is of the better repair
     values = {
-        objective: fmean(run[objective] for run in runs) if objective in runs[0] else getattr(point.cost, objective)
+        objective: fmean(run[objective] for run in counted) if objective in runs[0] else getattr(point.cost, objective)
         for objective in (settings.objectives if runs else ())
     }
     document = point.to_json()
@@ -187,7 +194,8 @@ def _verdicts(
     references: Sequence[Mapping[str, Any]], trials: Sequence[Mapping[str, Any]], settings: StudySettings
 ) -> list[str]:
     """For each reference that is a reduction, whether a trial is as good or better in all objectives."""
-    others = [name for name in settings.objectives if name != "top1"]
+    value = value_of(settings.objectives)
+    others = [name for name in settings.objectives if name != value]
     told = []
     if settings.inherit != "none":
         told.append(
@@ -208,11 +216,14 @@ def _verdicts(
         if not better:
             told.append(f"None of {len(trials)} trials dominates {name} ({', '.join(settings.objectives)}).")
             continue
-        best = max(better, key=lambda trial: (len(trial["runs"]), trial["values"]["top1"]))
+        best = max(better, key=lambda trial: (len(trial["runs"]), trial["values"][value]))
         costs = ", ".join(f"{o} {best['values'][o]:,.6g} to {reference['values'][o]:,.6g}" for o in others)
+        both = [point["values"][value] for point in (best, reference)]
+        text = "score {:.4f} to {:.4f}" if value == "score" else "top-1 {:.2f} to {:.2f}"
+        sure = "" if value == "score" else f" {_paired(best['runs'], reference['runs'])}"
         told.append(
-            f"{len(better)} of {len(trials)} trials dominate {name}; {best['name']}: top-1 {best['values']['top1']:.2f} to "
-            f"{reference['values']['top1']:.2f}{', ' + costs if costs else ''}. {_paired(best['runs'], reference['runs'])}"
+            f"{len(better)} of {len(trials)} trials dominate {name}; {best['name']}: {text.format(*both)}"
+            f"{', ' + costs if costs else ''}.{sure}"
         )
     return told
 

@@ -19,6 +19,7 @@ from mlpreduce.launch import execute
 from mlpreduce.recipe import Recipe, changed, runs
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.spaces import Space, Suggestion
+from mlpreduce.search.subjects import RecipeModel
 from mlpreduce.search.told import finished, point_of
 from mlpreduce.train.settings import Step
 
@@ -99,7 +100,7 @@ def train_bare(
     )
     for choices in points:
         study.enqueue_trial(dict(choices))
-    model = Pricer(recipe).model
+    model = Pricer(RecipeModel(recipe)).model
     _train(Suggestion((), {}), recipe, folder / "baseline")
     found = []
     for number in range(len(points)):

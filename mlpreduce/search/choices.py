@@ -106,7 +106,7 @@ class Walker:
                 problems.append(str(error))
             return taken, seen
 
-        for given in self._space.points:
+        for given in self._space.starts(self._model):
             taken, seen = visit(given)
             if wrong := {name: value for name, value in given.items() if name not in taken or taken[name] != value}:
                 places = ", ".join(
@@ -153,7 +153,7 @@ class Walker:
             above = sum(max(0, budget.excess(point.cost)) / budget.limit for budget in budgets)
             return (above, getattr(point.cost, cost)), taken, point, seen
 
-        starts = [found for start in (*self._space.points, {}) if (found := visit(start)) is not None]
+        starts = [found for start in (*self._space.starts(self._model), {}) if (found := visit(start)) is not None]
         generator = random.Random(0)
         for _ in range(_RANDOM if not starts else 0):
             _, taken, _ = self.ask({}, lambda distribution: any_of(distribution, generator))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -10,23 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce.addresses import hidden
-from mlpreduce.complaints import complaint
 from mlpreduce.console import from_here, screen, wrapped
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.extras import require
 from mlpreduce.launch import Lost, Pool, pool
+from mlpreduce.markup import shortened
 from mlpreduce.recipe import Recipe, changed, load, with_plugins
 from mlpreduce.recipe.running import mlflow_lines
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.export import write_best
 from mlpreduce.search.goals import Budget, check_objectives, read_budgets
 from mlpreduce.search.jobs import references_of, runs_of
-from mlpreduce.search.owner import Owner
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.ranking import Ranking, check_space
-from mlpreduce.search.settings import StudySettings
+from mlpreduce.search.settings import StudySettings, make_settings
 from mlpreduce.search.spaces import Space, Suggestion, load_space
 from mlpreduce.search.storage import folder_of
+from mlpreduce.search.subjects import RecipeModel
+from mlpreduce.search.training import training_owner
 from mlpreduce.search.trial import carry_out
 from mlpreduce.train.names import Name, check_reach, names_of
 
@@ -36,9 +38,10 @@ if TYPE_CHECKING:
 
     from mlpreduce.pulse import Pulse
 
-__all__ = ["run"]
+__all__ = ["check_budgets", "drive", "run"]
 
 _BEGUN = "study.json"
+_LONG = 120  # characters of a reduction in a line
 _SOME = 20  # points that are tried as sub-models before a study begins
 
 
@@ -117,7 +120,7 @@ def run(
         Pulse(console, _starting(wanted), below=progress) as pulse,
         pool(
             wanted.workers,
-            Owner,
+            training_owner,
             arguments,
             carry_out,
             directories=folders,
@@ -126,11 +129,11 @@ def run(
             gpus=wanted.gpus,
         ) as workers,
     ):
-        _drive(workers, wanted, pulse, lambda trained: progress.update(bar, completed=trained))
+        drive(workers, wanted.trials, pulse, lambda trained: progress.update(bar, completed=trained), "training", _top1)
         pulse.now("writing the report")
         document: dict[str, Any] = workers.call("document", time.monotonic() - started)
         paths = _publish(document, recipe, place)
-        workers.call("publish", _metrics(document), [str(path) for path in paths], True)
+        workers.call("publish", _metrics(document), [str(path) for path in paths])
         pulse.now("ending the workers")
     _show(document, place, url, console)
     return document
@@ -142,16 +145,8 @@ def _settings(space: Space, recipe: Recipe, given: dict[str, Any]) -> StudySetti
     Raises:
         ReductionError: a key or a value that there is not.
     """
-    from pydantic import ValidationError
-
     known = {"name": f"{space.name}-{recipe.name}", "seeds": recipe.seeds}
-    try:
-        settings = StudySettings.model_validate(
-            {**known, **{key: value for key, value in given.items() if value is not None}}
-        )
-    except ValidationError as error:
-        wrong = [complaint(item, "", StudySettings.model_fields) for item in error.errors()]
-        raise ReductionError("search: " + "\n".join(wrong)) from error
+    settings = make_settings("search", {**known, **{key: value for key, value in given.items() if value is not None}})
     check_objectives(settings.objectives)
     if settings.pruner == "median" and len(settings.objectives) > 1:
         raise ReductionError(
@@ -187,7 +182,7 @@ def _check(space: Space, recipe: Recipe, settings: StudySettings) -> tuple[tuple
 
     if not os.environ.get("RAY_ADDRESS"):  # a cluster may see what this machine does not
         check(recipe.data)
-    pricer = Pricer(recipe)
+    pricer = Pricer(RecipeModel(recipe))
     walker = Walker(space, pricer)
     points = walker.check()
     for point in points:
@@ -197,6 +192,19 @@ def _check(space: Space, recipe: Recipe, settings: StudySettings) -> tuple[tuple
     if settings.workers:
         check_reach(trained)
     budgets = read_budgets(settings.budgets, pricer.price(Suggestion((), {})).cost)
+    check_budgets(space, walker, budgets)
+    if settings.supernet:
+        some = settings.model_copy(update={"supernet_points": min(settings.supernet_points, _SOME)})
+        check_space(Ranking(some, recipe, space, pricer, budgets, Path()))
+    return budgets, list(dict.fromkeys(name for run in trained for name in names_of(run)))
+
+
+def check_budgets(space: Space, walker: Walker, budgets: Sequence[Budget]) -> None:
+    """Whether a space has a point that keeps all budgets.
+
+    Raises:
+        ReductionError: it has none, with the least that it reaches.
+    """
     for budget in budgets:
         _, least = walker.cheapest(budget.cost)
         if budget.excess(least.cost) > 0:
@@ -212,10 +220,6 @@ def _check(space: Space, recipe: Recipe, settings: StudySettings) -> tuple[tuple
                 f"--budget {over[0].text!r}: no point of {space.name} was found that keeps all budgets; the nearest has "
                 f"{near}: {_text(least.steps)}"
             )
-    if settings.supernet:
-        some = settings.model_copy(update={"supernet_points": min(settings.supernet_points, _SOME)})
-        check_space(Ranking(some, recipe, space, pricer, budgets, Path()))
-    return budgets, list(dict.fromkeys(name for run in trained for name in names_of(run)))
 
 
 def _starting(settings: StudySettings) -> str:
@@ -231,17 +235,39 @@ def _bar(console: Console) -> Progress:
     return Progress(BarColumn(20), MofNCompleteColumn(), TextColumn("trials"), TimeElapsedColumn(), console=console)
 
 
-def _drive(workers: Pool, settings: StudySettings, pulse: Pulse, advance: Callable[[int], object]) -> None:
-    """Keep the workers busy until nothing is left to train."""
+def drive(
+    workers: Pool,
+    trials: int,
+    pulse: Pulse,
+    advance: Callable[[int], object],
+    doing: str,
+    shown: Callable[[float], str],
+    until: float = math.inf,
+) -> None:
+    """Keep the workers busy until nothing is left to do.
+
+    Args:
+        workers: carry out jobs.
+        trials: how many are wanted.
+        pulse: shows what is going on.
+        advance: is told how many trials have ended.
+        doing: what workers do with a point, in a word.
+        shown: writes a value.
+        until: no trial begins after this time of `time.monotonic`.
+    """
     running: dict[int, str] = {}
     counts = workers.call("counts")
+    late = False
     while True:
+        if not late and time.monotonic() > until:
+            late = True
+            workers.call("ask_no_more")
         while len(running) < workers.size and (job := workers.call("next_job")) is not None:
-            running[job["id"]] = f"{job['name']}, seed {job['run']['seed']}"
-            pulse.now(f"[{counts['trained']}/{settings.trials}] training {'; '.join(running.values())}")
+            running[job["id"]] = f"{job['name']}, {job['label']}"
+            pulse.now(f"[{counts['trained']}/{trials}] {doing} {'; '.join(running.values())}")
             workers.start(job)
         if not running:
-            if counts["trained"] < settings.trials:
+            if counts["trained"] < trials and not late:
                 pulse.line(f"no other point of the space was found: {counts['trained']} were trained", "yellow")
             return
         ended = workers.wait()
@@ -255,12 +281,16 @@ def _drive(workers: Pool, settings: StudySettings, pulse: Pulse, advance: Callab
                 told = workers.call("done", job["id"], outcome)
             counts = workers.call("counts")
             advance(counts["trained"])
-            pulse.line(_line(told, counts, settings))
+            pulse.line(_line(told, counts, trials, shown))
 
 
-def _line(told: dict[str, Any], counts: dict[str, int], settings: StudySettings) -> str:
+def _top1(value: float) -> str:
+    return f"top-1 {value:.2f} %"
+
+
+def _line(told: dict[str, Any], counts: dict[str, int], trials: int, shown: Callable[[float], str]) -> str:
     """What became of a job, in one line."""
-    top1 = "" if told["top1"] is None else f", top-1 {told['top1']:.2f} %"
+    value = "" if told["value"] is None else f", {shown(told['value'])}"
     how = {
         "finished": "",
         "stopped": ", ended early",
@@ -268,10 +298,10 @@ def _line(told: dict[str, Any], counts: dict[str, int], settings: StudySettings)
         "failed": ", failed",
         "lost": ", its worker was lost; once more",
     }
-    what = f": {_text(told['steps'])}" if "steps" in told and told["kind"] != "supernet" else ""
-    seed = f", seed {told['seed']}" if told["kind"] != "trial" and "seed" in told else ""
+    what = f": {shortened(_text(told['steps']), _LONG)}" if "steps" in told and told["kind"] != "first" else ""
+    part = f", {told['label']}" if told["kind"] != "trial" and "label" in told else ""
     message = f" ({told['message']})" if told["message"] else ""
-    return f"[{counts['trained']}/{settings.trials}] {told['name']}{seed}{what}{top1}{how[told['status']]}{message}"
+    return f"[{counts['trained']}/{trials}] {told['name']}{part}{what}{value}{how[told['status']]}{message}"
 
 
 def _text(steps: Sequence[dict[str, Any]]) -> str:

@@ -11,13 +11,14 @@ from typing import Literal
 from mlpreduce.budget import Cost
 from mlpreduce.errors import ReductionError, did_you_mean
 
-__all__ = ["COSTS", "OBJECTIVES", "Budget", "check_objectives", "read_budgets"]
+__all__ = ["COSTS", "OBJECTIVES", "Budget", "check_objectives", "read_budgets", "value_of"]
 
 Direction = Literal["minimize", "maximize"]
 
 COSTS = ("params", "mlp_params", "unique_mlps", "macs_linear", "macs", "macs_with_attention")  # known before training
 OBJECTIVES: dict[str, tuple[Direction, str]] = {  # name -> direction, unit
     "top1": ("maximize", "%"),
+    "score": ("maximize", ""),  # of a model in hand
     **{cost: ("minimize", "") for cost in COSTS},
     "latency": ("minimize", "ms"),  # of one image, measured in the trial
 }
@@ -83,14 +84,19 @@ def read_budgets(texts: Sequence[str], baseline: Cost) -> tuple[Budget, ...]:
     return tuple(budgets.values())
 
 
+def value_of(names: Sequence[str]) -> str:
+    """The objective that a point must be valued for: what is no cost."""
+    return next(name for name in names if OBJECTIVES[name][0] == "maximize")
+
+
 def check_objectives(names: Sequence[str]) -> None:
-    """Whether objectives are known, each once, and the accuracy is one of them.
+    """Whether the objectives of a search that trains are known, each once, and the accuracy is one of them.
 
     Raises:
         ReductionError: they are not.
     """
     for name in names:
-        if name not in OBJECTIVES:
+        if name not in OBJECTIVES or name == "score":
             raise ReductionError(f"--objectives {','.join(names)}: {name!r}{did_you_mean(name, OBJECTIVES)}")
     if len(set(names)) < len(names) or "top1" not in names:
         raise ReductionError(

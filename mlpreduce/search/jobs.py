@@ -64,7 +64,7 @@ def job_of(
     """A job: JSON values.
 
     Args:
-        kind: "reference", "trial" or "seed".
+        kind: "first", "reference", "trial" or "further".
         name: as it is shown.
         point: what is trained.
         seed: of the training.
@@ -86,6 +86,8 @@ def job_of(
         "number": None,
         "fixed": False,
         "key": point.key,
+        "part": seed,
+        "label": f"seed {seed}",
         "point": point.to_json(),
         "run": run.model_copy(update={"inherit": inherit}).model_dump(mode="json"),
         "launch": launch.model_dump(mode="json"),

@@ -68,7 +68,7 @@ class Ranking:
         train = self._recipe.train.model_copy(update={"epochs": self._settings.supernet})
         whole = self._pricer.price(Suggestion((), {}))
         job = job_of(
-            "supernet",
+            "first",
             f"supernet of {len(self.candidates)} points",
             whole,
             self._settings.seeds[0],

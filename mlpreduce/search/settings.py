@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-__all__ = ["REFERENCES", "StudySettings", "changes"]
+from mlpreduce.complaints import complaint
+from mlpreduce.errors import ReductionError
+
+__all__ = ["REFERENCES", "StudySettings", "changes", "make_settings"]
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -61,6 +64,19 @@ class StudySettings(BaseModel):
             found.append(rung)
             rung *= self.reduction
         return tuple(found)
+
+
+def make_settings(call: str, given: Mapping[str, Any]) -> StudySettings:
+    """The settings of a study.
+
+    Raises:
+        ReductionError: a key or a value that there is not.
+    """
+    try:
+        return StudySettings.model_validate(dict(given))
+    except ValidationError as error:
+        wrong = [complaint(item, "", StudySettings.model_fields) for item in error.errors()]
+        raise ReductionError(f"{call}: " + "\n".join(wrong)) from error
 
 
 def changes(before: StudySettings, now: StudySettings) -> Iterable[str]:

@@ -5,14 +5,14 @@
         return [("shallow", {"ratio": ratio})] if ratio < 1 else []
 
 `trial` is Optuna's; what is returned are transforms and their arguments, in order. A file may also have `settings(trial)`,
-which gives keys of the recipe and their values, and `POINTS`, choices that are tried first.
+which gives keys of the recipe and their values, and `POINTS`, choices that are tried first, or `points(model)` for them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import module_from_spec, spec_from_file_location
@@ -35,10 +35,27 @@ class ModelView:
     Attributes:
         mlps: all MLPs, in order of execution.
         chains: for MLPs that may share with each other, their row numbers, as patterns of `grouped` count.
+        solver: finds widths at the budgets, of a model in hand.
     """
 
     mlps: tuple[MLP, ...]
     chains: tuple[tuple[int, ...], ...]
+    solver: Callable[..., dict[str, int]] | None = None
+
+    def widths(self, begin: str, more: Mapping[str, float], *, steps: int) -> dict[str, int]:
+        """Widths of MLPs at the budgets, by name; those that stay as they are are left out.
+
+        Args:
+            begin: `worth`: by what the units of each MLP are worth to the loss; `uniform`: equal parts.
+            more: by what worth, or part, of each MLP is multiplied, by name.
+            steps: widths of an MLP to choose from.
+
+        Raises:
+            ReductionError: the model is not in hand, so nothing is known of its weights.
+        """
+        if self.solver is None:
+            raise ReductionError("the worth of units is known of a model in hand only; use mlpreduce.tune")
+        return self.solver(begin, more, steps)
 
     @property
     def owners(self) -> list[MLP]:
@@ -74,14 +91,18 @@ class Space:
         source: its text; a study goes on only with the same.
         function: `suggest`.
         settings: gives keys of the recipe and their values, if there are any.
-        points: choices that are tried first, by parameter.
+        points: choices that are tried first, by parameter, or a function of the model that gives them.
     """
 
     name: str
     source: str
     function: Callable[..., Any]
     settings: Callable[[Any], dict[str, Any]] | None = None
-    points: tuple[dict[str, Any], ...] = ()
+    points: tuple[dict[str, Any], ...] | Callable[[ModelView], Sequence[dict[str, Any]]] = ()
+
+    def starts(self, model: ModelView) -> tuple[dict[str, Any], ...]:
+        """Choices that are tried first, by parameter."""
+        return tuple(map(dict, self.points(model))) if callable(self.points) else self.points
 
     @property
     def digest(self) -> str:
@@ -159,9 +180,10 @@ def _read(path: Path) -> Space:
     function = getattr(module, "suggest", None)
     if not callable(function):
         raise ReductionError(f"search space {path}: it has no function suggest(trial) or suggest(trial, model)")
-    points: Sequence[dict[str, Any]] = getattr(module, "POINTS", ())
-    settings = getattr(module, "settings", None)
-    return Space(path.stem, path.read_text(encoding="utf-8"), function, settings, tuple(map(dict, points)))
+    given: Sequence[dict[str, Any]] = getattr(module, "POINTS", ())
+    settings, points = getattr(module, "settings", None), getattr(module, "points", None)
+    first = points if callable(points) else tuple(map(dict, given))
+    return Space(path.stem, path.read_text(encoding="utf-8"), function, settings, first)
 
 
 def _is_step(step: object) -> bool:

@@ -36,15 +36,20 @@ def folder_of(url: str) -> Path | None:
 
 
 @contextmanager
-def opened(url: str, study: str) -> Iterator[optuna.storages.RDBStorage]:
+def opened(url: str, study: str) -> Iterator[optuna.storages.BaseStorage]:
     """The storage, held for this study: another process that asks for the same one is refused.
 
     A file is held by the lock of its folder, which is the caller's part; a server by a lock of its own, which it lets go
     when the connection ends, however it ends.
 
+    An empty URL is a storage in memory.
+
     Raises:
         ReductionError: another process has the study, or the storage cannot be reached.
     """
+    if not url:
+        yield optuna.storages.InMemoryStorage()
+        return
     place = _parse(url)
     with _held(place, url, study):
         yield _storage(url, place)
@@ -62,7 +67,7 @@ def read_only(url: str) -> optuna.storages.RDBStorage:
     return _storage(url, place)
 
 
-def claim_problem(storage: optuna.storages.RDBStorage, study: str, resume: bool) -> str | None:
+def claim_problem(storage: optuna.storages.BaseStorage, study: str, resume: bool) -> str | None:
     """Why a study of this name cannot be begun, or gone on with; None where it can."""
     if study not in {summary.study_name for summary in optuna.get_all_study_summaries(storage)}:
         return None

@@ -91,7 +91,7 @@ class Study:
             if trial.state is TrialState.RUNNING:  # of a process that has ended: nobody else owns the study
                 self._give_up(trial, "the process that trained it has ended", retry="key" in trial.user_attrs)
         if not before:
-            for choices in space.points:
+            for choices in space.starts(self._model):
                 self.study.enqueue_trial(choices, user_attrs={"fixed": True})
 
     def ask(self, references: Mapping[str, str]) -> Asked | None:

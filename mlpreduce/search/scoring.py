@@ -1,0 +1,208 @@
+"""Points valued by a score of the reduced model: repaired from moments at first, and those of the front as by `plan` too."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+from mlpreduce.errors import ReductionError
+from mlpreduce.launch import Call, Job
+from mlpreduce.search.goals import Budget
+from mlpreduce.search.hand import ModelInHand
+from mlpreduce.search.points import Point, Pricer
+from mlpreduce.search.results import Results
+from mlpreduce.search.settings import StudySettings
+from mlpreduce.search.spaces import Space, Suggestion
+from mlpreduce.search.study import Study
+
+__all__ = ["QUICK", "WHOLE", "Score", "Scorer", "Scoring"]
+
+_AGAIN = 3  # points at least that are repaired again
+QUICK, WHOLE = 0, 1  # parts of a point: repaired from moments, and as `plan` repairs
+Score = Callable[[nn.Module], float]
+
+
+class Scorer:
+    """Scores points; what a worker does.
+
+    Args:
+        hand: the model.
+        score: of a reduced model, higher is better.
+    """
+
+    def __init__(self, hand: ModelInHand, score: Score) -> None:
+        self._hand, self._score = hand, score
+
+    def __call__(self, call: Call, job: Job) -> dict[str, Any]:
+        """Score the point of a job: "status", "message", and what was found as "run"."""
+        began = time.monotonic()
+        before = _state(self._hand.model)
+        try:
+            tree, _ = self._hand.reduced(job["point"]["steps"], quick=job["part"] == QUICK)
+            value = self._valued(tree)
+            if _state(self._hand.model) != before:
+                raise ReductionError(
+                    "score: it changed the model that was given to tune; let it work on what it is given"
+                )
+        except ReductionError as error:
+            return {"status": "failed", "message": str(error)}
+        run = {"seed": job["part"], "score": value, "epochs": 0, "seconds": time.monotonic() - began, "latency": None}
+        return {"status": "finished", "message": "", "run": run}
+
+    def _valued(self, tree: nn.Module) -> float:
+        before = _state(tree)
+        try:
+            value: Any = self._score(tree)
+        except Exception as error:  # whatever a user's function raises
+            raise ReductionError(f"score raised {type(error).__name__}: {error}") from error
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ReductionError(f"score gave {value!r}; it must be a finite number, the higher the better")
+        if _state(tree) != before:
+            raise ReductionError(
+                "score changed the weights of the model that it was given, so its value is of another one"
+            )
+        return float(value)
+
+
+def _state(tree: nn.Module) -> list[tuple[str, int, float, float]]:
+    """What every tensor is, and two sums of it, by which a change shows."""
+    named = [*tree.named_parameters(), *tree.named_buffers()]
+    values = [(name, id(tensor), tensor.detach().double()) for name, tensor in named]
+    return [(name, number, float(value.sum()), float(value.square().sum())) for name, number, value in values]
+
+
+class Scoring:
+    """Makes jobs of points of a model in hand.
+
+    Args:
+        settings: of the study.
+        hand: the model.
+        pricer: prices points.
+        references: steps by name.
+        facts: what else the study hangs on, JSON values.
+    """
+
+    parts = (QUICK, WHOLE)
+    rungs = ()
+
+    def __init__(
+        self,
+        settings: StudySettings,
+        hand: ModelInHand,
+        pricer: Pricer,
+        references: Mapping[str, Sequence[Mapping[str, Any]]],
+        facts: Mapping[str, Any],
+    ) -> None:
+        self._settings, self._hand, self._facts = settings, hand, dict(facts)
+        self._references = {
+            name: pricer.price(Suggestion(tuple(map(dict, steps)), {})) for name, steps in references.items()
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """The model, the data and the score."""
+        return {"recipe": {"name": self._hand.name}, "scored": self._facts}
+
+    def differences(self, before: Mapping[str, Any]) -> list[str]:
+        """By what the model, the data or the score differ from those that the study began with."""
+        known = before.get("scored", {})
+        return [
+            f"{key}: was {known.get(key)}, is {value}" for key, value in self._facts.items() if known.get(key) != value
+        ]
+
+    def references(self) -> dict[str, Point]:
+        """Points that the study is compared with, by name."""
+        return self._references
+
+    def open(self, study: Study, results: Results, space: Space, budgets: Sequence[Budget]) -> None:
+        """The study is there."""
+        self._study, self._results = study, results
+
+    def first(self) -> Job | None:
+        """Nothing goes before."""
+        return None
+
+    def waits(self, reference: str | None) -> bool:
+        """Nothing waits."""
+        return False
+
+    def job(self, kind: str, name: str, point: Point, part: int) -> Job:
+        """A part of a point."""
+        return {
+            "kind": kind,
+            "name": name,
+            "number": None,
+            "fixed": False,
+            "key": point.key,
+            "part": part,
+            "label": "repaired in turn" if part == WHOLE else "repaired at once",
+            "point": point.to_json(),
+            "retries": 0,
+        }
+
+    def begin(self, job: Job) -> None:
+        """Nothing is written before a score is there."""
+
+    def report(self, job: Job, event: dict[str, Any]) -> bool:
+        """There are no epochs."""
+        return False
+
+    def screened(self, job: Job, change: float) -> bool:
+        """Nothing is screened."""
+        return False
+
+    def end(self, job: Job, outcome: dict[str, Any]) -> dict[str, Any] | None:
+        """The score, if there is one."""
+        found: dict[str, Any] | None = outcome.get("run")
+        if found is not None and job["part"] == QUICK and (estimate := self._hand.estimate(job["point"]["steps"])):
+            found = {**found, "estimate": estimate}
+        return found
+
+    def took(self, job: Job, outcome: dict[str, Any]) -> None:
+        """Nothing goes before."""
+
+    def give_up(self, job: Job, message: str) -> None:
+        """A reference, or a point of the front, could not be scored; the whole model must be.
+
+        Raises:
+            ReductionError: it was the whole model.
+        """
+        if not job["point"]["steps"]:
+            raise ReductionError(f"tune: the whole model cannot be scored: {message}")
+
+    def further(
+        self, points: Mapping[str, Point], others: Sequence[Point], failed: Collection[tuple[str, int]]
+    ) -> list[tuple[str, int]]:
+        """The best points, and what scores no worse than they once they are repaired as by `plan`."""
+        scores = {key: max(self._results.by_part(key).items())[1] for key in points}
+        best = sorted(points, key=lambda key: -self._results.by_part(key)[QUICK])[: max(_AGAIN, len(points) // 10)]
+        wanted = dict.fromkeys([*best, *sorted(points, key=lambda key: -scores[key])[:1]])
+        return [
+            (key, WHOLE) for key in wanted if WHOLE not in self._results.by_part(key) and (key, WHOLE) not in failed
+        ]
+
+    def flush(self) -> None:
+        """All is kept at once."""
+
+    def environment(self) -> dict[str, Any] | None:
+        """How well the estimate ranks, if enough points tell."""
+        runs = [run[str(QUICK)] for name, run in self._results.all_runs().items() if str(QUICK) in run]
+        pairs = [(-run["estimate"], run["score"]) for run in runs if run.get("estimate") is not None]
+        if len(pairs) < 5:
+            return None
+        found = float(spearmanr(*zip(*pairs, strict=True))[0])
+        return {"rank correlation of the errors of reconstruction with the score": found, "points": len(pairs)}
+
+    def publish(self, metrics: dict[str, float], files: Sequence[Path]) -> None:
+        """It is tracked nowhere."""
+
+    def close(self) -> None:
+        """Nothing is left running."""

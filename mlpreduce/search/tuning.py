@@ -1,0 +1,313 @@
+"""`mlpreduce.tune`: a search on a model in hand, whose points are scored and not trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from torch import nn
+
+from mlpreduce.calibration import Batch, Loss, Samples, in_all, quiet_copy, running
+from mlpreduce.console import screen, width
+from mlpreduce.edits import Plan
+from mlpreduce.errors import ReductionError, check_whole
+from mlpreduce.graph import Inputs, refuse_wrapped
+from mlpreduce.launch import LaunchSettings, pool
+from mlpreduce.pulse import Pulse
+from mlpreduce.repair.nearness import nearness
+from mlpreduce.repair.outputs import output_of
+from mlpreduce.search.choices import Walker
+from mlpreduce.search.driver import check_budgets, drive
+from mlpreduce.search.goals import Budget, read_budgets
+from mlpreduce.search.hand import CRITERION, ModelInHand
+from mlpreduce.search.owner import Owner
+from mlpreduce.search.points import Pricer
+from mlpreduce.search.scoring import Score, Scorer, Scoring
+from mlpreduce.search.settings import REFERENCES, make_settings
+from mlpreduce.search.spaces import Suggestion, load_space
+
+__all__ = ["Tuning", "tune"]
+
+_FEWEST = 16  # examples to calibrate with, and to score by
+_SCARCE = 4  # of data that is no more than that, one example in so many scores
+
+
+def tune(
+    model: nn.Module,
+    *,
+    data: Any,
+    budget: str | Sequence[str],
+    score: Score | None = None,
+    space: str | Path | Callable[..., Any] = "trained",
+    trials: int = 100,
+    timeout: float | None = None,
+    sampler: str = "auto",
+    seed: int = 0,
+    loss: Loss | None = None,
+    calibration: int = 512,
+    output: str | Path | None = None,
+    storage: str | None = None,
+    resume: bool = False,
+    example_inputs: Inputs | None = None,
+) -> Tuning:
+    """Search for the reduction of a trained model that keeps most of it within a budget. Nothing is trained.
+
+    Of the first 2 x `calibration` examples every second one says what units are worth and by what layers are refitted; the
+    others are what the score is of, unless one is given. Of data with fewer, every fourth example is kept for the score.
+    Points are refitted from moments that were measured once; those of the front are repaired as `plan` does, and scored
+    again.
+
+    Args:
+        model: the model; it is not changed.
+        data: any iterable of batches, as of `plan`; it is read once.
+        budget: the most that the reduced model may cost, such as "params<=0.67" or "macs<=0.6", one or several.
+        score: `(reduced model) -> number`, the higher the better; by default the mean cosine of what the model gives to what
+            the whole one gives, or where `loss` is given, minus the mean loss.
+        space: a name of `search.list_spaces`, a path to a .py, or a function `suggest(trial, model)`.
+        trials: points that are scored.
+        timeout: seconds after which no further point is begun.
+        sampler: of Optuna: auto (TPE), tpe, nsga2, gp, random or grid.
+        seed: of the sampler.
+        loss: `(what the model gives, labels) -> scalar`, the mean over the examples.
+        calibration: examples to calibrate with.
+        output: directory where the study is kept, so that it can be gone on with.
+        storage: URL of Optuna's storage; by default a SQLite file in `output`, or memory.
+        resume: go on with the study in `output` or `storage`; where there is none, start.
+        example_inputs: what the model is called with, as for `find_mlps`; by default two examples of the data.
+
+    Returns:
+        What was found; of an interrupted search what there is by then.
+
+    Raises:
+        ReductionError: too few examples, a budget that no point keeps, a study of another model, or a score that fails again
+            and again.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    refuse_wrapped(model, "tune")
+    check_whole("tune: calibration", calibration, least=_FEWEST)
+    fitted, held = _read(model, data, calibration, labels=loss is not None)
+    valued = score or _likeness(model, held, loss)
+    fitted, loss = (fitted, loss) if loss is not None else _distance(model, fitted, seed)
+    inputs = fitted[0][0][:2].inputs if example_inputs is None else example_inputs
+    name = type(model).__name__
+    console = screen()
+    with Pulse(console, f"tune {name}: checking the space"):
+        hand = ModelInHand(name, model, fitted, loss, inputs)
+        pricer, found = Pricer(hand), load_space(space)
+        texts = (budget,) if isinstance(budget, str) else tuple(budget)
+        budgets = read_budgets(texts, pricer.price(Suggestion((), {})).cost)
+        if not budgets:
+            raise ReductionError('tune: no budget is given; write one such as budget="params<=0.67"')
+        hand.budgets = budgets
+        settings = make_settings(
+            "tune",
+            {
+                "name": f"{found.name}-{name}",
+                "trials": trials,
+                "objectives": ("score",),
+                "budgets": texts,
+                "sampler": sampler,
+                "pruner": "none",
+                "seed": seed,
+                "seeds": Scoring.parts,
+                "workers": 0,
+            },
+        )
+        walker = Walker(found, pricer)
+        walker.check()
+        check_budgets(found, walker, budgets)
+        facts = {"model": hand.digest, "score": getattr(valued, "__qualname__", repr(type(valued).__name__))}
+        valuer = Scoring(settings, hand, pricer, _references(hand, budgets), facts)
+    place = None if output is None else Path(output).resolve()
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+    url = storage or ("" if place is None else f"sqlite:///{place}/optuna.db")
+    until = time.monotonic() + (float("inf") if timeout is None else timeout)
+    began = time.monotonic()
+    arguments = (settings, found, pricer, valuer, url, resume)
+    folders = [] if place is None else [str(place)]
+    with pool(
+        0, Owner, arguments, Scorer(hand, valued), directories=folders, launch=LaunchSettings(workers=0)
+    ) as workers:
+        with Pulse(console, f"tune {name}: scoring the whole model") as pulse:
+            try:
+                drive(
+                    workers, trials, pulse, lambda trained: None, "scoring", lambda value: f"score {value:.4f}", until
+                )
+            except KeyboardInterrupt:
+                pulse.line("interrupted; what was found by then follows", "yellow")
+        document = workers.call("document", time.monotonic() - began)
+    return Tuning(document, hand, place)
+
+
+class Tuning:
+    """What `tune` has found.
+
+    Attributes:
+        document: all that is known, as JSON values.
+    """
+
+    def __init__(self, document: dict[str, Any], hand: ModelInHand, place: Path | None) -> None:
+        self.document, self._hand, self._place = document, hand, place
+        self._plans: dict[str, Plan] = {}
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """All points that were scored, the references too."""
+        return [point for point in self.document["points"] if point["values"]]
+
+    @property
+    def front(self) -> list[dict[str, Any]]:
+        """The points that no other dominates, best score first."""
+        found = [point for point in self.points if point["front"]]
+        return sorted(found, key=lambda point: -point["values"]["score"])
+
+    @property
+    def best(self) -> Plan:
+        """The plan of the best score: `mlpreduce.apply(model, tuning.best)`.
+
+        Raises:
+            ReductionError: no point was scored, or the best one takes several steps.
+        """
+        if not self.front:
+            raise ReductionError("tune: no point was scored")
+        point = self.front[0]
+        if len(point["steps"]) != 1:
+            raise ReductionError(
+                f"tune: {point['name']} takes {len(point['steps'])} steps; apply them one after the other: {point['steps']}"
+            )
+        if point["key"] not in self._plans:
+            (self._plans[point["key"]],) = self._hand.reduced(point["steps"], quick=False)[1]
+        return self._plans[point["key"]]
+
+    def __str__(self) -> str:
+        from mlpreduce.report.pages import for_console
+        from mlpreduce.report.search import front_table
+
+        return for_console(front_table(self.document), words=2).text(width())
+
+    def __repr__(self) -> str:
+        best = self.front[0] if self.front else None
+        told = "" if best is None else f", best score {best['values']['score']:.4f}"
+        return f"<Tuning of {self._hand.name}: {len(self.points)} points{told}>"
+
+    def _repr_html_(self) -> str:
+        """Write the front and the references as an HTML table for notebooks."""
+        from mlpreduce.markup import html_table
+        from mlpreduce.report.search import front_table
+
+        table = front_table(self.document)
+        return html_table(table.headers, table.rows, caption=f"{self._hand.name}: {table.title}")
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Write the document and its report into a directory; the files written."""
+        from mlpreduce.records import store
+        from mlpreduce.report.search import build_search
+
+        place = Path(directory)
+        place.mkdir(parents=True, exist_ok=True)
+        store(place, "study.json", self.document)
+        return [place / "study.json", *build_search(self.document, place)]
+
+
+Labelled = tuple[Batch, torch.Tensor | None]
+
+
+def _read(model: nn.Module, data: Any, calibration: int, *, labels: bool) -> tuple[list[Labelled], list[Labelled]]:
+    """Examples to calibrate with, and others to score by; the data is read once, and no further than is needed.
+
+    Raises:
+        ReductionError: there are too few.
+    """
+    samples = Samples(data, model, labels=labels)
+    chunks: list[Labelled] = []
+    with running(samples.device, gradients=False), samples.shown("tune: data"), in_all():
+        for batch, some in samples.chunks():
+            chunks.append((batch, some))
+            if sum(len(batch) for batch, _ in chunks) >= 2 * calibration:
+                break
+    count = sum(len(batch) for batch, _ in chunks)
+    if count < 2 * _FEWEST:
+        raise ReductionError(
+            f"tune: the data has {count} examples, and at least {2 * _FEWEST} are needed, to calibrate with and to score by; "
+            f"better give hundreds"
+        )
+    fitted: list[Labelled] = []
+    held: list[Labelled] = []
+    start, part = 0, 2 if count >= 2 * calibration else _SCARCE
+    for batch, some in chunks:
+        numbers = torch.arange(start, start + len(batch))
+        scores = numbers % part == part - 1  # not the last ones: data often comes in the order of classes
+        for which, kept in ((~scores, fitted), (scores, held)):
+            if which.any():
+                kept.append((batch[which], None if some is None else some[which]))
+        start += len(batch)
+    return fitted, held
+
+
+def _likeness(model: nn.Module, held: Sequence[Labelled], loss: Loss | None) -> Score:
+    """The default score: how alike outputs are to those of the whole model, or minus the loss."""
+
+    def given(tree: nn.Module) -> torch.Tensor:
+        return torch.cat([output_of(batch.run(tree), batch) for batch, _ in held])
+
+    device = next(model.parameters()).device
+    with running(device, gradients=False):
+        wanted = None if loss is not None else given(quiet_copy(model))
+
+    def cosine(tree: nn.Module) -> float:
+        with running(device, gradients=False):
+            assert wanted is not None
+            return nearness(wanted, given(quiet_copy(tree)))[0]
+
+    def minus_loss(tree: nn.Module) -> float:
+        assert loss is not None
+        with running(device, gradients=False):
+            quiet = quiet_copy(tree)
+            parts = [(float(loss(batch.run(quiet), labels)), len(batch)) for batch, labels in held]  # type: ignore[arg-type]
+        return -sum(value * count for value, count in parts) / sum(count for _, count in parts)
+
+    return cosine if loss is None else minus_loss
+
+
+def _distance(model: nn.Module, fitted: Sequence[Labelled], seed: int) -> tuple[list[Labelled], Loss]:
+    """Data with labels, and a loss: the squared distance to what the whole model gives plus a tenth of it in noise.
+
+    At what the model gives itself no gradient would be left.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made: list[Labelled] = []
+    device = next(model.parameters()).device
+    with running(device, gradients=False):
+        quiet = quiet_copy(model)
+        wanted = [output_of(batch.run(quiet), batch) for batch, _ in fitted]
+    scale = 0.1 * torch.cat(wanted).std()
+    for (batch, _), values in zip(fitted, wanted, strict=True):
+        noise = torch.randn(values.shape, generator=generator, dtype=values.dtype).to(values.device)
+        mask = values.new_ones(len(batch), 0) if batch.mask is None else batch.mask.to(values)
+        made.append((batch, torch.cat([values + scale * noise, mask], 1)))
+    size, floats = wanted[0].shape[1], fitted[0][0].floats
+
+    def distance(given: Any, labels: torch.Tensor) -> torch.Tensor:
+        mask = labels[:, size:]
+        plain: Inputs = labels if floats else {"input_ids": mask.long(), "attention_mask": mask.long()}
+        return (output_of(given, Batch(plain)) - labels[:, :size]).square().sum(1).mean()
+
+    return made, distance
+
+
+def _references(hand: ModelInHand, budgets: Sequence[Budget]) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """The whole model, the paper's reductions without training, and equal parts of all MLPs at the budget."""
+    found: dict[str, Sequence[Mapping[str, Any]]] = {"baseline": ()}
+    repaired = {"repair": "least_squares"}
+    if hand.longest > 1:
+        found["grouped"] = ({**REFERENCES["grouped"][0], "scale": "none", **repaired},)
+    found["shallow"] = ({**REFERENCES["shallow"][0], **repaired},)
+    widths = hand.solve(budgets, "uniform", {}, steps=max(mlp.hidden_features for mlp in hand.mlps))
+    if widths:
+        found["uniform"] = ({"transform": "shallow", "widths": widths, "criterion": CRITERION, **repaired},)
+    return found

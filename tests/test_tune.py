@@ -1,0 +1,253 @@
+"""The search on a model in hand: what it keeps, what it says, and that the model stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mlpreduce
+from mlpreduce.calibration import Answers
+from mlpreduce.criteria import choose
+from mlpreduce.edits import Assign
+from mlpreduce.errors import ReductionError
+from mlpreduce.graph import find_mlps
+from mlpreduce.repair import repaired_from
+from mlpreduce.testing import tiny_vit
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """A ViT whose MLPs matter and whose examples differ."""
+    found = tiny_vit().eval()
+    for name, parameter in found.named_parameters():
+        if ".mlp." in name or "patch_embed" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return found
+
+
+def pictures(count: int = 128) -> list[torch.Tensor]:
+    images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    return list(images.split(16))
+
+
+def tuned(model: nn.Module, **more: Any) -> mlpreduce.search.Tuning:
+    return mlpreduce.tune(
+        model, **{"data": pictures(), "budget": "params<=0.7", "trials": 6, "calibration": 64, **more}
+    )
+
+
+def likeness(whole: nn.Module, images: torch.Tensor) -> Callable[[nn.Module], float]:
+    with torch.no_grad():
+        wanted = whole(images)
+
+    def score(reduced: nn.Module) -> float:
+        with torch.no_grad():
+            return float(torch.cosine_similarity(reduced(images), wanted).mean())
+
+    return score
+
+
+def test_the_best_plan_keeps_the_budget_and_has_the_score_that_is_shown(
+    model: nn.Module, unchanged: Callable[[nn.Module], Callable[[], None]]
+) -> None:
+    check = unchanged(model)
+    found = tuned(model)
+    check()
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    best = mlpreduce.apply(copy.deepcopy(model), found.best)
+    assert sum(parameter.numel() for parameter in best.parameters()) <= 0.7 * whole
+    score = likeness(model, torch.cat(pictures())[1::2])
+    assert found.front[0]["values"]["score"] == pytest.approx(score(best), abs=1e-6)
+    assert found.best.config["repair"] == "least_squares"
+    assert {edit.tensor for edit in found.best.of(Assign)}
+    assert (
+        found.front[0]["values"]["score"]
+        >= max(p["values"]["score"] for p in found.points if p["kind"] == "trial") - 1e-9
+    )
+    references = {point["name"]: point["values"]["score"] for point in found.points if point["kind"] == "reference"}
+    assert references.keys() == {"baseline", "grouped", "shallow", "uniform"}
+    assert references["baseline"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_refit_from_moments_is_that_of_each_mlp_by_itself(model: nn.Module, dtype: torch.dtype) -> None:
+    model, data = model.to(dtype), [images.to(dtype) for images in pictures()]
+    config: dict[str, Any] = {"widths": [40, 128, 64, 90], "criterion": "reconstruction"}
+    wanted = mlpreduce.plan(model, "shallow", data=data, repair="parallel", **config)
+    chosen = replace(wanted, edits=wanted.structure().edits)
+    mlps = find_mlps(model)
+    answers = Answers(model, mlps, data, refitted=True)
+    known: dict[Any, Any] = {}
+    made = repaired_from(model, mlps, chosen, lambda mlp: answers.pairs(mlp, choose("reconstruction")), known)
+    assert len(known) == 3
+    values = [{edit.tensor: edit.value for edit in plan.of(Assign)} for plan in (wanted, made)]
+    assert values[0].keys() == values[1].keys()
+    tolerance = 1e-8 if dtype is torch.float64 else 1e-3
+    for path, value in values[0].items():
+        torch.testing.assert_close(values[1][path], value, rtol=tolerance, atol=tolerance)
+    with pytest.raises(ReductionError, match="edits Scale, Share, of which they tell nothing"):
+        repaired_from(model, mlps, mlpreduce.plan(model, "grouped"), lambda mlp: None, {})  # type: ignore[arg-type, return-value]
+
+
+def test_the_same_seed_gives_the_same_points(model: nn.Module) -> None:
+    one, other, another = (tuned(model, seed=seed) for seed in (0, 0, 1))
+    keys = [[point["key"] for point in found.points] for found in (one, other, another)]
+    assert keys[0] == keys[1]
+    assert [p["values"] for p in one.points] == [p["values"] for p in other.points]
+    assert keys[0] != keys[2]
+
+
+def test_data_of_one_reading_is_enough(model: nn.Module) -> None:
+    def read() -> Iterator[torch.Tensor]:
+        yield from pictures()
+
+    assert [p["values"] for p in tuned(model, data=read()).points] == [p["values"] for p in tuned(model).points]
+
+
+def test_a_score_and_a_loss_of_ones_own(model: nn.Module) -> None:
+    images = torch.cat(pictures())
+    found = tuned(model, score=likeness(model, images[100:]), trials=3)
+    assert found.front[0]["values"]["score"] == pytest.approx(
+        likeness(model, images[100:])(mlpreduce.apply(copy.deepcopy(model), found.best)), abs=1e-6
+    )
+    labels = torch.arange(128) % 5
+    data = list(zip(images.split(16), labels.split(16), strict=True))
+    found = tuned(model, data=data, loss=nn.functional.cross_entropy, trials=3)
+    with torch.no_grad():
+        expected = -float(nn.functional.cross_entropy(model(images[1::2]), labels[1::2]))
+    (baseline,) = (point for point in found.points if point["name"] == "baseline")
+    assert baseline["values"]["score"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda reduced: 1 / 0, "score raised ZeroDivisionError: division by zero"),
+        (lambda reduced: float("nan"), "score gave nan; it must be a finite number"),
+        (lambda reduced: "good", "score gave 'good'"),
+        (lambda reduced: (reduced.head.weight.data.zero_(), 1.0)[1], "score changed the weights"),
+    ],
+)
+def test_a_score_that_fails_is_told_with_its_point(model: nn.Module, score: Any, message: str) -> None:
+    def fails(reduced: nn.Module) -> Any:  # the whole model, and what is not sliced, can be scored
+        return score(reduced) if reduced.blocks[0].mlp.fc1.out_features not in (128, 64) else 0.5  # type: ignore[union-attr, index]
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ReductionError, match="trials failed one after the other; the last: ") as caught:
+        tuned(model, score=fails, trials=20)
+    assert message in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_score_that_changes_the_whole_model_is_refused(model: nn.Module) -> None:
+    def meddles(reduced: nn.Module) -> float:
+        with torch.no_grad():
+            model.head.bias.add_(1)  # type: ignore[union-attr, operator]
+        return 1.0
+
+    with pytest.raises(ReductionError, match="it changed the model that was given to tune"):
+        tuned(model, score=meddles)
+
+
+def test_it_goes_on_where_it_was(model: nn.Module, tmp_path: Path) -> None:
+    scored: list[int] = []
+    plain = likeness(model, torch.cat(pictures())[1::2])
+
+    def counts(reduced: nn.Module) -> float:
+        scored.append(sum(parameter.numel() for parameter in reduced.parameters()))
+        return plain(reduced)
+
+    first = tuned(model, score=counts, output=tmp_path / "out", trials=4)
+    number = len(scored)
+    with pytest.raises(ReductionError, match="go on with"):
+        tuned(model, score=counts, output=tmp_path / "out", trials=4)
+    again = tuned(model, score=counts, output=tmp_path / "out", trials=4, resume=True)
+    assert len(scored) == number  # nothing is scored twice
+    assert [p["values"] for p in again.points] == [p["values"] for p in first.points]
+    more = tuned(model, score=counts, output=tmp_path / "out", trials=6, resume=True)
+    assert more.document["counts"]["trained"] == 6
+    assert [p["key"] for p in more.points][: len(first.points)] == [p["key"] for p in first.points]
+    other = copy.deepcopy(model)
+    nn.init.ones_(other.head.bias)  # type: ignore[union-attr, arg-type]
+    with pytest.raises(ReductionError, match="model: was "):
+        tuned(other, score=counts, output=tmp_path / "out", resume=True)
+
+
+def test_interrupted_it_gives_what_there_is(model: nn.Module, tmp_path: Path) -> None:
+    plain, calls = likeness(model, torch.cat(pictures())[1::2]), 0
+
+    def impatient(reduced: nn.Module) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 11:  # of four references two scores each
+            raise KeyboardInterrupt
+        return plain(reduced)
+
+    found = tuned(model, score=impatient, output=tmp_path / "out")
+    assert found.document["counts"]["trained"] == 2
+    assert mlpreduce.apply(copy.deepcopy(model), found.best)
+    done = tuned(model, score=impatient, output=tmp_path / "out", resume=True)
+    assert done.document["counts"]["trained"] == 6
+
+
+def test_time_that_is_over_ends_it(model: nn.Module) -> None:
+    assert tuned(model, timeout=0.0).document["counts"]["trained"] == 0
+
+
+def test_what_is_shown_and_saved(model: nn.Module, tmp_path: Path) -> None:
+    found = tuned(model)
+    text = str(found)
+    assert all(word in text for word in ("baseline", "grouped", "shallow", "uniform", "score", "trial"))
+    assert "top-1" not in text
+    assert repr(found).startswith("<Tuning of VisionTransformer: 10 points, best score 0.")
+    assert found._repr_html_().startswith("<table>")
+    files = {path.name for path in found.save(tmp_path / "saved")}
+    assert {"study.json", "report.md", "report.html"} <= files
+    assert "top-1" not in (tmp_path / "saved" / "report.md").read_text()
+    document = json.loads((tmp_path / "saved" / "study.json").read_text())
+    assert document["environment"]["points"] >= 5
+    assert -1 <= document["environment"]["rank correlation of the errors of reconstruction with the score"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"budget": "params<=0.01"}, "cannot be reached by slicing 4 MLPs; the range is"),
+        ({"budget": ()}, 'write one such as budget="params<=0.67"'),
+        ({"budget": "prams<=0.5"}, "did you mean 'params'"),
+        ({"budget": "unique_mlps<=0.5"}, "no width changes unique_mlps"),
+        ({"data": [torch.zeros(20, 3, 16, 16)]}, "the data has 20 examples, and at least 32 are needed"),
+        ({"space": "trainedd"}, "did you mean 'trained'"),
+        ({"space": "training"}, "the space sets train.lr"),
+        ({"space": lambda trial: [("thin", {"mlp_ratio": 2.0})]}, "acts when a model is built"),
+        ({"sampler": "tpee"}, "sampler='tpee'"),
+        ({"trials": 0}, "trials=0"),
+        ({"calibration": 2}, "calibration"),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_anything_begins(model: nn.Module, more: Any, message: str) -> None:
+    def never(reduced: nn.Module) -> float:
+        raise AssertionError
+
+    with pytest.raises(ReductionError) as caught:
+        tuned(model, score=never, **more)
+    assert message in str(caught.value)
+
+
+def test_a_space_of_ones_own_takes_several_steps(model: nn.Module) -> None:
+    def suggest(trial: Any, view: Any) -> list[tuple[str, dict[str, Any]]]:
+        ratio = trial.suggest_float("ratio", 0.25, 0.75, step=0.25)
+        shared = trial.suggest_categorical("shared", [True, False])
+        half = ("shallow", {"ratio": ratio, "criterion": "energy", "repair": "least_squares"})
+        return [half, ("grouped", {"group": 2, "scale": "none"})] if shared else [half]
+
+    found = tuned(model, space=suggest, trials=4)
+    assert {len(point["steps"]) for point in found.points if point["kind"] == "trial"} == {1, 2}
