@@ -20,6 +20,7 @@ import timm
 import torch
 
 import mlpreduce
+from mlpreduce.bench.calibration import calibration_text
 from mlpreduce.bench.criteria import corrected, page_of
 from mlpreduce.bench.layers import layers_text
 from mlpreduce.bench.trained.page import page_of as trained_page
@@ -41,7 +42,7 @@ NUMBER = re.compile(r"(?<!top-)(?<!Top-)(?<![\w.])\d[\d,]*(?:\.\d+)?(?![\w])")
 
 TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
     **{"digits": results_text, "systems": results_text, "search": kept_text, "supernet": kept_text},
-    **{"samplers": comparison_text, "layers": layers_text},
+    **{"samplers": comparison_text, "layers": layers_text, "calibration": calibration_text},
 }
 
 

@@ -339,6 +339,7 @@ def test_a_trial_may_be_trained_by_a_group(tmp_path: Path) -> None:
         ),
         (["sharing_width", "--screen", "64"], "untrained weights tell nothing"),
         (["jont"], "did you mean 'joint'"),
+        (["trained"], "the worth of units is known of a model in hand only; use mlpreduce.tune"),
         (["sharing_width", "train.lrr=1"], "unknown key 'lrr'"),
         (["sharing_width", "--recipe", "nothing"], "unknown recipe 'nothing'"),
         (["sharing_width", "--storage", "sqlite://"], "a study in memory is lost"),

@@ -9,11 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 import mlpreduce
+from mlpreduce.__main__ import main as command
 from mlpreduce.calibration import Answers
 from mlpreduce.criteria import choose
 from mlpreduce.edits import Assign
@@ -251,3 +256,42 @@ def test_a_space_of_ones_own_takes_several_steps(model: nn.Module) -> None:
 
     found = tuned(model, space=suggest, trials=4)
     assert {len(point["steps"]) for point in found.points if point["kind"] == "trial"} == {1, 2}
+
+
+def test_the_command_tunes_a_timm_model_on_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "vit_tiny_patch16_224",
+        "img_size=16",
+        "patch_size=4",
+        "embed_dim=32",
+        "depth=3",
+        "num_heads=2",
+        "num_classes=3",
+    ]
+    whole = timm.create_model(words[0], img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=3)
+    save_file(whole.state_dict(), tmp_path / "whole.safetensors")
+    noise = np.random.default_rng(0)
+    for number in range(60):
+        place = tmp_path / "images" / f"class{number % 3}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(place / f"{number}.png")
+    given = ["--data", str(tmp_path / "images"), "--budget", "params<=0.7", "--trials", "3", "--calibration", "24"]
+    given += ["--weights", str(tmp_path / "whole.safetensors"), "--output", str(tmp_path / "out")]
+    assert command(["tune", *words, *given, "--save", str(tmp_path / "smaller")]) == 0
+    shown = capsys.readouterr().out
+    assert "uniform" in shown
+    assert (tmp_path / "out" / "report.html").is_file()
+    smaller = mlpreduce.load(tmp_path / "smaller")
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (smaller, whole)]
+    assert counts[0] <= 0.7 * counts[1]
+    for wrong, message in (
+        (
+            [*words, "--data", str(tmp_path / "images"), "--budget", "params<=0.7"],
+            "give --weights FILE or --pretrained",
+        ),
+        ([*words, "grouped", *given], "it is given no transforms"),
+        ([*words, *given, "--save", str(tmp_path / "smaller")], "it exists, and is not overwritten"),
+        ([*words, *given], "a study of this name; go on with --resume"),
+    ):
+        assert command(["tune", *wrong]) == 2
+        assert message in capsys.readouterr().err

@@ -14,6 +14,7 @@ from mlpreduce.data import DataSettings, calibration
 from mlpreduce.data.folders import split_folders
 from mlpreduce.errors import ReductionError
 from mlpreduce.extras import require
+from mlpreduce.graph import example_inputs, tensors_in
 from mlpreduce.notation import read_words
 from mlpreduce.plugins import add_option, load_plugins
 
@@ -75,7 +76,7 @@ def _images(options: argparse.Namespace, model: Any) -> DataSettings:
 
     seen = resolve_model_data_config(model)
     shape = {
-        "image_size": seen["input_size"][-1],
+        "image_size": tensors_in(example_inputs(model, 1))[0].shape[-1],  # timm's is not that of other arguments
         "mean": seen["mean"],
         "std": seen["std"],
         "crop_pct": seen["crop_pct"],
