@@ -15,7 +15,7 @@ __all__ = ["fill"]
 
 
 def fill(fit: Fit, seen: Moments, kept: torch.Tensor) -> None:
-    """Fill the sums of an fc2 that keeps some of its inputs.
+    """Fill the sums of an fc2 that keeps some of its inputs, but for those of what is wanted, which no new weight hangs on.
 
     Args:
         fit: of the layer that is left, without sums.
@@ -31,12 +31,9 @@ def fill(fit: Fit, seen: Moments, kept: torch.Tensor) -> None:
     for half in range(2):
         rows, total = seen.rows[half], seen.total[half]
         pairs = seen.products(centred=False, half=half) * rows
-        square, cross, wanted = fit.square[half], fit.cross[half], fit.wanted[half]
+        square, cross = fit.square[half], fit.cross[half]
         square[:-1, :-1] = pairs[kept][:, kept]
         square[:-1, -1] = square[-1, :-1] = total[kept]
         square[-1, -1] = rows
         cross[:, :-1] = lost @ pairs[gone][:, kept]
         cross[:, -1] = lost @ total[gone]
-        wanted[0] = seen.weight @ total  # without the bias, which no variance has
-        wanted[1] = (seen.weight @ pairs * seen.weight).sum(1)
-        wanted[2] = (lost @ pairs[gone][:, gone] * lost).sum(1)

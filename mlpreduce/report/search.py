@@ -53,8 +53,8 @@ _LUCK = (
     "you believe in their order."
 )
 _SCORE = (
-    "Score: of the model after the reduction, the higher the better; of points of the front and of references with all layers "
-    "refitted in turn, of others with each refitted by itself."
+    "Score: of the model after the reduction, the higher the better; of points of the front and of references with the better "
+    "of two repairs, all layers in turn or each by itself, of others with the second."
 )
 _SCORED = "The whole model, the paper's points and equal parts of all MLPs are scored beside the trials."
 _REFERENCES = "Baseline and the paper's points are trained beside the trials; they need not keep the budgets."

@@ -133,7 +133,7 @@ def _point(name: str, kind: str, point: Point, known: Mapping[str, Any], setting
     every = known.get(f"runs:{point.key}", {})  # also of seeds that were asked for earlier
     order = {seed: number for number, seed in enumerate(settings.seeds)}
     runs = sorted(every.values(), key=lambda run: order.get(run["seed"], len(order)))
-    counted = runs[-1:] if "scored" in known else runs  # the last score is of the better repair
+    counted = [max(runs, key=lambda run: run["score"])] if "scored" in known and runs else runs  # of the better repair
     values = {
         objective: fmean(run[objective] for run in counted) if objective in runs[0] else getattr(point.cost, objective)
         for objective in (settings.objectives if runs else ())

@@ -19,7 +19,7 @@ from mlpreduce.calibration import Answers, Loss
 from mlpreduce.criteria import Moments, Ranking, choose
 from mlpreduce.edits import Plan, Slice
 from mlpreduce.errors import ReductionError, call_text
-from mlpreduce.graph import MLP, Inputs, Survey, chains, mlps_or_raise, structural_copy, tensors_in
+from mlpreduce.graph import MLP, Inputs, Survey, chains, mlps_or_raise, structural_copy
 from mlpreduce.planning import make_plan
 from mlpreduce.repair import repaired_from
 from mlpreduce.search.goals import Budget
@@ -28,7 +28,7 @@ from mlpreduce.surgery import carry_out
 from mlpreduce.train.calibrated import without_data
 from mlpreduce.train.settings import Step
 
-__all__ = ["CRITERION", "ModelInHand"]
+__all__ = ["CRITERION", "ModelInHand", "digest"]
 
 CRITERION = {"name": "reconstruction", "metric": "loss"}  # by which units are worth something
 _WORTH = choose(CRITERION)
@@ -63,15 +63,8 @@ class ModelInHand:
 
     @cached_property
     def digest(self) -> str:
-        """Of its tensors, by name, and of the data."""
-        found = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            found.update(f"{name} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        for batch in self.batches:
-            for tensor in tensors_in(batch):
-                found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()[:16]
+        """Of its tensors, by name."""
+        return digest(self.model.state_dict())
 
     def unreduced(
         self, settings: Mapping[str, Any], first: Step | None, *, weights: bool = False, seed: int = 0
@@ -106,7 +99,7 @@ class ModelInHand:
             raise ReductionError(
                 f"{_text(step)}: its widths follow from the data, which is known of the whole model only; put it first"
             )
-        return self._planned(step, repair=False)
+        return self._planned({**step, "repair": "none"} if "repair" in step else step)
 
     def reduced(self, steps: Sequence[Step], *, quick: bool) -> tuple[nn.Module, list[Plan]]:
         """A copy of the model that is reduced, and the plans that did it.
@@ -132,13 +125,7 @@ class ModelInHand:
                     **config,
                 )
             else:
-                made = self._planned(step, repair=not quick)
-                slices = all(isinstance(edit, Slice) for edit in made.edits)
-                if quick and step.get("repair") == "least_squares":
-                    if slices:
-                        made = repaired_from(self.model, self.mlps, made, self._moments, self._fits)
-                    else:
-                        made = self._planned(step, repair=True)
+                made = self._first(step, quick=quick)
             carry_out(tree, made)
             plans.append(made)
         return tree, plans
@@ -192,16 +179,22 @@ class ModelInHand:
                     total += float(self._scores(mlp)[widths[mlp.name] :].sum())
         return total
 
-    def _planned(self, step: Step, *, repair: bool) -> Plan:
+    def _first(self, step: Step, *, quick: bool) -> Plan:
+        """The plan of the first step."""
+        if quick and step.get("repair") == "least_squares":
+            made = self._planned({**step, "repair": "none"})
+            if all(isinstance(edit, Slice) for edit in made.edits):
+                made = repaired_from(self.model, self.mlps, made, self._moments, self._fits)
+                return replace(made, config={**made.config, "repair": "parallel"})  # which it is
+        return self._planned(step)
+
+    def _planned(self, step: Step) -> Plan:
         """A plan of a step of the whole model, with what is known of it."""
         config = {key: value for key, value in step.items() if key != "transform"}
-        data = self.batches if step != without_data(step) else None
-        if not repair and "repair" in config:
-            config["repair"] = "none"
-        given: dict[str, Any] = {"data": data, "loss": self.loss, "example_inputs": self.inputs} if data else {}
-        known = self.answers if data else None
-        made, _ = make_plan(self.model, step["transform"], config, found=self.found, answers=known, **given)
-        return replace(made, config={**made.config, **{key: step[key] for key in ("repair",) if key in step}})
+        given: dict[str, Any] = {}
+        if step != without_data(step):
+            given = {"data": self.batches, "loss": self.loss, "example_inputs": self.inputs, "answers": self.answers}
+        return make_plan(self.model, step["transform"], config, found=self.found, **given)[0]
 
     def _moments(self, mlp: MLP) -> Moments:
         return self.answers.pairs(mlp, _WORTH)
@@ -224,6 +217,15 @@ class ModelInHand:
         return Unreduced(
             model, found, measure(structural_copy(model, device="meta"), self.inputs, found.mlps), self.inputs
         )
+
+
+def digest(named: Mapping[str, torch.Tensor]) -> str:
+    """Of tensors, by name."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(named.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _alike(target: Target, more: Mapping[str, float]) -> dict[str, int]:

@@ -181,8 +181,8 @@ class Scoring:
     def further(
         self, points: Mapping[str, Point], others: Sequence[Point], failed: Collection[tuple[str, int]]
     ) -> list[tuple[str, int]]:
-        """The best points, and what scores no worse than they once they are repaired as by `plan`."""
-        scores = {key: max(self._results.by_part(key).items())[1] for key in points}
+        """The best points by their first score, and the best of all."""
+        scores = {key: max(self._results.by_part(key).values()) for key in points}
         best = sorted(points, key=lambda key: -self._results.by_part(key)[QUICK])[: max(_AGAIN, len(points) // 10)]
         wanted = dict.fromkeys([*best, *sorted(points, key=lambda key: -scores[key])[:1]])
         return [

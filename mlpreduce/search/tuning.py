@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mlpreduce.calibration import Batch, Loss, Samples, in_all, quiet_copy, runn
 from mlpreduce.console import screen, width
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError, check_whole
-from mlpreduce.graph import Inputs, refuse_wrapped
+from mlpreduce.graph import Inputs, refuse_wrapped, tensors_in
 from mlpreduce.launch import LaunchSettings, pool
 from mlpreduce.pulse import Pulse
 from mlpreduce.repair.nearness import nearness
@@ -23,10 +24,10 @@ from mlpreduce.repair.outputs import output_of
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.driver import check_budgets, drive
 from mlpreduce.search.goals import Budget, read_budgets
-from mlpreduce.search.hand import CRITERION, ModelInHand
+from mlpreduce.search.hand import CRITERION, ModelInHand, digest
 from mlpreduce.search.owner import Owner
 from mlpreduce.search.points import Pricer
-from mlpreduce.search.scoring import Score, Scorer, Scoring
+from mlpreduce.search.scoring import QUICK, Score, Scorer, Scoring
 from mlpreduce.search.settings import REFERENCES, make_settings
 from mlpreduce.search.spaces import Suggestion, load_space
 
@@ -58,8 +59,8 @@ def tune(
 
     Of the first 2 x `calibration` examples every second one says what units are worth and by what layers are refitted; the
     others are what the score is of, unless one is given. Of data with fewer, every fourth example is kept for the score.
-    Points are refitted from moments that were measured once; those of the front are repaired as `plan` does, and scored
-    again.
+    Points are refitted from moments that were measured once; the best of them are repaired as `plan` does too, and the better
+    repair counts.
 
     Args:
         model: the model; it is not changed.
@@ -103,24 +104,13 @@ def tune(
         if not budgets:
             raise ReductionError('tune: no budget is given; write one such as budget="params<=0.67"')
         hand.budgets = budgets
-        settings = make_settings(
-            "tune",
-            {
-                "name": f"{found.name}-{name}",
-                "trials": trials,
-                "objectives": ("score",),
-                "budgets": texts,
-                "sampler": sampler,
-                "pruner": "none",
-                "seed": seed,
-                "seeds": Scoring.parts,
-                "workers": 0,
-            },
-        )
+        fixed: dict[str, Any] = {"objectives": ("score",), "pruner": "none", "seeds": Scoring.parts, "workers": 0}
+        given = {"name": f"{found.name}-{name}", "trials": trials, "budgets": texts, "sampler": sampler, "seed": seed}
+        settings = make_settings("tune", {**fixed, **given})
         walker = Walker(found, pricer)
         walker.check()
         check_budgets(found, walker, budgets)
-        facts = {"model": hand.digest, "score": getattr(valued, "__qualname__", repr(type(valued).__name__))}
+        facts = {"model": hand.digest, "data": _digest([*fitted, *held]), "score": _name(valued)}
         valuer = Scoring(settings, hand, pricer, _references(hand, budgets), facts)
     place = None if output is None else Path(output).resolve()
     if place is not None:
@@ -181,7 +171,8 @@ class Tuning:
                 f"tune: {point['name']} takes {len(point['steps'])} steps; apply them one after the other: {point['steps']}"
             )
         if point["key"] not in self._plans:
-            (self._plans[point["key"]],) = self._hand.reduced(point["steps"], quick=False)[1]
+            better = max(point["runs"], key=lambda run: run["score"])
+            (self._plans[point["key"]],) = self._hand.reduced(point["steps"], quick=better["seed"] == QUICK)[1]
         return self._plans[point["key"]]
 
     def __str__(self) -> str:
@@ -247,6 +238,17 @@ def _read(model: nn.Module, data: Any, calibration: int, *, labels: bool) -> tup
                 kept.append((batch[which], None if some is None else some[which]))
         start += len(batch)
     return fitted, held
+
+
+def _digest(examples: Sequence[Labelled]) -> str:
+    """Of inputs and labels, in their order."""
+    parts = [[*tensors_in(batch.inputs), *([] if labels is None else [labels])] for batch, labels in examples]
+    return digest({f"{number:09}": tensor for number, tensor in enumerate(chain.from_iterable(parts))})
+
+
+def _name(score: Score) -> str:
+    """A function's own; of what is none its class's."""
+    return str(getattr(score, "__qualname__", type(score).__name__))
 
 
 def _likeness(model: nn.Module, held: Sequence[Labelled], loss: Loss | None) -> Score:
