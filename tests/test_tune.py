@@ -218,6 +218,8 @@ def test_what_is_shown_and_saved(model: nn.Module, tmp_path: Path) -> None:
     assert "top-1" not in text
     assert repr(found).startswith("<Tuning of VisionTransformer: 10 points, best score 0.")
     assert found._repr_html_().startswith("<table>")
+    labels = {text.get_text() for axis in found.plot().axes for text in (axis.xaxis.label, axis.yaxis.label)}
+    assert labels == {"parameters", "score"}
     files = {path.name for path in found.save(tmp_path / "saved")}
     assert {"study.json", "report.md", "report.html"} <= files
     assert "top-1" not in (tmp_path / "saved" / "report.md").read_text()

@@ -57,7 +57,8 @@ def describe(study: optuna.Study) -> dict[str, Any]:
         "space": known["space"]["name"],
         "recipe": known["recipe"]["name"],
         "objectives": [
-            {"name": n, "direction": OBJECTIVES[n][0], "unit": OBJECTIVES[n][1]} for n in settings.objectives
+            {"name": n, "direction": OBJECTIVES[n][0], "unit": OBJECTIVES[n][1]}
+            for n in dict.fromkeys([*settings.objectives, *(["params"] if scored else [])])
         ],
         "budgets": [{"text": b.text, "cost": b.cost, "limit": b.limit} for b in budgets],
         "settings": settings.model_dump(mode="json"),

@@ -175,6 +175,19 @@ class Tuning:
             (self._plans[point["key"]],) = self._hand.reduced(point["steps"], quick=better["seed"] == QUICK)[1]
         return self._plans[point["key"]]
 
+    def plot(self) -> Any:
+        """Draw the points by size and score, with the front and the references, as a matplotlib `Figure`.
+
+        Raises:
+            ReductionError: no point was scored.
+        """
+        from mlpreduce.report.search_front import draw_front
+
+        drawn = draw_front(self.document)
+        if drawn is None:
+            raise ReductionError("tune: no point was scored")
+        return drawn[0]
+
     def __str__(self) -> str:
         from mlpreduce.report.pages import for_console
         from mlpreduce.report.search import front_table
