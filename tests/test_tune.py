@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.fresh import python
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -232,6 +233,8 @@ def test_what_is_shown_and_saved(model: nn.Module, tmp_path: Path) -> None:
     ("more", "message"),
     [
         ({"budget": "params<=0.01"}, "cannot be reached by slicing 4 MLPs; the range is"),
+        ({"budget": 0.67}, 'budget is 0.67; write one such as budget="params<=0.67"'),
+        ({"timeout": "soon"}, "timeout is 'soon'"),
         ({"budget": ()}, 'write one such as budget="params<=0.67"'),
         ({"budget": "prams<=0.5"}, "did you mean 'params'"),
         ({"budget": "unique_mlps<=0.5"}, "no width changes unique_mlps"),
@@ -251,6 +254,26 @@ def test_what_cannot_be_done_is_told_before_anything_begins(model: nn.Module, mo
     with pytest.raises(ReductionError) as caught:
         tuned(model, score=never, **more)
     assert message in str(caught.value)
+
+
+def test_images_of_another_size_are_told(model: nn.Module) -> None:
+    with pytest.raises(ReductionError, match=r"does not run on images \(\d+, 3, 20, 20\) of the data: AssertionError"):
+        tuned(model, data=[torch.zeros(16, 3, 20, 20)] * 4)
+
+
+@pytest.mark.processes
+def test_a_storage_has_one_owner(model: nn.Module, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def score(reduced: nn.Module) -> float:
+        if not told:  # a lock is a process's, so another one asks
+            code = f"from mlpreduce.launch.locks import drive\nwith drive([{str(tmp_path)!r}]):\n    print('held')"
+            told.append("".join((run := python("-c", code)).stdout + run.stderr))
+        return 1.0
+
+    tuned(model, storage=f"sqlite:///{tmp_path}/studies.db", score=score, trials=1)
+    assert "held" not in told[0]
+    assert "trains this run; wait for it or end it" in told[0]
 
 
 def test_a_space_of_ones_own_takes_several_steps(model: nn.Module) -> None:

@@ -12,10 +12,10 @@ import optuna
 import torch
 from torch import nn
 
-from mlpreduce.calibration import Batch, Loss, Samples, in_all, quiet_copy, running
+from mlpreduce.calibration import Batch, Loss, Samples, in_all, quiet_copy, running, telling
 from mlpreduce.console import screen, width
 from mlpreduce.edits import Plan
-from mlpreduce.errors import ReductionError, check_whole
+from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import Inputs, refuse_wrapped, tensors_in
 from mlpreduce.launch import LaunchSettings, pool
 from mlpreduce.pulse import Pulse
@@ -30,6 +30,7 @@ from mlpreduce.search.points import Pricer
 from mlpreduce.search.scoring import QUICK, Score, Scorer, Scoring
 from mlpreduce.search.settings import REFERENCES, make_settings
 from mlpreduce.search.spaces import Suggestion, load_space
+from mlpreduce.search.storage import folder_of
 
 __all__ = ["Tuning", "tune"]
 
@@ -90,6 +91,11 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     refuse_wrapped(model, "tune")
     check_whole("tune: calibration", calibration, least=_FEWEST)
+    if timeout is not None:
+        check_number("tune: timeout", timeout)
+    texts = (budget,) if isinstance(budget, str) else budget
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ReductionError(f'tune: budget is {budget!r}; write one such as budget="params<=0.67", or a list of them')
     fitted, held = _read(model, data, calibration, labels=loss is not None)
     valued = score or _likeness(model, held, loss)
     fitted, loss = (fitted, loss) if loss is not None else _distance(model, fitted, seed)
@@ -99,10 +105,7 @@ def tune(
     with Pulse(console, f"tune {name}: checking the space"):
         hand = ModelInHand(name, model, fitted, loss, inputs)
         pricer, found = Pricer(hand), load_space(space)
-        texts = (budget,) if isinstance(budget, str) else tuple(budget)
         budgets = read_budgets(texts, pricer.price(Suggestion((), {})).cost)
-        if not budgets:
-            raise ReductionError('tune: no budget is given; write one such as budget="params<=0.67"')
         hand.budgets = budgets
         fixed: dict[str, Any] = {"objectives": ("score",), "pruner": "none", "seeds": Scoring.parts, "workers": 0}
         given = {"name": f"{found.name}-{name}", "trials": trials, "budgets": texts, "sampler": sampler, "seed": seed}
@@ -119,7 +122,7 @@ def tune(
     until = time.monotonic() + (float("inf") if timeout is None else timeout)
     began = time.monotonic()
     arguments = (settings, found, pricer, valuer, url, resume)
-    folders = [] if place is None else [str(place)]
+    folders = [str(folder) for folder in dict.fromkeys((place, folder_of(url) if url else None)) if folder is not None]
     with pool(
         0, Owner, arguments, Scorer(hand, valued), directories=folders, launch=LaunchSettings(workers=0)
     ) as workers:
@@ -131,7 +134,7 @@ def tune(
             except KeyboardInterrupt:
                 pulse.line("interrupted; what was found by then follows", "yellow")
         document = workers.call("document", time.monotonic() - began)
-    return Tuning(document, hand, place)
+    return Tuning(document, hand)
 
 
 class Tuning:
@@ -141,8 +144,8 @@ class Tuning:
         document: all that is known, as JSON values.
     """
 
-    def __init__(self, document: dict[str, Any], hand: ModelInHand, place: Path | None) -> None:
-        self.document, self._hand, self._place = document, hand, place
+    def __init__(self, document: dict[str, Any], hand: ModelInHand) -> None:
+        self.document, self._hand = document, hand
         self._plans: dict[str, Plan] = {}
 
     @property
@@ -264,20 +267,26 @@ def _name(score: Score) -> str:
     return str(getattr(score, "__qualname__", type(score).__name__))
 
 
+def _outputs(tree: nn.Module, examples: Sequence[Labelled]) -> list[torch.Tensor]:
+    """What a model gives for each example, (examples, values), by batch."""
+    found = []
+    for batch, _ in examples:
+        with telling(batch):
+            found.append(output_of(batch.run(tree), batch))
+    return found
+
+
 def _likeness(model: nn.Module, held: Sequence[Labelled], loss: Loss | None) -> Score:
     """The default score: how alike outputs are to those of the whole model, or minus the loss."""
 
-    def given(tree: nn.Module) -> torch.Tensor:
-        return torch.cat([output_of(batch.run(tree), batch) for batch, _ in held])
-
     device = next(model.parameters()).device
     with running(device, gradients=False):
-        wanted = None if loss is not None else given(quiet_copy(model))
+        wanted = None if loss is not None else torch.cat(_outputs(quiet_copy(model), held))
 
     def cosine(tree: nn.Module) -> float:
         with running(device, gradients=False):
             assert wanted is not None
-            return nearness(wanted, given(quiet_copy(tree)))[0]
+            return nearness(wanted, torch.cat(_outputs(quiet_copy(tree), held)))[0]
 
     def minus_loss(tree: nn.Module) -> float:
         assert loss is not None
@@ -298,8 +307,7 @@ def _distance(model: nn.Module, fitted: Sequence[Labelled], seed: int) -> tuple[
     made: list[Labelled] = []
     device = next(model.parameters()).device
     with running(device, gradients=False):
-        quiet = quiet_copy(model)
-        wanted = [output_of(batch.run(quiet), batch) for batch, _ in fitted]
+        wanted = _outputs(quiet_copy(model), fitted)
     scale = 0.1 * torch.cat(wanted).std()
     for (batch, _), values in zip(fitted, wanted, strict=True):
         noise = torch.randn(values.shape, generator=generator, dtype=values.dtype).to(values.device)
