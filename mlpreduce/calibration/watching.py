@@ -14,7 +14,7 @@ __all__ = ["Watcher"]
 
 
 class Watcher:
-    """One who is told of a run over all calibration data; this one does not look."""
+    """Is told of each batch while a model runs over all calibration data. This class does nothing with it."""
 
     @contextmanager
     def over(self, tree: nn.Module, batch: Batch) -> Iterator[None]:

@@ -112,9 +112,9 @@ def repaired_from(
         raise ReductionError(f"repair from moments: the plan has edits {', '.join(others)}, of which they tell nothing")
     by_name = {mlp.name: mlp for mlp in mlps}
     missing = [edit for edit in made.of(Slice) if (edit.mlp, tuple(edit.units)) not in known]
-    tree = _reduced(model, made) if missing else None
+    if missing:
+        tree = _reduced(model, made)
     for edit in missing:
-        assert tree is not None
         mlp, units = by_name[edit.mlp], tuple(edit.units)
         fit, seen = empty_fit(tree, mlp.leaf("fc2").path), moments(mlp)
         fill(fit, seen, torch.tensor(units, device=seen.weight.device))

@@ -15,7 +15,7 @@ __all__ = ["fill"]
 
 
 def fill(fit: Fit, seen: Moments, kept: torch.Tensor) -> None:
-    """Fill the sums of an fc2 that keeps some of its inputs, but for those of what is wanted, which no new weight hangs on.
+    """Fill the sums of an fc2 that keeps some of its inputs. Those of what is wanted stay 0: they only tell how good a fit is.
 
     Args:
         fit: of the layer that is left, without sums.

@@ -93,7 +93,7 @@ class Whole(Watcher):
         other = Whole(self._mlps)
         with in_all():
             for batch in batches:
-                with other.over(tree, batch), telling(batch):
+                with telling(batch), other.over(tree, batch):
                     batch.run(tree)
         other.end(samples)
         return other
