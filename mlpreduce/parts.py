@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from mlpreduce.budget import Baseline, counted, measure
 from mlpreduce.calibration import Answers, Loss, Watcher
-from mlpreduce.criteria import Ranking, as_order, choose, guard_notes, guarded
+from mlpreduce.criteria import Choice, Moments, Ranking, as_order, choose, guard_notes, guarded
 from mlpreduce.edits import Edit, Slice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import (
@@ -71,6 +71,7 @@ class Parts(Sequence[MLP]):
         self._inputs = example_inputs
         self.chains = chains(self._mlps)
         self.notes: list[str] = []
+        self._paired: Choice | None = None
         self._strong: dict[str, list[str]] = {"stay": [], "go": []}  # units, as notes name them
 
     def __getitem__(self, index: int) -> MLP:  # type: ignore[override]
@@ -304,9 +305,11 @@ class Parts(Sequence[MLP]):
                 f"be a multiple of {mlp.groups}"
             )
         wanted = width if mlp.groups == 1 else None
-        answer = self._answers.of(mlp, choose(criterion), seed, wanted)
+        choice = choose(criterion)
+        answer = self._answers.of(mlp, choice, seed, wanted)
+        prices = choice.criterion.needs == "pairs"  # what a unit carries, itself
+        self._paired = choice if prices else self._paired
         order = as_order(answer)
-        prices = choose(criterion).criterion.needs == "pairs"  # what a unit carries, itself
         shares = None if prices else self._answers.shares(mlp, read=guard is not False)
         if shares is not None:
             found = guarded(order, shares.tolist(), width, mlp.groups, guard)
@@ -317,6 +320,12 @@ class Parts(Sequence[MLP]):
         if isinstance(answer, Ranking) and answer.refine is not None:
             units = answer.refine(units)
         return self.slice(mlp, units)
+
+    @property
+    def pairs(self) -> Callable[[MLP], Moments] | None:
+        """Moments with pairs of what fc2 of an MLP is given, where the criterion by which units stay has looked at them."""
+        paired = self._paired
+        return None if paired is None else lambda mlp: self._answers.pairs(mlp, paired)
 
     def criterion_notes(self, criterion: str | Mapping[str, Any]) -> list[str]:
         """What became of the units that carry most of what their MLP gives, and what speaks against the criterion."""

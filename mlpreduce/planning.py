@@ -159,7 +159,7 @@ def make_plan(
         around = [edit for edit in edits if isinstance(edit, Replace) and edit.module not in layers]  # around MLPs
         try:
             draft = replace(draft, edits=tuple(edit for edit in draft.edits if edit not in around))
-            draft = repaired(model, mlps, draft, data, whole)
+            draft = repaired(model, mlps, draft, data, whole, parts.pairs)
             draft = replace(draft, edits=(*draft.edits, *around))
         except ReductionError as error:
             raise ReductionError(str(error) if str(error).startswith(call) else f"{call}: {error}") from error

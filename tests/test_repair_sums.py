@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import mlpreduce
 from mlpreduce.calibration import Batch
 from mlpreduce.calibration.sums import gram
 from mlpreduce.edits import Assign
 from mlpreduce.repair import whole
-from mlpreduce.repair.fit import Fit, _changes, add_rows, empty_fit
+from mlpreduce.repair.fit import Fit, _changes, add_rows, empty_fit, solved
 from mlpreduce.testing import tiny_vit
 
 
@@ -100,3 +103,58 @@ def _counted(model: nn.Module, transform: str, config: dict[str, Any], images: t
         made = mlpreduce.plan(model, transform, data=[images], repair="least_squares", **config)
     lengths.append(runs)
     return made
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_fit_from_other_values_is_least_squares_about_these(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is solved anew on rows to which the ridge's are added; about the layer's own values it is the plain fit."""
+    monkeypatch.setattr("mlpreduce.repair.fit.RIDGES", (0.5,))
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 4, generator=generator, dtype=torch.float64)
+    layer: nn.Module = Conv1D(3, 4).double() if turned else nn.Linear(4, 3).double()
+    factor = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    truth = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    missing = inputs @ truth + 0.1 * torch.randn(200, 3, generator=generator, dtype=torch.float64)
+    fit = replace(empty_fit(nn.ModuleDict({"fc2": layer}), "fc2"), factor=factor)
+    for half in range(2):
+        add_rows(fit, half, inputs[half::2], missing[half::2], wanted=missing[half::2])
+    layer.requires_grad_(False)
+    weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+    begun = {"fc2.weight": weight + torch.randn(weight.shape, generator=generator), "fc2.bias": bias + 1}
+    for start in ({"fc2.weight": weight, "fc2.bias": bias}, begun):
+        found = solved(fit, start=start)[0]
+        about = (start["fc2.weight"] - weight) if turned else (start["fc2.weight"] - weight).T
+        ridge = 0.5 * float(factor.square().mean()) * float(((inputs - inputs.mean(0)) ** 2).sum(0).mean())
+        for output in range(3):
+            rows = factor[output] * torch.cat([inputs, torch.ones(200, 1)], 1)
+            more = math.sqrt(ridge) * torch.eye(5, dtype=torch.float64)[:4]
+            wanted = torch.cat([missing[:, output], math.sqrt(ridge) * about[:, output]])
+            change = torch.linalg.lstsq(torch.cat([rows, more]), wanted[:, None]).solution[:, 0]
+            new = (found["fc2.weight"] - weight) if turned else (found["fc2.weight"] - weight).T
+            torch.testing.assert_close(new[:, output], change[:4], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(found["fc2.bias"][output] - bias[output], change[4], rtol=1e-6, atol=1e-6)
+
+
+def test_the_fit_counts_with_which_the_model_gives_more_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `reconstruction` the moments of every MLP are known, so the repair in turn has two fits to choose from."""
+    torch.manual_seed(1)
+    model: Any = tiny_vit().eval()
+    for name, parameter in model.named_parameters():
+        if ".mlp." in name or "patch_embed" in name:
+            nn.init.normal_(parameter, std=0.3)
+    images = torch.randn(160, 3, 16, 16)
+
+    def nearness() -> float:
+        made = mlpreduce.plan(
+            model, "shallow", ratio=0.75, criterion="reconstruction", repair="least_squares", data=images[:128]
+        )
+        with torch.no_grad():
+            return float(
+                torch.cosine_similarity(
+                    mlpreduce.apply(copy.deepcopy(model), made)(images[128:]), model(images[128:])
+                ).mean()
+            )
+
+    both = nearness()
+    monkeypatch.setattr("mlpreduce.parts.Parts.pairs", None)
+    assert both > nearness()

@@ -197,7 +197,7 @@ def test_interrupted_it_gives_what_there_is(model: nn.Module, tmp_path: Path) ->
     def impatient(reduced: nn.Module) -> float:
         nonlocal calls
         calls += 1
-        if calls == 11:  # of four references two scores each
+        if calls == 9:  # of four references six scores
             raise KeyboardInterrupt
         return plain(reduced)
 

@@ -56,7 +56,14 @@ def watcher(kind: str, mlps: Sequence[MLP], scope: Sequence[MLP]) -> Whole:
     return Whole([mlp for mlp in mlps if mlp.owner in owners])
 
 
-def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any, whole: Whole | None = None) -> Plan:
+def repaired(
+    model: nn.Module,
+    mlps: Sequence[MLP],
+    made: Plan,
+    data: Any,
+    whole: Whole | None = None,
+    moments: Callable[[MLP], Moments] | None = None,
+) -> Plan:
     """The plan with new values of fc2 of every MLP that it changes.
 
     Args:
@@ -65,6 +72,7 @@ def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any, whole
         made: a plan for it.
         data: an iterable of batches of images.
         whole: what was noted of the whole model; it is run if that was of other data.
+        moments: of an MLP, with pairs, if they are known.
 
     Raises:
         ReductionError: unknown repair, the data is missing, empty or not finite, or an MLP cannot be refitted.
@@ -80,7 +88,9 @@ def repaired(model: nn.Module, mlps: Sequence[MLP], made: Plan, data: Any, whole
         )
     before, after = ([pair[number] for pair in uses] for number in range(2))
     if kind != "parallel":
-        return _in_turn(model, mlps, made, (before, after), samples, whole or watcher(kind, mlps, before))
+        fits = kind == "least_squares" and moments is not None and all(isinstance(edit, Slice) for edit in made.edits)
+        alone = _alone(model, mlps, made, moments, {}) if fits and moments is not None else {}
+        return _in_turn(model, mlps, made, (before, after), samples, whole or watcher(kind, mlps, before), alone)
     with running(samples.device, gradients=False):
         found = repair_alone((quiet_copy(model), before), (_reduced(model, made), after), samples)
     facts = {"samples": samples.count, "fingerprint": samples.fingerprint}
@@ -110,17 +120,7 @@ def repaired_from(
     others = sorted({type(edit).__name__ for edit in made.edits if not isinstance(edit, Slice)})
     if others:
         raise ReductionError(f"repair from moments: the plan has edits {', '.join(others)}, of which they tell nothing")
-    by_name = {mlp.name: mlp for mlp in mlps}
-    missing = [edit for edit in made.of(Slice) if (edit.mlp, tuple(edit.units)) not in known]
-    if missing:
-        tree = _reduced(model, made)
-    for edit in missing:
-        mlp, units = by_name[edit.mlp], tuple(edit.units)
-        fit, seen = empty_fit(tree, mlp.leaf("fc2").path), moments(mlp)
-        fill(fit, seen, torch.tensor(units, device=seen.weight.device))
-        known[edit.mlp, units] = solved(fit)[0]
-    values = [known[edit.mlp, tuple(edit.units)] for edit in made.of(Slice)]
-    return _with(made, {path: value for some in values for path, value in some.items()})
+    return _with(made, _alone(model, mlps, made, moments, known))
 
 
 def refit_errors(
@@ -185,6 +185,26 @@ def distances(model: nn.Module, trials: Mapping[Key, Sequence[Edit]], data: Any)
     return found, Measured({}, samples.count, samples.fingerprint)
 
 
+def _alone(
+    model: nn.Module,
+    mlps: Sequence[MLP],
+    made: Plan,
+    moments: Callable[[MLP], Moments],
+    known: MutableMapping[tuple[str, tuple[int, ...]], dict[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """Values of fc2 by tensor path, fitted for each MLP by itself, of a plan that slices alone: see `repaired_from`."""
+    by_name = {mlp.name: mlp for mlp in mlps}
+    missing = [edit for edit in made.of(Slice) if (edit.mlp, tuple(edit.units)) not in known]
+    if missing:
+        tree = _reduced(model, made)
+    for edit in missing:
+        mlp, units = by_name[edit.mlp], tuple(edit.units)
+        fit, seen = empty_fit(tree, mlp.leaf("fc2").path), moments(mlp)
+        fill(fit, seen, torch.tensor(units, device=seen.weight.device))
+        known[edit.mlp, units] = solved(fit)[0]
+    return {path: value for edit in made.of(Slice) for path, value in known[edit.mlp, tuple(edit.units)].items()}
+
+
 def _uses(mlps: Sequence[MLP], made: Plan) -> list[tuple[MLP, MLP]]:
     """The MLPs that a plan changes, all uses, each as it is and as it is found in the reduced model.
 
@@ -229,15 +249,16 @@ def _in_turn(
     uses: tuple[Sequence[MLP], Sequence[MLP]],
     samples: Samples,
     whole: Whole,
+    alone: Mapping[str, torch.Tensor],
 ) -> Plan:
     """The plan with values of a repair in order of execution, and what it came to."""
     kind = made.config["repair"]
     with running(samples.device, gradients=False):
         before, after = quiet_copy(model), _reduced(model, made)
-        found = repair_in_turn((before, uses[0]), (after, uses[1]), mlps, samples, kind, whole)
+        found = repair_in_turn((before, uses[0]), (after, uses[1]), mlps, samples, kind, whole, alone)
     note = (
-        f"repair={kind!r}, {samples.count:,} examples: what the model gives for {found.held:,} of them that no fit saw is as "
-        f"near to the whole model's as cosine {found.after[0]:.3f} and alignment {found.after[1]:.3f} say, without repair "
+        f"repair={kind!r}, {samples.count:,} examples: what the model gives for {found.held:,} that no fit in turn saw is "
+        f"as near to the whole model's as cosine {found.after[0]:.3f} and alignment {found.after[1]:.3f} say, without repair "
         f"{found.before[0]:.3f} and {found.before[1]:.3f}"
     )
     if found.left:

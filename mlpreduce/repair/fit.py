@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -118,10 +118,17 @@ def check_halves(fit: Fit, count: int) -> None:
         )
 
 
-def solved(fit: Fit, *, bias_alone: bool = False) -> tuple[dict[str, torch.Tensor], float, float]:
+def solved(
+    fit: Fit, *, bias_alone: bool = False, start: Mapping[str, torch.Tensor] | None = None
+) -> tuple[dict[str, torch.Tensor], float, float]:
     """New values by tensor path, and what was missing and is, as a share of the variance of what is wanted.
 
     There are no new values where no fit on one half of the examples does better on the other than what there is.
+
+    Args:
+        fit: the sums.
+        bias_alone: whether the weight stays.
+        start: values that are changed in place of those of the layer, by tensor path.
 
     Raises:
         ReductionError: the sums are not finite.
@@ -130,10 +137,18 @@ def solved(fit: Fit, *, bias_alone: bool = False) -> tuple[dict[str, torch.Tenso
     assert layer is not None
     if not fit.square.isfinite().all() or not fit.cross.isfinite().all():
         raise ReductionError(f"repair: what {fit.path} is given is not finite; look at the model or the data")
+    turned = layer.outputs[0] != ("weight", 0)  # inputs come first
     halves = list(zip(fit.square, fit.cross, strict=True))
     square, cross, wanted = fit.square.sum(0), fit.cross.sum(0), fit.wanted.sum(0)
+
+    begun = torch.zeros_like(cross) if start is None else _as_change(fit, start, turned)
+
+    def changes(square: torch.Tensor, cross: torch.Tensor) -> Callable[[float], torch.Tensor]:
+        rest = _changes(square, cross - fit.factor[:, None] * (begun @ square), bias is not None, fit.factor)
+        return lambda ridge: begun + rest(ridge)
+
+    here, there = [changes(*half) for half in halves], halves[::-1]
     ridges = RIDGES[-1:] if bias_alone else RIDGES
-    here, there = ([_changes(*half, bias is not None, fit.factor) for half in halves], halves[::-1])
     gains = [
         sum(_gain(fitted(ridge), *other, fit.factor) for fitted, other in zip(here, there, strict=True))
         for ridge in ridges
@@ -143,14 +158,23 @@ def solved(fit: Fit, *, bias_alone: bool = False) -> tuple[dict[str, torch.Tenso
     was, gain = float(missing / variance), max(gains)
     if gain <= 0:
         return {}, was, was
-    change = _changes(square, cross, bias is not None, fit.factor)(ridges[gains.index(gain)])
-    new = weight.double() + (change[:, :-1] if layer.outputs[0] == ("weight", 0) else change[:, :-1].T).reshape(
-        weight.shape
-    )
+    change = changes(square, cross)(ridges[gains.index(gain)])
+    new = weight.double() + (change[:, :-1].T if turned else change[:, :-1]).reshape(weight.shape)
     values = {f"{fit.path}.weight": new.to(weight.dtype)} if not bias_alone else {}
     if bias is not None:
         values[f"{fit.path}.bias"] = (bias.double() + change[:, -1]).to(bias.dtype)
     return values, was, float((missing - gain) / variance)
+
+
+def _as_change(fit: Fit, values: Mapping[str, torch.Tensor], turned: bool) -> torch.Tensor:
+    """What values add to weight and bias, (outputs, inputs + 1)."""
+    found = torch.zeros_like(fit.cross[0])
+    for name, place in (("weight", found[:, :-1]), ("bias", found[:, -1:])):
+        if (value := values.get(f"{fit.path}.{name}")) is not None:
+            change = value.double() - fit.layer.get_parameter(name).double()
+            turn = turned and name == "weight"
+            place.copy_(change.reshape(place.T.shape).T if turn else change.reshape(place.shape))
+    return found
 
 
 def _changes(

@@ -5,6 +5,9 @@ z_r nearer to z_d: it makes up for its own units and for what earlier MLPs left.
 hang on it (see `importance`), and where a norm on the stream follows the addition, by 1 over the variance of z_d, by which that
 norm divides.
 
+Where it is known by which values each MLP by itself best gives what it gave, a second fit changes those as little as it can.
+Where little goes, what earlier MLPs left is mostly noise, and that one is better. The outputs decide which of both counts.
+
 A fit stays only if what the model gives on examples held out is no further from the whole model's by more than chance:
 neither by cosine, nor in how alike examples are (centred kernel alignment). That is asked before the next MLP is fitted, of the
 whole model whose first blocks, up to this one, are those of the reduced model: where the blocks behind it were reduced and not
@@ -15,7 +18,7 @@ Source: the asymmetric target of GPTAQ (arXiv 2504.02692), here for the weights 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -70,7 +73,13 @@ class InTurn:
 
 
 def repair_in_turn(
-    before: Model, after: Model, every: Sequence[MLP], samples: Samples, kind: str, whole: Whole
+    before: Model,
+    after: Model,
+    every: Sequence[MLP],
+    samples: Samples,
+    kind: str,
+    whole: Whole,
+    alone: Mapping[str, torch.Tensor],
 ) -> InTurn:
     """Fit fc2 of MLPs one after the other.
 
@@ -81,6 +90,7 @@ def repair_in_turn(
         samples: the calibration data.
         kind: `least_squares`, or `bias`, which fits the bias alone.
         whole: what was noted of the whole model when it ran over the data for something else.
+        alone: values of fc2, by tensor path, with which each MLP by itself best gives what it gave, as far as they are known.
 
     Raises:
         ReductionError: as `repaired`.
@@ -158,17 +168,19 @@ def repair_in_turn(
                 fit, square=all_reduce(fit.square), cross=all_reduce(fit.cross), wanted=all_reduce(fit.wanted)
             )
             check_halves(fit, samples.count)
-            new, *_ = solved(fit, bias_alone=kind == "bias")
+            begins = [None, *([alone] if f"{path}.weight" in alone else [])]
+            fits = [solved(fit, bias_alone=kind == "bias", start=start)[0] for start in begins]
             found.fitted += 1
-            if new:
+            if any(fits):
                 use = max(uses[path], key=lambda use: use.block)
                 without = given(end, use)
-                old = _exchanged(reduced, new)
-                if is_further(wanted, without, given(end, use)):
-                    _exchanged(reduced, old)
+                tried = [(values, _tried(reduced, values, partial(given, end, use))) for values in fits if values]
+                new, within = max(tried, key=lambda one: nearness(wanted, one[1])[0])
+                if is_further(wanted, without, within):
                     found.left.append(path)
                 else:
                     found.values |= new
+                    _exchanged(reduced, new)
                 judging.end(starts[number])  # else it has not run
             whole.done(uses[path])
             again.end(end)
@@ -257,6 +269,15 @@ def _add(
             mask = None if batch.mask is None else batch.mask[pick]
             counts = None if weight is None else live_rows(weight[pick][..., None], mask)[:, 0]
             add_rows(fit, half, live_rows(inputs[pick], mask), live_rows(missing[pick], mask), weight=counts)
+
+
+def _tried(tree: nn.Module, values: dict[str, torch.Tensor], look: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What something gives with values in place of those of a model."""
+    old = _exchanged(tree, values)
+    try:
+        return look()
+    finally:
+        _exchanged(tree, old)
 
 
 def _exchanged(tree: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

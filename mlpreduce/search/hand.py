@@ -13,29 +13,25 @@ import torch
 from torch import nn
 
 import mlpreduce
-from mlpreduce.budget import Budget as Target
-from mlpreduce.budget import Slot, measure, price_of, ranked_widths
+from mlpreduce.budget import measure
 from mlpreduce.calibration import Answers, Loss
-from mlpreduce.criteria import Moments, Ranking, choose
-from mlpreduce.edits import Plan, Slice
+from mlpreduce.criteria import Moments, choose
+from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import MLP, Inputs, Survey, chains, mlps_or_raise, structural_copy
 from mlpreduce.planning import make_plan
-from mlpreduce.repair import repaired_from
+from mlpreduce.repair import distances, repaired_from
+from mlpreduce.search.allotting import PARTS, Allotment
 from mlpreduce.search.goals import Budget
 from mlpreduce.search.subjects import Unreduced
 from mlpreduce.surgery import carry_out
 from mlpreduce.train.calibrated import without_data
 from mlpreduce.train.settings import Step
 
-__all__ = ["CRITERION", "ModelInHand", "digest"]
+__all__ = ["CRITERION", "ModelInHand", "digest", "sliced"]
 
 CRITERION = {"name": "reconstruction", "metric": "loss"}  # by which units are worth something
 _WORTH = choose(CRITERION)
-_UNITS = {"params": "parameters", "mlp_params": "parameters"} | dict.fromkeys(
-    ("macs_linear", "macs", "macs_with_attention"), "MACs"
-)
-_HALVINGS = 40
 
 
 class ModelInHand:
@@ -47,10 +43,20 @@ class ModelInHand:
         batches: calibration data, kept.
         loss: of what the model gives and labels.
         inputs: what the model is called with, for counts.
+        held: data by which nothing is fitted; on the first examples of it MLPs are tried, each alone.
     """
 
-    def __init__(self, name: str, model: nn.Module, batches: Sequence[Any], loss: Loss | None, inputs: Inputs) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        batches: Sequence[Any],
+        loss: Loss | None,
+        inputs: Inputs,
+        held: Sequence[Any],
+    ) -> None:
         self.name, self.model, self.batches, self.loss, self.inputs = name, model, list(batches), loss, inputs
+        self.held = list(held)
         self.found = mlps_or_raise(model, "tune", inputs)
         self.answers = Answers(model, self.found.mlps, self.batches, loss, refitted=True)
         self.budgets: Sequence[Budget] = ()  # that spaces ask widths for
@@ -130,6 +136,10 @@ class ModelInHand:
             plans.append(made)
         return tree, plans
 
+    def is_quick(self, steps: Sequence[Step]) -> bool:
+        """Whether `reduced` may repair these in two ways."""
+        return bool(steps) and steps[0]["transform"] == "shallow" and steps[0].get("repair") == "least_squares"
+
     @property
     def longest(self) -> int:
         """Blocks of the longest chain of MLPs that may share."""
@@ -137,56 +147,45 @@ class ModelInHand:
 
     def solver(self, begin: str, more: Mapping[str, float], steps: int) -> dict[str, int]:
         """Widths for a space: see `ModelView.widths`."""
-        return self.solve(self.budgets, begin, more, steps)
+        return self.allotment.widths(self.budgets, begin, more, steps)
 
-    def solve(self, budgets: Sequence[Budget], begin: str, more: Mapping[str, float], steps: int) -> dict[str, int]:
-        """Widths at all budgets: see `ModelView.widths`."""
+    @cached_property
+    def allotment(self) -> Allotment:
+        """Finds widths."""
         owners = [mlp for mlp in self.mlps if mlp.owner == mlp.name and not mlp.fixed]
-        cost = self._weightless.measured.cost
-        widths: dict[str, int] = {mlp.name: mlp.hidden_features for mlp in owners}
-        for budget in budgets:
-            unit = _UNITS.get(budget.cost)
-            if unit is None:
-                raise ReductionError(
-                    f"budget {budget.text!r}: no width changes {budget.cost}; search a space of sharing"
-                )
-            slots = []
-            for mlp in owners:
-                price = price_of(self._weightless.measured, mlp.name, unit)
-                step = max(1, mlp.hidden_features // steps)
-                scores = self._scores(mlp) * more.get(mlp.name, 1.0)
-                slots.append(Slot.of(mlp, step, price, scores))
-            whole = getattr(cost, budget.cost)
-            target = Target(slots, whole - sum(slot.price(slot.hidden) for slot in slots), budget.limit, unit)
-            if target.cost(widths) > target.target:
-                try:
-                    found = ranked_widths(target) if begin == "worth" else _alike(target, more)
-                except ReductionError as error:
-                    raise ReductionError(f"budget {budget.text!r}: {error}") from error
-                widths = {name: min(widths[name], width) for name, width in found.items()}
-        whole_widths = {mlp.name: mlp.hidden_features for mlp in owners}
-        return {name: width for name, width in widths.items() if width < whole_widths[name]}
+        return Allotment(owners, self._weightless.measured, lambda: self._losses(owners))
 
     def estimate(self, steps: Sequence[Step]) -> float | None:
-        """What a point loses by the scores of `reconstruction`; None where a step is no choice of widths by it."""
+        """What a point loses if what each MLP alone loses adds up; None where a step is no choice of widths alone."""
         total = 0.0
         for step in steps:
             widths = step.get("widths")
             if step["transform"] != "shallow" or not isinstance(widths, Mapping) or step.get("criterion") != CRITERION:
                 return None
-            for mlp in self.mlps:
-                if mlp.name in widths:
-                    total += float(self._scores(mlp)[widths[mlp.name] :].sum())
+            total += self.allotment.estimate(widths)
         return total
+
+    def _losses(self, mlps: Sequence[MLP]) -> dict[str, dict[int, float]]:
+        """How far what the model gives moves with each MLP alone at some widths, refitted."""
+        trials = {}
+        for mlp in mlps:
+            for part in PARTS:
+                width = max(1, int(part * mlp.hidden_features)) // mlp.groups * mlp.groups
+                if 0 < width < mlp.hidden_features:
+                    trials[mlp.name, width] = self._first(sliced({mlp.name: width}), quick=True).edits
+        moved, _ = distances(self.model, trials, self.held)
+        found: dict[str, dict[int, float]] = {}
+        for (name, width), distance in moved.items():
+            found.setdefault(name, {})[width] = distance
+        return found
 
     def _first(self, step: Step, *, quick: bool) -> Plan:
         """The plan of the first step."""
-        if quick and step.get("repair") == "least_squares":
-            made = self._planned({**step, "repair": "none"})
-            if all(isinstance(edit, Slice) for edit in made.edits):
-                made = repaired_from(self.model, self.mlps, made, self._moments, self._fits)
-                return replace(made, config={**made.config, "repair": "parallel"})  # which it is
-        return self._planned(step)
+        if not (quick and self.is_quick([step])):
+            return self._planned(step)
+        made = self._planned({**step, "repair": "none"})
+        made = repaired_from(self.model, self.mlps, made, self._moments, self._fits)
+        return replace(made, config={**made.config, "repair": "parallel"})  # which it is
 
     def _planned(self, step: Step) -> Plan:
         """A plan of a step of the whole model, with what is known of it."""
@@ -198,11 +197,6 @@ class ModelInHand:
 
     def _moments(self, mlp: MLP) -> Moments:
         return self.answers.pairs(mlp, _WORTH)
-
-    def _scores(self, mlp: MLP) -> torch.Tensor:
-        found = self.answers.of(mlp, _WORTH)
-        assert isinstance(found, Ranking)
-        return found.scores.cpu().double()
 
     @cached_property
     def _weightless(self) -> Unreduced:
@@ -228,18 +222,9 @@ def digest(named: Mapping[str, torch.Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-def _alike(target: Target, more: Mapping[str, float]) -> dict[str, int]:
-    """Widths that are one part of all MLPs, times a factor of each, as large as the target allows."""
-
-    def widths(part: float) -> dict[str, int]:
-        return {s.owner: s.rounded(int(s.hidden * min(1.0, part * more.get(s.owner, 1.0)))) for s in target.slots}
-
-    target.check()
-    low, high = 0.0, max(1.0 / more.get(slot.owner, 1.0) for slot in target.slots)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if target.cost(widths(middle)) <= target.target else (low, middle)
-    return widths(low)
+def sliced(widths: Mapping[str, int]) -> Step:
+    """The step that slices MLPs to these widths, by name, and repairs them."""
+    return {"transform": "shallow", "widths": dict(widths), "criterion": CRITERION, "repair": "least_squares"}
 
 
 def _shape(mlp: MLP) -> tuple[str, int, str]:

@@ -168,7 +168,7 @@ class Owner:
         for name, point in self._references.items():
             if self._valuer.waits(name):
                 continue
-            for part in self._valuer.parts:
+            for part in self._valuer.parts_of(point):
                 if part not in self._results.by_part(point.key) and not self._is_busy(point.key, part):
                     return self._job("reference", name, point, part)
         return None

@@ -24,7 +24,7 @@ from mlpreduce.search.study import Study
 
 __all__ = ["QUICK", "WHOLE", "Score", "Scorer", "Scoring"]
 
-_AGAIN = 3  # points at least that are repaired again
+_AGAIN = 3  # points that are repaired again
 QUICK, WHOLE = 0, 1  # parts of a point: repaired from moments, and as `plan` repairs
 Score = Callable[[nn.Module], float]
 
@@ -107,6 +107,10 @@ class Scoring:
             name: pricer.price(Suggestion(tuple(map(dict, steps)), {})) for name, steps in references.items()
         }
 
+    def parts_of(self, point: Point) -> Sequence[int]:
+        """Both, if they differ."""
+        return self.parts if self._hand.is_quick(point.steps) else self.parts[:1]
+
     def facts(self) -> dict[str, Any]:
         """The model, the data and the score."""
         return {"recipe": {"name": self._hand.name}, "scored": self._facts}
@@ -181,12 +185,14 @@ class Scoring:
     def further(
         self, points: Mapping[str, Point], others: Sequence[Point], failed: Collection[tuple[str, int]]
     ) -> list[tuple[str, int]]:
-        """The best points by their first score, and the best of all."""
-        scores = {key: max(self._results.by_part(key).values()) for key in points}
-        best = sorted(points, key=lambda key: -self._results.by_part(key)[QUICK])[: max(_AGAIN, len(points) // 10)]
-        wanted = dict.fromkeys([*best, *sorted(points, key=lambda key: -scores[key])[:1]])
+        """The best points by their first score."""
+        best = sorted(points, key=lambda key: -self._results.by_part(key)[QUICK])[:_AGAIN]
         return [
-            (key, WHOLE) for key in wanted if WHOLE not in self._results.by_part(key) and (key, WHOLE) not in failed
+            (key, WHOLE)
+            for key in best
+            if WHOLE in self.parts_of(points[key])
+            and WHOLE not in self._results.by_part(key)
+            and (key, WHOLE) not in failed
         ]
 
     def flush(self) -> None:

@@ -76,6 +76,10 @@ class Training:
         self._pending: deque[dict[str, Any]] = deque()  # events that are not recorded yet
         self._published = False
 
+    def parts_of(self, point: Point) -> Sequence[int]:
+        """All seeds."""
+        return self.parts
+
     def facts(self) -> dict[str, Any]:
         """The recipe."""
         return {"recipe": self._recipe.model_dump(mode="json")}

@@ -24,7 +24,7 @@ from mlpreduce.repair.outputs import output_of
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.driver import check_budgets, drive
 from mlpreduce.search.goals import Budget, read_budgets
-from mlpreduce.search.hand import CRITERION, ModelInHand, digest
+from mlpreduce.search.hand import ModelInHand, digest, sliced
 from mlpreduce.search.owner import Owner
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.scoring import QUICK, Score, Scorer, Scoring
@@ -103,7 +103,7 @@ def tune(
     name = type(model).__name__
     console = screen()
     with Pulse(console, f"tune {name}: checking the space"):
-        hand = ModelInHand(name, model, fitted, loss, inputs)
+        hand = ModelInHand(name, model, fitted, loss, inputs, held)
         pricer, found = Pricer(hand), load_space(space)
         budgets = read_budgets(texts, pricer.price(Suggestion((), {})).cost)
         hand.budgets = budgets
@@ -330,7 +330,7 @@ def _references(hand: ModelInHand, budgets: Sequence[Budget]) -> dict[str, Seque
     if hand.longest > 1:
         found["grouped"] = ({**REFERENCES["grouped"][0], "scale": "none", **repaired},)
     found["shallow"] = ({**REFERENCES["shallow"][0], **repaired},)
-    widths = hand.solve(budgets, "uniform", {}, steps=max(mlp.hidden_features for mlp in hand.mlps))
-    if widths:
-        found["uniform"] = ({"transform": "shallow", "widths": widths, "criterion": CRITERION, **repaired},)
+    steps = max(mlp.hidden_features for mlp in hand.mlps)
+    if widths := hand.allotment.widths(budgets, "uniform", {}, steps):
+        found["uniform"] = (sliced(widths),)
     return found

@@ -23,6 +23,9 @@ class Valuer(Protocol):
     def parts(self) -> Sequence[int]:
         """Of a point; the first for all trials, the others for those that `further` names."""
 
+    def parts_of(self, point: Point) -> Sequence[int]:
+        """Those of a reference."""
+
     @property
     def rungs(self) -> Sequence[int]:
         """Epochs after which a trial may end early."""
