@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -324,3 +326,80 @@ def test_the_command_tunes_a_timm_model_on_a_folder(tmp_path: Path, capsys: pyte
     ):
         assert command(["tune", *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def four_ratios(trial: Any, view: Any) -> list[tuple[str, dict[str, Any]]]:
+    ratio = trial.suggest_categorical("ratio", [0.3, 0.4, 0.5, 0.6])
+    return [("shallow", {"ratio": ratio, "criterion": "reconstruction", "repair": "least_squares"})]
+
+
+@pytest.mark.ray
+def test_workers_find_what_one_process_finds(model: nn.Module, local_ray: None, tmp_path: Path) -> None:
+    """One of the workers is killed on the way; its point is scored again."""
+    killed = tmp_path / "killed"
+    plain = likeness(copy.deepcopy(model), torch.cat(pictures())[1::2])
+
+    def dies_once(reduced: nn.Module) -> float:
+        if reduced.blocks[0].mlp.fc1.out_features == 51 and not killed.exists():  # type: ignore[union-attr, index]
+            killed.touch()
+            os._exit(1)
+        return plain(reduced)
+
+    given: dict[str, Any] = {"space": four_ratios, "sampler": "grid", "trials": 4, "score": plain}
+    alone = tuned(model, **given)
+    found = tuned(model, **{**given, "workers": 2, "score": dies_once})
+    assert killed.exists()
+    scores = [
+        {(p["key"], run["seed"]): run["score"] for p in made.points for run in p["runs"]} for made in (alone, found)
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert len(scores[0]) >= 4 + 5
+    plans = [made.best for made in (alone, found)]
+    assert plans[0].structure().edits == plans[1].structure().edits
+    for one, other in zip(plans[0].of(Assign), plans[1].of(Assign), strict=True):
+        torch.testing.assert_close(one.value, other.value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.ray
+def test_what_cannot_travel_is_told(model: nn.Module, local_ray: None) -> None:
+    lock = threading.Lock()
+    with pytest.raises(ReductionError, match="cannot be sent to another process"):
+        tuned(model, workers=1, score=lambda reduced: float(lock.locked()))
+    with pytest.raises(ReductionError, match="workers=1000: each takes a core, and Ray has"):
+        tuned(model, workers=1000)
+
+
+KILLED = """
+import os, sys, torch
+import mlpreduce
+from mlpreduce.testing import tiny_vit
+
+def score(reduced):
+    open({told!r}, "a").write(f"{{sum(p.numel() for p in reduced.parameters())}} ")
+    if open({told!r}).read().count(" ") == 9:
+        os.kill(os.getpid(), 9)
+    return float(sum(p.double().sum() for p in reduced.parameters()))
+
+torch.manual_seed(0)
+model, images = tiny_vit(), torch.randn(96, 3, 16, 16)
+tuning = mlpreduce.tune(model, data=images.split(16), budget="params<=0.7", trials=5, calibration=32, output={out!r},
+                        score=score, resume={resume})
+print(tuning.document["counts"]["trained"], len({{p["key"] for p in tuning.points}}), len(tuning.points))
+"""
+
+
+@pytest.mark.processes
+def test_killed_it_goes_on_and_scores_nothing_twice(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    given = {"told": str(told), "out": str(tmp_path / "out")}
+    first = python("-c", KILLED.format(**given, resume=False))
+    assert first.returncode == -9
+    before = told.read_text().split()
+    assert len(before) == 9
+    second = python("-c", KILLED.format(**given, resume=True))
+    assert second.returncode == 0, second.stderr
+    shown = second.stdout.splitlines()[-1].split()
+    assert shown[0] == "5"
+    assert shown[1] == shown[2]  # no point twice
+    # six scores of references, five of trials, three of the best again, and that which was being scored
+    assert len(told.read_text().split()) == 6 + 5 + 3 + 1

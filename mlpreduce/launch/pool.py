@@ -14,7 +14,7 @@ from mlpreduce.launch.interrupts import interrupts
 from mlpreduce.launch.locks import drive, work
 from mlpreduce.launch.settings import LaunchSettings
 
-__all__ = ["Call", "Job", "Lost", "Pool", "pool"]
+__all__ = ["Call", "Here", "Job", "Lost", "Pool", "pool"]
 
 Job = dict[str, Any]
 Call = Callable[..., Any]  # (method of the owner, *arguments) -> what it returns
@@ -78,7 +78,7 @@ def pool(
         if workers == 0:
             made = owner(*arguments)
             stack.callback(made.close)
-            yield _Here(made, work)
+            yield Here(made, work)
             return
         require(f"pool(workers={workers})", "ray")
         group = launch.model_copy(update={"workers": launch.workers * workers})
@@ -89,7 +89,7 @@ def pool(
         )
 
 
-class _Here:
+class Here:
     """Jobs in this process, one at a time."""
 
     size = 1

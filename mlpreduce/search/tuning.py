@@ -17,7 +17,7 @@ from mlpreduce.console import screen, width
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import Inputs, refuse_wrapped, tensors_in
-from mlpreduce.launch import LaunchSettings, pool
+from mlpreduce.launch import team
 from mlpreduce.pulse import Pulse
 from mlpreduce.repair.nearness import nearness
 from mlpreduce.repair.outputs import output_of
@@ -54,6 +54,7 @@ def tune(
     output: str | Path | None = None,
     storage: str | None = None,
     resume: bool = False,
+    workers: int = 0,
     example_inputs: Inputs | None = None,
 ) -> Tuning:
     """Search for the reduction of a trained model that keeps most of it within a budget. Nothing is trained.
@@ -79,6 +80,8 @@ def tune(
         output: directory where the study is kept, so that it can be gone on with.
         storage: URL of Optuna's storage; by default a SQLite file in `output`, or memory.
         resume: go on with the study in `output` or `storage`; where there is none, start.
+        workers: points that are scored at a time, each by a process of Ray to which the model and the data travel once; 0: one,
+            in this process. What the score looks at travels too.
         example_inputs: what the model is called with, as for `find_mlps`; by default two examples of the data.
 
     Returns:
@@ -91,6 +94,11 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     refuse_wrapped(model, "tune")
     check_whole("tune: calibration", calibration, least=_FEWEST)
+    check_whole("tune: workers", workers, least=0)
+    if workers and (device := next(model.parameters()).device).type != "cpu":
+        raise ReductionError(
+            f"tune: workers={workers} score on processors, and the model is on {device}; leave workers out"
+        )
     if timeout is not None:
         check_number("tune: timeout", timeout)
     texts = (budget,) if isinstance(budget, str) else budget
@@ -107,7 +115,7 @@ def tune(
         pricer, found = Pricer(hand), load_space(space)
         budgets = read_budgets(texts, pricer.price(Suggestion((), {})).cost)
         hand.budgets = budgets
-        fixed: dict[str, Any] = {"objectives": ("score",), "pruner": "none", "seeds": Scoring.parts, "workers": 0}
+        fixed: dict[str, Any] = {"objectives": ("score",), "pruner": "none", "seeds": Scoring.parts, "workers": workers}
         given = {"name": f"{found.name}-{name}", "trials": trials, "budgets": texts, "sampler": sampler, "seed": seed}
         settings = make_settings("tune", {**fixed, **given})
         walker = Walker(found, pricer)
@@ -121,19 +129,18 @@ def tune(
     url = storage or ("" if place is None else f"sqlite:///{place}/optuna.db")
     until = time.monotonic() + (float("inf") if timeout is None else timeout)
     began = time.monotonic()
-    arguments = (settings, found, pricer, valuer, url, resume)
     folders = [str(folder) for folder in dict.fromkeys((place, folder_of(url) if url else None)) if folder is not None]
-    with pool(
-        0, Owner, arguments, Scorer(hand, valued), directories=folders, launch=LaunchSettings(workers=0)
-    ) as workers:
+
+    def owner() -> Owner:
+        return Owner(settings, found, pricer, valuer, url, resume)
+
+    with team(workers, owner, Scorer(hand, valued), directories=folders) as hands:
         with Pulse(console, f"tune {name}: scoring the whole model") as pulse:
             try:
-                drive(
-                    workers, trials, pulse, lambda trained: None, "scoring", lambda value: f"score {value:.4f}", until
-                )
+                drive(hands, trials, pulse, lambda trained: None, "scoring", lambda value: f"score {value:.4f}", until)
             except KeyboardInterrupt:
                 pulse.line("interrupted; what was found by then follows", "yellow")
-        document = workers.call("document", time.monotonic() - began)
+        document = hands.call("document", time.monotonic() - began)
     return Tuning(document, hand)
 
 
