@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy i
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "search_spaces").glob("*.py"))
-OF_RECIPES = [name for name in NAMES if name != "trained"]  # which is of models in hand
+OF_RECIPES = [name for name in NAMES if not name.startswith("trained")]  # those are of models in hand
 PATTERNS = [name for name in OF_RECIPES if name != "training"]
 SMALL = [name for name in PATTERNS if name != "joint"]  # which has thousands of points, half a second each
 DEPTH6 = ("model.kwargs.depth=6", "model.kwargs.embed_dim=16")
@@ -554,7 +554,7 @@ class TestOwner:
         recipe, space = recipes.load("digits_tiny", DEPTH6).model_dump(mode="json"), "width"
         known = {"trials": 9, "references": (), "seeds": (1,)}
         url = f"sqlite:///{tmp_path}/optuna.db"
-        with pytest.raises(ReductionError, match="has a study of this name; go on with --resume"):
+        with pytest.raises(ReductionError, match="has a study of this name; go on with resume"):
             training_owner({"name": "any", **known}, recipe, space, url, str(tmp_path / "other"), False)
         foreign = optuna.create_study(study_name="foreign", storage=url)
         foreign.add_trial(optuna.trial.create_trial(value=1.0))

@@ -111,7 +111,7 @@ def test_no_refusal_of_a_storage_has_its_password(
             with opened(url, "study"):
                 pass
 
-    with pytest.raises(ReductionError, match="--storage") as refused:
+    with pytest.raises(ReductionError, match="storage") as refused:
         attempt()
     error: BaseException | None = refused.value
     while error is not None:  # a traceback shows the causes too

@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from helpers.fresh import python
+from helpers.runs import DIGITS
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -24,6 +25,7 @@ import mlpreduce
 from mlpreduce.__main__ import main as command
 from mlpreduce.calibration import Answers
 from mlpreduce.criteria import choose
+from mlpreduce.data import DataSettings, calibration
 from mlpreduce.edits import Assign
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import find_mlps
@@ -287,6 +289,14 @@ def test_a_space_of_ones_own_takes_several_steps(model: nn.Module) -> None:
 
     found = tuned(model, space=suggest, trials=4)
     assert {len(point["steps"]) for point in found.points if point["kind"] == "trial"} == {1, 2}
+    found = tuned(model, space=suggest, trials=6, budget="params<=0.48")
+    with pytest.raises(ReductionError, match="takes 2 steps; carry them out one after the other"):
+        _ = found.best
+    best = copy.deepcopy(model)
+    for plan in found.plans:
+        mlpreduce.apply(best, plan)
+    score = likeness(model, torch.cat(pictures())[1::2])
+    assert found.front[0]["values"]["score"] == pytest.approx(score(best), abs=1e-6)
 
 
 def test_the_command_tunes_a_timm_model_on_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,7 +332,7 @@ def test_the_command_tunes_a_timm_model_on_a_folder(tmp_path: Path, capsys: pyte
         ),
         ([*words, "grouped", *given], "it is given no transforms"),
         ([*words, *given, "--save", str(tmp_path / "smaller")], "it exists, and is not overwritten"),
-        ([*words, *given], "a study of this name; go on with --resume"),
+        ([*words, *given], "a study of this name; go on with resume"),
     ):
         assert command(["tune", *wrong]) == 2
         assert message in capsys.readouterr().err
@@ -403,3 +413,40 @@ def test_killed_it_goes_on_and_scores_nothing_twice(tmp_path: Path) -> None:
     assert shown[1] == shown[2]  # no point twice
     # six scores of references, five of trials, three of the best again, and that which was being scored
     assert len(told.read_text().split()) == 6 + 5 + 3 + 1
+
+
+def test_pairs_share_with_corrections_as_large_as_the_budget_allows(model: nn.Module) -> None:
+    found = tuned(model, space="trained_sharing", trials=3, budget=["params<=0.8"])
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    best = mlpreduce.apply(copy.deepcopy(model), found.best)
+    assert 0.7 * whole < sum(parameter.numel() for parameter in best.parameters()) <= 0.8 * whole
+    trials = [point for point in found.points if point["kind"] == "trial"]
+    assert {point["steps"][0]["per_use"]["target_params"] for point in trials} == {int(0.8 * whole)}
+    assert all(len(point["runs"]) == 1 for point in trials)  # there is one way to repair them
+    few = tuned(model, space="trained_sharing", trials=1, budget="unique_mlps<=0.5")
+    assert "per_use" not in few.best.config
+    assert "uniform" not in {point["name"] for point in few.points}  # no width changes how many MLPs there are
+
+
+@pytest.mark.slow
+def test_readme_tunes_a_trained_model_in_one_call(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The section runs word for word; the model that is asked for is one that was trained here, on the digits."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = text.partition("## A trained model")[2].partition("```python\n")[2].partition("```")[0]
+    assert len(code.splitlines()) <= 10
+    whole = mlpreduce.load(trained / "model").eval()
+    loader = [images for images, _ in calibration(DataSettings(**DIGITS), 1000)]
+    create = timm.create_model
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda name, **more: copy.deepcopy(whole) if more == {"pretrained": True} else create(name, **more),
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"loader": loader})
+    assert "uniform" in capsys.readouterr().out
+    smaller = mlpreduce.load("vit_smaller")
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (smaller, whole)]
+    assert counts[0] <= 0.67 * counts[1]

@@ -209,7 +209,7 @@ def check_budgets(space: Space, walker: Walker, budgets: Sequence[Budget]) -> No
         _, least = walker.cheapest(budget.cost)
         if budget.excess(least.cost) > 0:
             raise ReductionError(
-                f"--budget {budget.text!r}: it allows {budget.limit:,}, and the smallest that {space.name} reaches is "
+                f"budget {budget.text!r}: it allows {budget.limit:,}, and the smallest that {space.name} reaches is "
                 f"{getattr(least.cost, budget.cost):,}: {_text(least.steps)}"
             )
     if len(budgets) > 1:
@@ -217,7 +217,7 @@ def check_budgets(space: Space, walker: Walker, budgets: Sequence[Budget]) -> No
         if over := [budget for budget in budgets if budget.excess(least.cost) > 0]:
             near = ", ".join(f"{budget.cost} {getattr(least.cost, budget.cost):,}" for budget in budgets)
             raise ReductionError(
-                f"--budget {over[0].text!r}: no point of {space.name} was found that keeps all budgets; the nearest has "
+                f"budget {over[0].text!r}: no point of {space.name} was found that keeps all budgets; the nearest has "
                 f"{near}: {_text(least.steps)}"
             )
 

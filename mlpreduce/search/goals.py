@@ -65,20 +65,20 @@ def read_budgets(texts: Sequence[str], baseline: Cost) -> tuple[Budget, ...]:
         cost, sign, number = found.groups() if found else ("", "", "")
         if sign != "<=" or not number:
             raise ReductionError(
-                f"--budget {text!r}: write <cost><=<number>, for instance params<=0.7 (a fraction of the baseline) or "
+                f"budget {text!r}: write <cost><=<number>, for instance params<=0.7 (a fraction of the baseline) or "
                 f"params<=60e6; costs: {', '.join(COSTS)}"
             )
         if cost not in COSTS:
             known = "; latency is known after a trial only, take it as an objective" if cost == "latency" else ""
-            raise ReductionError(f"--budget {text!r}: no such cost{known or did_you_mean(cost, COSTS)}")
+            raise ReductionError(f"budget {text!r}: no such cost{known or did_you_mean(cost, COSTS)}")
         try:
             value = float(number)
         except ValueError as error:
-            raise ReductionError(f"--budget {text!r}: {number!r} is no number") from error
+            raise ReductionError(f"budget {text!r}: {number!r} is no number") from error
         if not 0 < value < math.inf:
-            raise ReductionError(f"--budget {text!r}: the number must be above 0")
+            raise ReductionError(f"budget {text!r}: the number must be above 0")
         if cost in budgets:
-            raise ReductionError(f"--budget {text!r}: {cost} has a budget already: {budgets[cost].text!r}")
+            raise ReductionError(f"budget {text!r}: {cost} has a budget already: {budgets[cost].text!r}")
         whole = asdict(baseline)[cost]
         budgets[cost] = Budget(text, cost, math.floor(value * whole + 1e-9) if value <= 1 else math.floor(value))
     return tuple(budgets.values())

@@ -23,6 +23,7 @@ from mlpreduce.planning import make_plan
 from mlpreduce.repair import distances, repaired_from
 from mlpreduce.search.allotting import PARTS, Allotment
 from mlpreduce.search.goals import Budget
+from mlpreduce.search.spaces import InHand
 from mlpreduce.search.subjects import Unreduced
 from mlpreduce.surgery import carry_out
 from mlpreduce.train.calibrated import without_data
@@ -145,9 +146,18 @@ class ModelInHand:
         """Blocks of the longest chain of MLPs that may share."""
         return max(map(len, chains(self.mlps)), default=0)
 
-    def solver(self, begin: str, more: Mapping[str, float], steps: int) -> dict[str, int]:
+    @property
+    def hand(self) -> InHand:
+        """What spaces may ask."""
+        return self
+
+    def widths(self, begin: str, more: Mapping[str, float], steps: int) -> dict[str, int]:
         """Widths for a space: see `ModelView.widths`."""
         return self.allotment.widths(self.budgets, begin, more, steps)
+
+    def limit(self, cost: str) -> int | None:
+        """See `ModelView.limit`."""
+        return next((budget.limit for budget in self.budgets if budget.cost == cost), None)
 
     @cached_property
     def allotment(self) -> Allotment:

@@ -56,7 +56,7 @@ class Results:
                 wrong.append(f"space: was {self._known['space']}, is {facts['space']}")
             if wrong:
                 raise ReductionError(
-                    "--resume: the study is another one; repeat its settings, or give another --output:\n  "
+                    "resume: the study is another one; repeat its settings, or give another output:\n  "
                     + "\n  ".join(wrong)
                 )
         for name, value in {**facts, "settings": self._settings.model_dump(mode="json")}.items():

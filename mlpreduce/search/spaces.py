@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mlpreduce.errors import ReductionError, call_text, did_you_mean
 from mlpreduce.graph import MLP
@@ -25,7 +25,17 @@ from mlpreduce.shipped import shipped
 from mlpreduce.train.settings import Step
 from mlpreduce.transforms import check_config
 
-__all__ = ["ModelView", "Space", "Suggestion", "list_spaces", "load_space"]
+__all__ = ["InHand", "ModelView", "Space", "Suggestion", "list_spaces", "load_space"]
+
+
+class InHand(Protocol):
+    """What only a model in hand can tell of itself."""
+
+    def widths(self, begin: str, more: Mapping[str, float], steps: int) -> dict[str, int]:
+        """Widths of MLPs at the budgets, by name."""
+
+    def limit(self, cost: str) -> int | None:
+        """The most that the budgets leave of a cost, if one of them is of it."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +45,32 @@ class ModelView:
     Attributes:
         mlps: all MLPs, in order of execution.
         chains: for MLPs that may share with each other, their row numbers, as patterns of `grouped` count.
-        solver: finds widths at the budgets, of a model in hand.
+        hand: the model, where it is in hand.
     """
 
     mlps: tuple[MLP, ...]
     chains: tuple[tuple[int, ...], ...]
-    solver: Callable[..., dict[str, int]] | None = None
+    hand: InHand | None = None
 
     def widths(self, begin: str, more: Mapping[str, float], *, steps: int) -> dict[str, int]:
         """Widths of MLPs at the budgets, by name; those that stay as they are are left out.
 
         Args:
-            begin: `worth`: by what the units of each MLP are worth to the loss; `uniform`: equal parts.
+            begin: `worth`: those that move what the model gives least, by what narrowing each MLP alone does; `uniform`: equal
+                parts.
             more: by what worth, or part, of each MLP is multiplied, by name.
             steps: widths of an MLP to choose from.
 
         Raises:
             ReductionError: the model is not in hand, so nothing is known of its weights.
         """
-        if self.solver is None:
+        if self.hand is None:
             raise ReductionError("the worth of units is known of a model in hand only; use mlpreduce.tune")
-        return self.solver(begin, more, steps)
+        return self.hand.widths(begin, more, steps)
+
+    def limit(self, cost: str) -> int | None:
+        """The most that the budgets leave of a cost, such as `params`; None where no budget is of it, or no model in hand."""
+        return None if self.hand is None else self.hand.limit(cost)
 
     @property
     def owners(self) -> list[MLP]:

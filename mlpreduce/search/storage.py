@@ -31,7 +31,7 @@ def folder_of(url: str) -> Path | None:
     if place.get_backend_name() != "sqlite":
         return None
     if not place.database or place.database == ":memory:":
-        raise ReductionError(f"--storage {hidden(url)}: a study in memory is lost with its process; name a file")
+        raise ReductionError(f"storage {hidden(url)}: a study in memory is lost with its process; name a file")
     return Path(place.database).resolve().parent
 
 
@@ -63,7 +63,7 @@ def read_only(url: str) -> optuna.storages.RDBStorage:
     """
     place = _parse(url)
     if place.get_backend_name() == "sqlite" and not Path(str(place.database)).is_file():
-        raise ReductionError(f"--storage {hidden(url)}: there is no such file")
+        raise ReductionError(f"storage {hidden(url)}: there is no such file")
     return _storage(url, place)
 
 
@@ -72,10 +72,10 @@ def claim_problem(storage: optuna.storages.BaseStorage, study: str, resume: bool
     if study not in {summary.study_name for summary in optuna.get_all_study_summaries(storage)}:
         return None
     if not resume:
-        return f"--study {study}: the storage has a study of this name; go on with --resume, or give another name"
+        return f"study {study}: the storage has a study of this name; go on with resume, or give another name"
     known = optuna.load_study(study_name=study, storage=storage)
     if known.trials and "settings" not in known.user_attrs:
-        return f"--study {study}: the study of this name was not made by mlpreduce search; give another name"
+        return f"study {study}: the study of this name was not made by mlpreduce search; give another name"
     return None
 
 
@@ -84,7 +84,7 @@ def _parse(url: str) -> sqlalchemy.URL:
         return sqlalchemy.engine.make_url(quoted(url))
     except (ArgumentError, ValueError):
         raise ReductionError(
-            f"--storage {hidden(url)!r}: no URL of a database; for instance sqlite:////home/me/optuna.db or "
+            f"storage {hidden(url)!r}: no URL of a database; for instance sqlite:////home/me/optuna.db or "
             f"postgresql+psycopg://user@host/database"
         ) from None  # the error of the reader has the URL as it is
 
@@ -108,9 +108,9 @@ def _unreachable(url: str, error: Exception) -> ReductionError:
     lines = hidden(str(error), url).strip().splitlines() or [type(error).__name__]
     driver = isinstance(error, (ImportError, NoSuchModuleError))
     if isinstance(error, ModuleNotFoundError) and error.name == "psycopg":
-        return missing(f"--storage {hidden(url)}", "psycopg")
+        return missing(f"storage {hidden(url)}", "psycopg")
     remedy = "; install the driver that the URL names, for instance pip install pymysql" if driver else ""
-    return ReductionError(f"--storage {hidden(url)}: {lines[0]}{remedy}")
+    return ReductionError(f"storage {hidden(url)}: {lines[0]}{remedy}")
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def _held(place: sqlalchemy.URL, url: str, study: str) -> Iterator[None]:
         "mysql": ("SELECT GET_LOCK(:name, 0)", "SELECT GET_LOCK(:name, -1)"),
     }
     if kind not in asks:
-        raise ReductionError(f"--storage {hidden(url)}: {kind} is not supported; use sqlite, postgresql or mysql")
+        raise ReductionError(f"storage {hidden(url)}: {kind} is not supported; use sqlite, postgresql or mysql")
     attempt, wait = asks[kind]
     try:
         engine = sqlalchemy.create_engine(
@@ -141,8 +141,8 @@ def _held(place: sqlalchemy.URL, url: str, study: str) -> Iterator[None]:
             sqlalchemy.text(attempt), {k: v for k, v in held.items() if f":{k}" in attempt}
         ).scalar():
             raise ReductionError(
-                f"--storage {hidden(url)}: another process has the study {study!r}; wait for "
-                f"it or end it, or give another --study"
+                f"storage {hidden(url)}: another process has the study {study!r}; wait for "
+                f"it or end it, or give another storage or name"
             )
         # tables are made once: whoever comes second waits for them
         with engine.connect() as making:

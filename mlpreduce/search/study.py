@@ -108,7 +108,7 @@ class Study:
                 trial = self.study.ask()
             except (ValueError, RuntimeError, ImportError) as error:
                 raise ReductionError(
-                    f"--sampler {self._settings.sampler}: Optuna cannot suggest a point: {error}"
+                    f"sampler {self._settings.sampler}: Optuna cannot suggest a point: {error}"
                 ) from error
             try:
                 point = self._pricer.price(self._space.suggest(trial, self._model))

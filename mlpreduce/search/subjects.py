@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Survey, mlps_or_raise
 from mlpreduce.planning import make_plan
 from mlpreduce.recipe import Recipe, changed, runs
+from mlpreduce.search.spaces import InHand
 from mlpreduce.train.calibrated import without_data
 from mlpreduce.train.parts import build_model, images_of
 from mlpreduce.train.settings import Run, Step
@@ -39,11 +40,11 @@ class Subject(Protocol):
     """What a study reduces.
 
     Attributes:
-        solver: finds widths at the budgets, see `ModelView.widths`; None where nothing is known of weights.
+        hand: what spaces may ask of weights; None where they are not known.
     """
 
     @property
-    def solver(self) -> Callable[..., dict[str, int]] | None: ...
+    def hand(self) -> InHand | None: ...
 
     @property
     def name(self) -> str:
@@ -79,7 +80,7 @@ class RecipeModel:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._known: dict[str, Unreduced] = {}
-        self.solver = None
+        self.hand = None
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ class Tuning:
 
     def __init__(self, document: dict[str, Any], hand: ModelInHand) -> None:
         self.document, self._hand = document, hand
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[str, list[Plan]] = {}
 
     @property
     def points(self) -> list[dict[str, Any]]:
@@ -171,18 +172,29 @@ class Tuning:
         """The plan of the best score: `mlpreduce.apply(model, tuning.best)`.
 
         Raises:
-            ReductionError: no point was scored, or the best one takes several steps.
+            ReductionError: no point was scored, or the best one takes several steps: see `plans`.
+        """
+        found = self.plans
+        if len(found) != 1:
+            raise ReductionError(
+                f"tune: the best point, {self.front[0]['name']}, takes {len(found)} steps; carry them out one after the other: "
+                f"for plan in tuning.plans: mlpreduce.apply(model, plan)"
+            )
+        return found[0]
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans of the steps of the best score, each for the model after those before it.
+
+        Raises:
+            ReductionError: no point was scored.
         """
         if not self.front:
             raise ReductionError("tune: no point was scored")
         point = self.front[0]
-        if len(point["steps"]) != 1:
-            raise ReductionError(
-                f"tune: {point['name']} takes {len(point['steps'])} steps; apply them one after the other: {point['steps']}"
-            )
         if point["key"] not in self._plans:
             better = max(point["runs"], key=lambda run: run["score"])
-            (self._plans[point["key"]],) = self._hand.reduced(point["steps"], quick=better["seed"] == QUICK)[1]
+            self._plans[point["key"]] = self._hand.reduced(point["steps"], quick=better["seed"] == QUICK)[1]
         return self._plans[point["key"]]
 
     def plot(self) -> Any:
@@ -338,6 +350,7 @@ def _references(hand: ModelInHand, budgets: Sequence[Budget]) -> dict[str, Seque
         found["grouped"] = ({**REFERENCES["grouped"][0], "scale": "none", **repaired},)
     found["shallow"] = ({**REFERENCES["shallow"][0], **repaired},)
     steps = max(mlp.hidden_features for mlp in hand.mlps)
-    if widths := hand.allotment.widths(budgets, "uniform", {}, steps):
-        found["uniform"] = (sliced(widths),)
+    with suppress(ReductionError):  # no width reaches a budget; that the space does was seen before
+        if widths := hand.allotment.widths(budgets, "uniform", {}, steps):
+            found["uniform"] = (sliced(widths),)
     return found

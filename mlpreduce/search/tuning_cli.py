@@ -62,7 +62,9 @@ def _run(options: argparse.Namespace) -> str:
         files = found.save(options.output)
         lines.append(f"report   {from_here(files[0].parent) / 'report.html'}")
     if options.save is not None:
-        mlpreduce.save(mlpreduce.apply(model, found.best), options.save)
+        for made in found.plans:
+            mlpreduce.apply(model, made)
+        mlpreduce.save(model, options.save)
         lines.append(f"model    {options.save}: the best, for mlpreduce.load")
     return "\n".join([lines[0], *(wrapped(line, width(), " " * 9) for line in lines[1:])])
 
