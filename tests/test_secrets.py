@@ -224,7 +224,7 @@ def test_a_record_with_a_password_of_before_is_known_again(
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "other")
     run = a_run(tmp_path / "run")
     recorder = Recorder(tmp_path, {"name": "x"}, [run])
-    monkeypatch.setattr(recorder._client, "search_runs", lambda *_: [object()])
+    monkeypatch.setattr(recorder._mirror._client, "search_runs", lambda *_: [object()])
     known = {"mlflow_run_id": "r0", "mlflow_tracking_uri": address}
     facts = next(events(run))["facts"]
     assert recorder._mlflow_run(run, facts, known) == "r0"

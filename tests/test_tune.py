@@ -17,6 +17,8 @@ import timm
 import torch
 from helpers.fresh import python
 from helpers.runs import DIGITS
+from helpers.stores import put_store
+from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -450,3 +452,30 @@ def test_readme_tunes_a_trained_model_in_one_call(
     smaller = mlpreduce.load("vit_smaller")
     counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (smaller, whole)]
     assert counts[0] <= 0.67 * counts[1]
+
+
+def test_mlflow_keeps_a_run_for_each_score(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ReductionError, match="track=True needs a place"):
+        tuned(model, track=True)
+    put_store(tmp_path / "out")
+
+    def fails_once(reduced: nn.Module) -> float:
+        return float("nan") if reduced.blocks[0].mlp.fc1.out_features == 96 else 0.5  # type: ignore[union-attr, index]
+
+    found = tuned(model, output=tmp_path / "out", track=True, score=fails_once, trials=2)
+    client = MlflowClient(f"sqlite:///{tmp_path}/out/mlflow.db")
+    (experiment,) = [one for one in client.search_experiments() if one.name == "mlpreduce tune"]
+    runs = {run.data.tags["mlflow.runName"]: run for run in client.search_runs([experiment.experiment_id])}
+    parent = runs.pop("trained-VisionTransformer")
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["trials/trained"] == 2
+    assert parent.data.params["score"] == "test_mlflow_keeps_a_run_for_each_score.<locals>.fails_once"
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
+    whole = runs["baseline, repaired at once"]
+    assert (whole.info.status, whole.data.metrics["score"]) == ("FINISHED", 0.5)
+    assert whole.data.metrics["model/params"] == sum(parameter.numel() for parameter in model.parameters())
+    failed = [run for run in runs.values() if run.info.status == "FAILED"]
+    assert failed
+    assert "score gave nan" in failed[0].data.params["message"]
+    assert found.points

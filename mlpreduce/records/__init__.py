@@ -5,17 +5,20 @@ The records are the truth: `results.json` and the report are built from them alo
 
     files       records on disk
     summaries   what records come to
+    mirror      runs in MLflow
     recorder    keeps the records of a recipe's runs, and their mirror in MLflow
 """
 
 from __future__ import annotations
 
 from mlpreduce.records.files import SCHEMA, as_json, finished, read, store
-from mlpreduce.records.recorder import Recorder, tracking_uri
+from mlpreduce.records.mirror import Mirror, tracking_uri
+from mlpreduce.records.recorder import Recorder
 from mlpreduce.records.summaries import baseline_of, conditions, results, summarize, summary
 
 __all__ = [
     "SCHEMA",
+    "Mirror",
     "Recorder",
     "as_json",
     "baseline_of",

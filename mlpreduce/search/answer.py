@@ -20,7 +20,7 @@ from mlpreduce.search.ranking import told_agreement
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.told import counts, finished
 
-__all__ = ["SCHEMA", "describe", "history", "reference_values"]
+__all__ = ["SCHEMA", "describe", "history", "metrics_of", "reference_values"]
 
 SCHEMA = 1
 _FEWEST = 8  # complete trials below which importances say nothing
@@ -106,6 +106,13 @@ def reference_values(study: optuna.Study) -> dict[str, float]:
     if not values:
         raise ReductionError(f"study {study.study_name}: its baseline has not been trained")
     return {**values, value_of(settings.objectives): 0.0}
+
+
+def metrics_of(document: dict[str, Any]) -> dict[str, float]:
+    """What a study came to, as numbers for where it is tracked."""
+    found = {f"trials/{name}": float(count) for name, count in document["counts"].items()}
+    volume = document["hypervolume"]
+    return {**found, **({} if volume is None else {"hypervolume": volume["value"]})}
 
 
 def _whole(study: optuna.Study) -> Point:

@@ -18,6 +18,7 @@ from mlpreduce.launch import Lost, Pool, pool
 from mlpreduce.markup import shortened
 from mlpreduce.recipe import Recipe, changed, load, with_plugins
 from mlpreduce.recipe.running import mlflow_lines
+from mlpreduce.search.answer import metrics_of
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.export import write_best
 from mlpreduce.search.goals import Budget, check_objectives, read_budgets
@@ -133,7 +134,7 @@ def run(
         pulse.now("writing the report")
         document: dict[str, Any] = workers.call("document", time.monotonic() - started)
         paths = _publish(document, recipe, place)
-        workers.call("publish", _metrics(document), [str(path) for path in paths])
+        workers.call("publish", metrics_of(document), [str(path) for path in paths])
         pulse.now("ending the workers")
     _show(document, place, url, console)
     return document
@@ -317,12 +318,6 @@ def _publish(document: dict[str, Any], recipe: Recipe, place: Path) -> list[Path
 
     store(place, _BEGUN, document)
     return [place / _BEGUN, *build_search(document, place), *write_best(document, recipe, place / "best")]
-
-
-def _metrics(document: dict[str, Any]) -> dict[str, float]:
-    found = {f"trials/{name}": float(count) for name, count in document["counts"].items()}
-    volume = document["hypervolume"]
-    return {**found, **({} if volume is None else {"hypervolume": volume["value"]})}
 
 
 def _show(document: dict[str, Any], place: Path, url: str, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import nn
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.launch import Call, Job
+from mlpreduce.records import Mirror
 from mlpreduce.search.goals import Budget
 from mlpreduce.search.hand import ModelInHand
 from mlpreduce.search.points import Point, Pricer
@@ -21,6 +23,7 @@ from mlpreduce.search.results import Results
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Space, Suggestion
 from mlpreduce.search.study import Study
+from mlpreduce.values import flatten
 
 __all__ = ["QUICK", "WHOLE", "Score", "Scorer", "Scoring"]
 
@@ -89,6 +92,7 @@ class Scoring:
         pricer: prices points.
         references: steps by name.
         facts: what else the study hangs on, JSON values.
+        mirror: MLflow's experiment, if the study is tracked.
     """
 
     parts = (QUICK, WHOLE)
@@ -101,8 +105,10 @@ class Scoring:
         pricer: Pricer,
         references: Mapping[str, Sequence[Mapping[str, Any]]],
         facts: Mapping[str, Any],
+        mirror: Mirror | None = None,
     ) -> None:
-        self._settings, self._hand, self._facts = settings, hand, dict(facts)
+        self._settings, self._hand, self._facts, self._mirror = settings, hand, dict(facts), mirror
+        self._parent = ""
         self._references = {
             name: pricer.price(Suggestion(tuple(map(dict, steps)), {})) for name, steps in references.items()
         }
@@ -127,8 +133,15 @@ class Scoring:
         return self._references
 
     def open(self, study: Study, results: Results, space: Space, budgets: Sequence[Budget]) -> None:
-        """The study is there."""
+        """The study is there; what is tracked is nested in one run of its own."""
         self._study, self._results = study, results
+        if self._mirror is not None:
+            known = self._mirror.gone_on(results.get("mlflow_run_id"))
+            self._parent = known or self._mirror.begin({"mlflow.runName": self._settings.name})
+            if known is None:
+                document = {**self._settings.model_dump(mode="json"), **self._facts, "space": space.name}
+                self._mirror.log_params(self._parent, flatten(document))
+            results.set("mlflow_run_id", self._parent)
 
     def first(self) -> Job | None:
         """Nothing goes before."""
@@ -168,6 +181,8 @@ class Scoring:
         found: dict[str, Any] | None = outcome.get("run")
         if found is not None and job["part"] == QUICK and (estimate := self._hand.estimate(job["point"]["steps"])):
             found = {**found, "estimate": estimate}
+        if self._mirror is not None:
+            self._track(self._mirror, job, outcome, found)
         return found
 
     def took(self, job: Job, outcome: dict[str, Any]) -> None:
@@ -208,7 +223,24 @@ class Scoring:
         return {"rank correlation of the errors of reconstruction with the score": found, "points": len(pairs)}
 
     def publish(self, metrics: dict[str, float], files: Sequence[Path]) -> None:
-        """It is tracked nowhere."""
+        """End the run of the study, with what it came to."""
+        if self._mirror is not None and self._parent:
+            self._mirror.log_metrics(self._parent, metrics)
+            for path in files:
+                self._mirror.log_file(self._parent, path)
+            self._mirror.end(self._parent, "FINISHED")
+            self._parent = ""
 
     def close(self) -> None:
-        """Nothing is left running."""
+        """Mark the run of a study that did not end."""
+        if self._mirror is not None and self._parent:
+            self._mirror.end(self._parent, "KILLED")
+
+    def _track(self, mirror: Mirror, job: Job, outcome: Mapping[str, Any], found: Mapping[str, Any] | None) -> None:
+        """A run for a part of a point: its steps, what it costs, its score."""
+        tags = {"mlflow.parentRunId": self._parent, "kind": job["kind"], "point": job["key"], "part": job["label"]}
+        run_id = mirror.begin({**tags, "mlflow.runName": f"{job['name']}, {job['label']}"})
+        mirror.log_params(run_id, {"steps": json.dumps(job["point"]["steps"]), "message": outcome["message"]})
+        costs = {f"model/{name}": float(value) for name, value in job["point"]["cost"].items()}
+        mirror.log_metrics(run_id, costs | ({} if found is None else {"score": found["score"]}))
+        mirror.end(run_id, "FAILED" if found is None else "FINISHED")

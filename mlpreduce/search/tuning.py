@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from torch import nn
 
-from mlpreduce.calibration import Batch, Loss, Samples, in_all, quiet_copy, running, telling
+from mlpreduce.calibration import Loss
 from mlpreduce.console import screen, width
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError, check_number, check_whole
-from mlpreduce.graph import Inputs, refuse_wrapped, tensors_in
+from mlpreduce.graph import Inputs, refuse_wrapped
 from mlpreduce.launch import team
 from mlpreduce.pulse import Pulse
-from mlpreduce.repair.nearness import nearness
-from mlpreduce.repair.outputs import output_of
+from mlpreduce.records import Mirror
+from mlpreduce.search.answer import metrics_of
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.driver import check_budgets, drive
+from mlpreduce.search.examples import FEWEST, digest_of, distance_of, likeness, read_twofold
 from mlpreduce.search.goals import Budget, read_budgets
-from mlpreduce.search.hand import ModelInHand, digest, sliced
+from mlpreduce.search.hand import ModelInHand, sliced
 from mlpreduce.search.owner import Owner
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.scoring import QUICK, Score, Scorer, Scoring
@@ -34,9 +34,6 @@ from mlpreduce.search.spaces import Suggestion, load_space
 from mlpreduce.search.storage import folder_of
 
 __all__ = ["Tuning", "tune"]
-
-_FEWEST = 16  # examples to calibrate with, and to score by
-_SCARCE = 4  # of data that is no more than that, one example in so many scores
 
 
 def tune(
@@ -56,6 +53,7 @@ def tune(
     storage: str | None = None,
     resume: bool = False,
     workers: int = 0,
+    track: bool = False,
     example_inputs: Inputs | None = None,
 ) -> Tuning:
     """Search for the reduction of a trained model that keeps most of it within a budget. Nothing is trained.
@@ -83,6 +81,7 @@ def tune(
         resume: go on with the study in `output` or `storage`; where there is none, start.
         workers: points that are scored at a time, each by a process of Ray to which the model and the data travel once; 0: one,
             in this process. What the score looks at travels too.
+        track: whether MLflow keeps a run for each score, in `output` or where MLFLOW_TRACKING_URI says.
         example_inputs: what the model is called with, as for `find_mlps`; by default two examples of the data.
 
     Returns:
@@ -94,7 +93,7 @@ def tune(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     refuse_wrapped(model, "tune")
-    check_whole("tune: calibration", calibration, least=_FEWEST)
+    check_whole("tune: calibration", calibration, least=FEWEST)
     check_whole("tune: workers", workers, least=0)
     if workers and (device := next(model.parameters()).device).type != "cpu":
         raise ReductionError(
@@ -105,9 +104,14 @@ def tune(
     texts = (budget,) if isinstance(budget, str) else budget
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
         raise ReductionError(f'tune: budget is {budget!r}; write one such as budget="params<=0.67", or a list of them')
-    fitted, held = _read(model, data, calibration, labels=loss is not None)
-    valued = score or _likeness(model, held, loss)
-    fitted, loss = (fitted, loss) if loss is not None else _distance(model, fitted, seed)
+    place = None if output is None else Path(output).resolve()
+    if track and place is None and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ReductionError(
+            "tune: track=True needs a place for MLflow's runs; give output, or set MLFLOW_TRACKING_URI"
+        )
+    fitted, held = read_twofold(model, data, calibration, labels=loss is not None)
+    valued = score or likeness(model, held, loss)
+    fitted, loss = (fitted, loss) if loss is not None else distance_of(model, fitted, seed)
     inputs = fitted[0][0][:2].inputs if example_inputs is None else example_inputs
     name = type(model).__name__
     console = screen()
@@ -122,14 +126,15 @@ def tune(
         walker = Walker(found, pricer)
         walker.check()
         check_budgets(found, walker, budgets)
-        facts = {"model": hand.digest, "data": _digest([*fitted, *held]), "score": _name(valued)}
-        valuer = Scoring(settings, hand, pricer, _references(hand, budgets), facts)
-    place = None if output is None else Path(output).resolve()
-    if place is not None:
-        place.mkdir(parents=True, exist_ok=True)
+        facts = {"model": hand.digest, "data": digest_of([*fitted, *held]), "score": _name(valued)}
+        references = _references(hand, budgets)
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)
+        mirror = Mirror(place or Path(), "mlpreduce tune") if track else None
+        valuer = Scoring(settings, hand, pricer, references, facts, mirror)
     url = storage or ("" if place is None else f"sqlite:///{place}/optuna.db")
     until = time.monotonic() + (float("inf") if timeout is None else timeout)
-    began = time.monotonic()
+    began, interrupted = time.monotonic(), False
     folders = [str(folder) for folder in dict.fromkeys((place, folder_of(url) if url else None)) if folder is not None]
 
     def owner() -> Owner:
@@ -140,8 +145,11 @@ def tune(
             try:
                 drive(hands, trials, pulse, lambda trained: None, "scoring", lambda value: f"score {value:.4f}", until)
             except KeyboardInterrupt:
+                interrupted = True
                 pulse.line("interrupted; what was found by then follows", "yellow")
         document = hands.call("document", time.monotonic() - began)
+        if not interrupted:
+            hands.call("publish", metrics_of(document), [])
     return Tuning(document, hand)
 
 
@@ -240,106 +248,9 @@ class Tuning:
         return [place / "study.json", *build_search(self.document, place)]
 
 
-Labelled = tuple[Batch, torch.Tensor | None]
-
-
-def _read(model: nn.Module, data: Any, calibration: int, *, labels: bool) -> tuple[list[Labelled], list[Labelled]]:
-    """Examples to calibrate with, and others to score by; the data is read once, and no further than is needed.
-
-    Raises:
-        ReductionError: there are too few.
-    """
-    samples = Samples(data, model, labels=labels)
-    chunks: list[Labelled] = []
-    with running(samples.device, gradients=False), samples.shown("tune: data"), in_all():
-        for batch, some in samples.chunks():
-            chunks.append((batch, some))
-            if sum(len(batch) for batch, _ in chunks) >= 2 * calibration:
-                break
-    count = sum(len(batch) for batch, _ in chunks)
-    if count < 2 * _FEWEST:
-        raise ReductionError(
-            f"tune: the data has {count} examples, and at least {2 * _FEWEST} are needed, to calibrate with and to score by; "
-            f"better give hundreds"
-        )
-    fitted: list[Labelled] = []
-    held: list[Labelled] = []
-    start, part = 0, 2 if count >= 2 * calibration else _SCARCE
-    for batch, some in chunks:
-        numbers = torch.arange(start, start + len(batch))
-        scores = numbers % part == part - 1  # not the last ones: data often comes in the order of classes
-        for which, kept in ((~scores, fitted), (scores, held)):
-            if which.any():
-                kept.append((batch[which], None if some is None else some[which]))
-        start += len(batch)
-    return fitted, held
-
-
-def _digest(examples: Sequence[Labelled]) -> str:
-    """Of inputs and labels, in their order."""
-    parts = [[*tensors_in(batch.inputs), *([] if labels is None else [labels])] for batch, labels in examples]
-    return digest({f"{number:09}": tensor for number, tensor in enumerate(chain.from_iterable(parts))})
-
-
 def _name(score: Score) -> str:
     """A function's own; of what is none its class's."""
     return str(getattr(score, "__qualname__", type(score).__name__))
-
-
-def _outputs(tree: nn.Module, examples: Sequence[Labelled]) -> list[torch.Tensor]:
-    """What a model gives for each example, (examples, values), by batch."""
-    found = []
-    for batch, _ in examples:
-        with telling(batch):
-            found.append(output_of(batch.run(tree), batch))
-    return found
-
-
-def _likeness(model: nn.Module, held: Sequence[Labelled], loss: Loss | None) -> Score:
-    """The default score: how alike outputs are to those of the whole model, or minus the loss."""
-
-    device = next(model.parameters()).device
-    with running(device, gradients=False):
-        wanted = None if loss is not None else torch.cat(_outputs(quiet_copy(model), held))
-
-    def cosine(tree: nn.Module) -> float:
-        with running(device, gradients=False):
-            assert wanted is not None
-            return nearness(wanted, torch.cat(_outputs(quiet_copy(tree), held)))[0]
-
-    def minus_loss(tree: nn.Module) -> float:
-        assert loss is not None
-        with running(device, gradients=False):
-            quiet = quiet_copy(tree)
-            parts = [(float(loss(batch.run(quiet), labels)), len(batch)) for batch, labels in held]  # type: ignore[arg-type]
-        return -sum(value * count for value, count in parts) / sum(count for _, count in parts)
-
-    return cosine if loss is None else minus_loss
-
-
-def _distance(model: nn.Module, fitted: Sequence[Labelled], seed: int) -> tuple[list[Labelled], Loss]:
-    """Data with labels, and a loss: the squared distance to what the whole model gives plus a tenth of it in noise.
-
-    At what the model gives itself no gradient would be left.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    made: list[Labelled] = []
-    device = next(model.parameters()).device
-    with running(device, gradients=False):
-        wanted = _outputs(quiet_copy(model), fitted)
-    scale = 0.1 * torch.cat(wanted).std()
-    for (batch, _), values in zip(fitted, wanted, strict=True):
-        noise = torch.randn(values.shape, generator=generator, dtype=values.dtype).to(values.device)
-        mask = values.new_ones(len(batch), 0) if batch.mask is None else batch.mask.to(values)
-        made.append((batch, torch.cat([values + scale * noise, mask], 1)))
-    size, floats = wanted[0].shape[1], fitted[0][0].floats
-
-    def distance(given: Any, labels: torch.Tensor) -> torch.Tensor:
-        mask = labels[:, size:]
-        plain: Inputs = labels if floats else {"input_ids": mask.long(), "attention_mask": mask.long()}
-        return (output_of(given, Batch(plain)) - labels[:, :size]).square().sum(1).mean()
-
-    return made, distance
 
 
 def _references(hand: ModelInHand, budgets: Sequence[Budget]) -> dict[str, Sequence[Mapping[str, Any]]]:

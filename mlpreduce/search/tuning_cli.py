@@ -69,7 +69,10 @@ def _run(options: argparse.Namespace) -> str:
     return "\n".join([lines[0], *(wrapped(line, width(), " " * 9) for line in lines[1:])])
 
 
-_GIVEN = ("space", "trials", "timeout", "sampler", "seed", "calibration", "output", "storage", "resume")
+_GIVEN = (
+    *("space", "trials", "timeout", "sampler", "seed", "calibration"),
+    *("output", "storage", "resume", "workers", "track"),
+)
 
 
 def _images(options: argparse.Namespace, model: Any) -> DataSettings:
@@ -120,6 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="DIR", help="keep the study there, with its report")
     parser.add_argument("--storage", metavar="URL", help="of Optuna's storage")
     parser.add_argument("--resume", action="store_true", help="go on with the study")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="points scored at a time, by processes of Ray (default: 0)"
+    )
+    parser.add_argument("--track", action="store_true", help="keep a run for each score in MLflow")
     parser.add_argument("--save", metavar="DIR", help="write the best model there")
     add_option(parser)
     return parser
