@@ -31,7 +31,7 @@ from mlpreduce.data import DataSettings, calibration
 from mlpreduce.edits import Assign
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import find_mlps
-from mlpreduce.repair import repaired_from
+from mlpreduce.repair import Refits, repaired_from
 from mlpreduce.testing import tiny_vit
 
 
@@ -98,16 +98,17 @@ def test_a_refit_from_moments_is_that_of_each_mlp_by_itself(model: nn.Module, dt
     chosen = replace(wanted, edits=wanted.structure().edits)
     mlps = find_mlps(model)
     answers = Answers(model, mlps, data, refitted=True)
-    known: dict[Any, Any] = {}
-    made = repaired_from(model, mlps, chosen, lambda mlp: answers.pairs(mlp, choose("reconstruction")), known)
-    assert len(known) == 3
+    refits = Refits(lambda mlp: answers.pairs(mlp, choose("reconstruction")))
+    made = repaired_from(model, mlps, chosen, refits)
+    refits.near = True  # what was fitted is not fitted again
+    assert repaired_from(model, mlps, chosen, refits).edits == made.edits
     values = [{edit.tensor: edit.value for edit in plan.of(Assign)} for plan in (wanted, made)]
     assert values[0].keys() == values[1].keys()
     tolerance = 1e-8 if dtype is torch.float64 else 1e-3
     for path, value in values[0].items():
         torch.testing.assert_close(values[1][path], value, rtol=tolerance, atol=tolerance)
     with pytest.raises(ReductionError, match="edits Scale, Share, of which they tell nothing"):
-        repaired_from(model, mlps, mlpreduce.plan(model, "grouped"), lambda mlp: None, {})  # type: ignore[arg-type, return-value]
+        repaired_from(model, mlps, mlpreduce.plan(model, "grouped"), refits)
 
 
 def test_the_same_seed_gives_the_same_points(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ moments     the same from moments that were measured once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -25,8 +25,7 @@ from mlpreduce.edits import Assign, Edit, Plan, Replace, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, check_one_of
 from mlpreduce.graph import MLP, Leaf
 from mlpreduce.layers import wraps
-from mlpreduce.repair.fit import empty_fit, solved
-from mlpreduce.repair.moments import fill
+from mlpreduce.repair.moments import Refits
 from mlpreduce.repair.nearness import gathered, nearness
 from mlpreduce.repair.outputs import output_of
 from mlpreduce.repair.parallel import repair_alone
@@ -35,7 +34,7 @@ from mlpreduce.repair.whole import Whole
 from mlpreduce.surgery import carry_out, rehearse
 from mlpreduce.waiting import steps
 
-__all__ = ["REPAIRS", "distances", "refit_errors", "repaired", "repaired_from", "watcher"]
+__all__ = ["REPAIRS", "Refits", "distances", "refit_errors", "repaired", "repaired_from", "watcher"]
 
 REPAIRS = ("none", "bias", "parallel", "least_squares")
 _COMPARED = 128  # examples of each process, by which sets of edits are compared
@@ -88,8 +87,8 @@ def repaired(
         )
     before, after = ([pair[number] for pair in uses] for number in range(2))
     if kind != "parallel":
-        fits = kind == "least_squares" and moments is not None and all(isinstance(edit, Slice) for edit in made.edits)
-        alone = _alone(model, mlps, made, moments, {}) if fits and moments is not None else {}
+        slices = kind == "least_squares" and all(isinstance(edit, Slice) for edit in made.edits)
+        alone = _alone(model, mlps, made, Refits(moments)) if slices and moments is not None else {}
         return _in_turn(model, mlps, made, (before, after), samples, whole or watcher(kind, mlps, before), alone)
     with running(samples.device, gradients=False):
         found = repair_alone((quiet_copy(model), before), (_reduced(model, made), after), samples)
@@ -98,21 +97,14 @@ def repaired(
     return replace(_with(made, found.values), notes=(*made.notes, note), data=facts)
 
 
-def repaired_from(
-    model: nn.Module,
-    mlps: Sequence[MLP],
-    made: Plan,
-    moments: Callable[[MLP], Moments],
-    known: MutableMapping[tuple[str, tuple[int, ...]], dict[str, torch.Tensor]],
-) -> Plan:
+def repaired_from(model: nn.Module, mlps: Sequence[MLP], made: Plan, refits: Refits) -> Plan:
     """The plan as `repair="parallel"` makes it, from moments that were measured once and without running the model.
 
     Args:
         model: the unreduced model; it is not changed.
         mlps: its MLPs.
         made: a plan for it, which slices alone.
-        moments: of an MLP, with pairs.
-        known: fits of earlier plans, by MLP and its units that stay; those of this one are put there.
+        refits: of its MLPs; those of this plan are put there.
 
     Raises:
         ReductionError: the plan does more than slice, or an MLP cannot be refitted.
@@ -120,7 +112,7 @@ def repaired_from(
     others = sorted({type(edit).__name__ for edit in made.edits if not isinstance(edit, Slice)})
     if others:
         raise ReductionError(f"repair from moments: the plan has edits {', '.join(others)}, of which they tell nothing")
-    return _with(made, _alone(model, mlps, made, moments, known))
+    return _with(made, _alone(model, mlps, made, refits))
 
 
 def refit_errors(
@@ -185,24 +177,12 @@ def distances(model: nn.Module, trials: Mapping[Key, Sequence[Edit]], data: Any)
     return found, Measured({}, samples.count, samples.fingerprint)
 
 
-def _alone(
-    model: nn.Module,
-    mlps: Sequence[MLP],
-    made: Plan,
-    moments: Callable[[MLP], Moments],
-    known: MutableMapping[tuple[str, tuple[int, ...]], dict[str, torch.Tensor]],
-) -> dict[str, torch.Tensor]:
-    """Values of fc2 by tensor path, fitted for each MLP by itself, of a plan that slices alone: see `repaired_from`."""
+def _alone(model: nn.Module, mlps: Sequence[MLP], made: Plan, refits: Refits) -> dict[str, torch.Tensor]:
+    """Values of fc2 by tensor path, fitted for each MLP by itself, of a plan that slices alone."""
     by_name = {mlp.name: mlp for mlp in mlps}
-    missing = [edit for edit in made.of(Slice) if (edit.mlp, tuple(edit.units)) not in known]
-    if missing:
-        tree = _reduced(model, made)
-    for edit in missing:
-        mlp, units = by_name[edit.mlp], tuple(edit.units)
-        fit, seen = empty_fit(tree, mlp.leaf("fc2").path), moments(mlp)
-        fill(fit, seen, torch.tensor(units, device=seen.weight.device))
-        known[edit.mlp, units] = solved(fit)[0]
-    return {path: value for edit in made.of(Slice) for path, value in known[edit.mlp, tuple(edit.units)].items()}
+    edits = [(by_name[edit.mlp], edit.units) for edit in made.of(Slice)]
+    tree = None if all(refits.knows(*edit) for edit in edits) else _reduced(model, made)
+    return {path: value for edit in edits for path, value in refits.of(tree, *edit).items()}
 
 
 def _uses(mlps: Sequence[MLP], made: Plan) -> list[tuple[MLP, MLP]]:

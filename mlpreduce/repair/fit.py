@@ -24,7 +24,7 @@ from mlpreduce.calibration.sums import gram
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import module_at, projection
 
-__all__ = ["RIDGES", "Fit", "add_rows", "check_halves", "empty_fit", "solved"]
+__all__ = ["RIDGES", "Fit", "add_rows", "check_halves", "chosen", "empty_fit", "fitted", "solved"]
 
 RIDGES = (1e-4, 1e-2, 1.0, math.inf)  # the last refits the bias alone
 _SHUT = 1e-6  # of the mean square of g: below it the bias stays as it is
@@ -133,46 +133,75 @@ def solved(
     Raises:
         ReductionError: the sums are not finite.
     """
-    layer, weight, bias = projection(fit.layer), fit.layer.get_parameter("weight"), fit.layer._parameters.get("bias")
-    assert layer is not None
-    if not fit.square.isfinite().all() or not fit.cross.isfinite().all():
-        raise ReductionError(f"repair: what {fit.path} is given is not finite; look at the model or the data")
-    turned = layer.outputs[0] != ("weight", 0)  # inputs come first
-    halves = list(zip(fit.square, fit.cross, strict=True))
-    square, cross, wanted = fit.square.sum(0), fit.cross.sum(0), fit.wanted.sum(0)
-
-    begun = torch.zeros_like(cross) if start is None else _as_change(fit, start, turned)
-
-    def changes(square: torch.Tensor, cross: torch.Tensor) -> Callable[[float], torch.Tensor]:
-        rest = _changes(square, cross - fit.factor[:, None] * (begun @ square), bias is not None, fit.factor)
-        return lambda ridge: begun + rest(ridge)
-
-    here, there = [changes(*half) for half in halves], halves[::-1]
-    ridges = RIDGES[-1:] if bias_alone else RIDGES
-    gains = [
-        sum(_gain(fitted(ridge), *other, fit.factor) for fitted, other in zip(here, there, strict=True))
-        for ridge in ridges
-    ]
+    wanted, count = fit.wanted.sum(0), fit.square[:, -1, -1].sum()
     total, squares, missing = wanted[0], wanted[1].sum(), wanted[2].sum()
-    variance = (squares - total.square().sum() / square[-1, -1]).clamp(min=torch.finfo(torch.float64).tiny)
-    was, gain = float(missing / variance), max(gains)
+    variance = (squares - total.square().sum() / count).clamp(min=torch.finfo(torch.float64).tiny)
+    ridge, gain = chosen(fit, bias_alone=bias_alone, start=start)
+    was = float(missing / variance)
     if gain <= 0:
         return {}, was, was
-    change = changes(square, cross)(ridges[gains.index(gain)])
-    new = weight.double() + (change[:, :-1].T if turned else change[:, :-1]).reshape(weight.shape)
-    values = {f"{fit.path}.weight": new.to(weight.dtype)} if not bias_alone else {}
+    return fitted(fit, ridge, bias_alone=bias_alone, start=start), was, float((missing - gain) / variance)
+
+
+def chosen(
+    fit: Fit, *, bias_alone: bool = False, start: Mapping[str, torch.Tensor] | None = None
+) -> tuple[float, float]:
+    """The ridge with which each half of the examples is best judged by a fit on the other, and by how much less is missing.
+
+    Raises:
+        ReductionError: as `solved`.
+    """
+    if not fit.square.isfinite().all() or not fit.cross.isfinite().all():
+        raise ReductionError(f"repair: what {fit.path} is given is not finite; look at the model or the data")
+    halves = list(zip(fit.square, fit.cross, strict=True))
+    here, there = [_from(fit, *half, start) for half in halves], halves[::-1]
+    gains = {
+        ridge: sum(_gain(change(ridge), *other, fit.factor) for change, other in zip(here, there, strict=True))
+        for ridge in (RIDGES[-1:] if bias_alone else RIDGES)
+    }
+    return max(gains.items(), key=lambda item: item[1])
+
+
+def fitted(
+    fit: Fit, ridge: float, *, bias_alone: bool = False, start: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """New values by tensor path, with a ridge that is known: see `solved`."""
+    weight, bias = fit.layer.get_parameter("weight"), fit.layer._parameters.get("bias")
+    change = _from(fit, fit.square.sum(0), fit.cross.sum(0), start)(ridge)
+    values = {}
+    if not bias_alone:
+        more = change[:, :-1].T if _turned(fit) else change[:, :-1]
+        values[f"{fit.path}.weight"] = (weight.double() + more.reshape(weight.shape)).to(weight.dtype)
     if bias is not None:
         values[f"{fit.path}.bias"] = (bias.double() + change[:, -1]).to(bias.dtype)
-    return values, was, float((missing - gain) / variance)
+    return values
 
 
-def _as_change(fit: Fit, values: Mapping[str, torch.Tensor], turned: bool) -> torch.Tensor:
+def _turned(fit: Fit) -> bool:
+    """Whether inputs are the first axis of the weight."""
+    layer = projection(fit.layer)
+    return layer is not None and layer.outputs[0] != ("weight", 0)
+
+
+def _from(
+    fit: Fit, square: torch.Tensor, cross: torch.Tensor, start: Mapping[str, torch.Tensor] | None
+) -> Callable[[float], torch.Tensor]:
+    """What is added to weight and bias by these sums, as a function of the ridge's strength."""
+    biased = fit.layer._parameters.get("bias") is not None
+    if start is None:
+        return _changes(square, cross, biased, fit.factor)
+    begun = _as_change(fit, start)
+    rest = _changes(square, cross - fit.factor[:, None] * (begun @ square), biased, fit.factor)
+    return lambda ridge: begun + rest(ridge)
+
+
+def _as_change(fit: Fit, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What values add to weight and bias, (outputs, inputs + 1)."""
     found = torch.zeros_like(fit.cross[0])
     for name, place in (("weight", found[:, :-1]), ("bias", found[:, -1:])):
         if (value := values.get(f"{fit.path}.{name}")) is not None:
             change = value.double() - fit.layer.get_parameter(name).double()
-            turn = turned and name == "weight"
+            turn = name == "weight" and _turned(fit)
             place.copy_(change.reshape(place.T.shape).T if turn else change.reshape(place.shape))
     return found
 

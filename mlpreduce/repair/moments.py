@@ -6,12 +6,61 @@ units, and what it lacks is what the others gave.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
+from torch import nn
 
 from mlpreduce.criteria import Moments
-from mlpreduce.repair.fit import Fit
+from mlpreduce.graph import MLP
+from mlpreduce.repair.fit import Fit, chosen, empty_fit, fitted
 
-__all__ = ["fill"]
+__all__ = ["Refits"]
+
+
+class Refits:
+    """Values of fc2 of MLPs with some of their units, each refitted once.
+
+    Args:
+        moments: of an MLP, with pairs.
+
+    Attributes:
+        near: whether an MLP takes the ridge of the nearest width that was fitted before, which spares all but one solution.
+    """
+
+    def __init__(self, moments: Callable[[MLP], Moments]) -> None:
+        self._moments, self.near = moments, False
+        self._known: dict[tuple[str, tuple[int, ...]], dict[str, torch.Tensor]] = {}
+        self._ridges: dict[str, dict[int, float]] = {}
+
+    def knows(self, mlp: MLP, units: Sequence[int]) -> bool:
+        """Whether these units were asked for before."""
+        return (mlp.name, tuple(units)) in self._known
+
+    def of(self, tree: nn.Module | None, mlp: MLP, units: Sequence[int]) -> Mapping[str, torch.Tensor]:
+        """The values, by tensor path; none where those that there are do as well.
+
+        Args:
+            tree: the model that is reduced, to what was not asked for before.
+            mlp: the MLP.
+            units: that stay.
+
+        Raises:
+            ReductionError: the layer cannot be refitted, or there are no moments of pairs.
+        """
+        key, ridges = (mlp.name, tuple(units)), self._ridges.setdefault(mlp.name, {})
+        if key not in self._known:
+            assert tree is not None
+            fit, seen = empty_fit(tree, mlp.leaf("fc2").path), self._moments(mlp)
+            kept = torch.tensor(units, device=seen.weight.device)
+            fill(fit, seen, kept)
+            if self.near and ridges:
+                self._known[key] = fitted(fit, ridges[min(ridges, key=lambda width: abs(width - len(units)))])
+            else:
+                ridge, gain = chosen(fit)
+                self._known[key] = fitted(fit, ridge) if gain > 0 else {}
+                ridges[len(units)] = ridge
+        return self._known[key]
 
 
 def fill(fit: Fit, seen: Moments, kept: torch.Tensor) -> None:

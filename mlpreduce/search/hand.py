@@ -15,12 +15,12 @@ from torch import nn
 import mlpreduce
 from mlpreduce.budget import measure
 from mlpreduce.calibration import Answers, Loss
-from mlpreduce.criteria import Moments, choose
+from mlpreduce.criteria import choose
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import MLP, Inputs, Survey, chains, mlps_or_raise, structural_copy
 from mlpreduce.planning import make_plan
-from mlpreduce.repair import distances, repaired_from
+from mlpreduce.repair import Refits, distances, repaired_from
 from mlpreduce.search.allotting import PARTS, Allotment
 from mlpreduce.search.goals import Budget
 from mlpreduce.search.spaces import InHand
@@ -61,7 +61,7 @@ class ModelInHand:
         self.found = mlps_or_raise(model, "tune", inputs)
         self.answers = Answers(model, self.found.mlps, self.batches, loss, refitted=True)
         self.budgets: Sequence[Budget] = ()  # that spaces ask widths for
-        self._fits: dict[tuple[str, tuple[int, ...]], dict[str, torch.Tensor]] = {}
+        self._refits = Refits(lambda mlp: self.answers.pairs(mlp, _WORTH))
 
     @property
     def mlps(self) -> list[MLP]:
@@ -183,6 +183,7 @@ class ModelInHand:
                 width = max(1, int(part * mlp.hidden_features)) // mlp.groups * mlp.groups
                 if 0 < width < mlp.hidden_features:
                     trials[mlp.name, width] = self._first(sliced({mlp.name: width}), quick=True).edits
+        self._refits.near = True
         moved, _ = distances(self.model, trials, self.held)
         found: dict[str, dict[int, float]] = {}
         for (name, width), distance in moved.items():
@@ -194,7 +195,7 @@ class ModelInHand:
         if not (quick and self.is_quick([step])):
             return self._planned(step)
         made = self._planned({**step, "repair": "none"})
-        made = repaired_from(self.model, self.mlps, made, self._moments, self._fits)
+        made = repaired_from(self.model, self.mlps, made, self._refits)
         return replace(made, config={**made.config, "repair": "parallel"})  # which it is
 
     def _planned(self, step: Step) -> Plan:
@@ -204,9 +205,6 @@ class ModelInHand:
         if step != without_data(step):
             given = {"data": self.batches, "loss": self.loss, "example_inputs": self.inputs, "answers": self.answers}
         return make_plan(self.model, step["transform"], config, found=self.found, **given)[0]
-
-    def _moments(self, mlp: MLP) -> Moments:
-        return self.answers.pairs(mlp, _WORTH)
 
     @cached_property
     def _weightless(self) -> Unreduced:
