@@ -25,6 +25,7 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce.__main__ import main as command
+from mlpreduce.budget import LatencyTable
 from mlpreduce.calibration import Answers
 from mlpreduce.criteria import choose
 from mlpreduce.data import DataSettings, calibration
@@ -480,3 +481,23 @@ def test_mlflow_keeps_a_run_for_each_score(model: nn.Module, tmp_path: Path, mon
     assert failed
     assert "score gave nan" in failed[0].data.params["message"]
     assert found.points
+
+
+def test_a_budget_of_latency_is_kept_by_a_table_of_widths(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = LatencyTable(
+        2.0, (tuple(f"blocks.{number}.mlp" for number in range(4)),), ((4, 128),), ((0.0, 0.5),), {"batch_size": 8}
+    )
+    monkeypatch.setattr(LatencyTable, "measure", lambda *given, **more: table)  # what is timed is never the same
+    found = tuned(model, budget="latency<=0.8")
+    assert table.predict({}) == 4.0
+    (budget,) = found.document["budgets"]
+    assert (budget["cost"], budget["limit"]) == ("latency", pytest.approx(3.2))
+    trials = [point for point in found.points if point["kind"] == "trial"]
+    for point in trials:
+        assert 2.8 < point["cost"]["latency"] <= 3.2  # the space is of widths at the budget
+    best = mlpreduce.apply(copy.deepcopy(model), found.best)
+    assert table.predict({mlp.name: mlp.hidden_features for mlp in find_mlps(best)}) <= 3.2
+    with pytest.raises(ReductionError, match="kept by widths, and this changes layers"):
+        tuned(model, budget="latency<=0.9", space=lambda trial: [("low_rank", {"ratio": 0.5, "init": "weights"})])
+    with pytest.raises(ReductionError, match=r"cannot be reached by slicing 4 MLPs; the range is 2 to 4"):
+        tuned(model, budget="latency<=0.4")

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from mlpreduce.budget.costs import Baseline, Cost, counted, measure, outcome
+from mlpreduce.budget.costs import Baseline, Cost, TimedCost, cost_from, counted, measure, outcome
 from mlpreduce.budget.latency import LatencyTable
 from mlpreduce.budget.loss import Loss
 from mlpreduce.budget.primal_dual import PrimalDual
@@ -30,7 +30,9 @@ __all__ = [
     "Loss",
     "PrimalDual",
     "Slot",
+    "TimedCost",
     "budget_of",
+    "cost_from",
     "counted",
     "measure",
     "number",

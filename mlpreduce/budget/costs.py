@@ -40,7 +40,7 @@ from mlpreduce.graph import (
 from mlpreduce.layers import BlockDiagonalLinear
 from mlpreduce.values import short
 
-__all__ = ["Baseline", "Cost", "counted", "measure", "outcome"]
+__all__ = ["Baseline", "Cost", "TimedCost", "cost_from", "counted", "measure", "outcome"]
 
 LAYER_NORM_MACS = 5  # fvcore's per-element cost
 _LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution}
@@ -76,6 +76,22 @@ class Cost:
 
         macs = f"{told('macs')} MACs of Linear, Conv and LayerNorm ({told('macs_with_attention')} with attention)"
         return macs + (", unchanged" if after is not None and after.macs == self.macs else "")
+
+
+@dataclass(frozen=True)
+class TimedCost(Cost):
+    """The cost of a model whose latency is known too.
+
+    Attributes:
+        latency: milliseconds for a batch.
+    """
+
+    latency: float
+
+
+def cost_from(document: Mapping[str, Any]) -> Cost:
+    """The cost whose fields these are."""
+    return TimedCost(**document) if "latency" in document else Cost(**document)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ sum at a budget follow. Scores of single units do not tell as much: of what come
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from scipy.optimize import isotonic_regression
 
-from mlpreduce.budget import Baseline, Slot, price_of, ranked_widths
+from mlpreduce.budget import Baseline, LatencyTable, Slot, price_of, ranked_widths
 from mlpreduce.budget import Budget as Target
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP
@@ -23,7 +23,7 @@ from mlpreduce.search.goals import Budget
 __all__ = ["PARTS", "Allotment"]
 
 PARTS = (0.125, 0.25, 0.5, 0.75)  # of the hidden units, at which an MLP is measured
-_UNITS = {"params": "parameters", "mlp_params": "parameters"} | dict.fromkeys(
+_UNITS = {"params": "parameters", "mlp_params": "parameters", "latency": "ms"} | dict.fromkeys(
     ("macs_linear", "macs", "macs_with_attention"), "MACs"
 )
 _HALVINGS = 40
@@ -39,10 +39,13 @@ class Allotment:
         mlps: those that may change, each with weights of its own.
         measured: what the model costs.
         losses: measures what widths of MLPs cost, each alone; asked at most once.
+        table: of the latency, if that was measured.
     """
 
-    def __init__(self, mlps: Sequence[MLP], measured: Baseline, losses: Callable[[], Losses]) -> None:
-        self._mlps, self._measured, self._measure = list(mlps), measured, losses
+    def __init__(
+        self, mlps: Sequence[MLP], measured: Baseline, losses: Callable[[], Losses], table: LatencyTable | None = None
+    ) -> None:
+        self._mlps, self._measured, self._measure, self._table = list(mlps), measured, losses, table
 
     def widths(self, budgets: Sequence[Budget], begin: str, more: Mapping[str, float], steps: int) -> dict[str, int]:
         """Widths at all budgets: see `ModelView.widths`.
@@ -62,23 +65,32 @@ class Allotment:
                 widths = {name: min(widths[name], width) for name, width in found.items()}
         return {name: width for name, width in widths.items() if width < whole[name]}
 
+    @property
+    def known(self) -> bool:
+        """Whether losses were measured, since widths by them were asked for."""
+        return "_curves" in vars(self)
+
     def estimate(self, widths: Mapping[str, int]) -> float:
         """What a model with these widths loses: the sum of what each MLP alone does."""
         return sum(float(self._curves[name][width] - self._curves[name][-1]) for name, width in widths.items())
 
     def _target(self, budget: Budget, begin: str, more: Mapping[str, float], steps: int) -> Target:
         unit = _UNITS.get(budget.cost)
-        if unit is None:
+        if unit is None or (unit == "ms" and self._table is None):
             raise ReductionError(f"budget {budget.text!r}: no width changes {budget.cost}; search a space of sharing")
         slots = []
         for mlp in self._mlps:
             worth = None
             if begin == "worth":
                 worth = torch.tensor(_worth(self._curves[mlp.name]) * more.get(mlp.name, 1.0))
-            price = price_of(self._measured, mlp.name, unit)
+            price = price_of(self._measured, mlp.name, unit) if unit != "ms" else partial(self._milliseconds, mlp.name)
             slots.append(Slot.of(mlp, max(1, mlp.hidden_features // steps), price, worth))
-        whole = getattr(self._measured.cost, budget.cost)
+        whole = self._table.predict({}) if self._table and unit == "ms" else getattr(self._measured.cost, budget.cost)
         return Target(slots, whole - sum(slot.price(slot.hidden) for slot in slots), budget.limit, unit)
+
+    def _milliseconds(self, owner: str, width: int) -> float:
+        assert self._table is not None
+        return self._table.of(owner, width)
 
     @cached_property
     def _curves(self) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from mlpreduce.budget import Cost
+from mlpreduce.budget import cost_from
 from mlpreduce.errors import ReductionError
 from mlpreduce.search.front import dominates, front, hypervolume, losses
 from mlpreduce.search.goals import OBJECTIVES, read_budgets, value_of
@@ -44,12 +44,12 @@ def describe(study: optuna.Study) -> dict[str, Any]:
     scored = "scored" in known
     if scored:  # size counts beside the score, which alone was sought
         valued = [point for point in trials if point["values"]]
-        whole = [point for point in valued if len(point["runs"]) > 1] or valued  # repaired as by `plan`
+        whole = [point for point in valued if any(run.get("final") for run in point["runs"])] or valued
         for name in front({p["name"]: (-p["values"]["score"], p["cost"]["params"]) for p in whole}):
             next(point for point in trials if point["name"] == name)["front"] = True
     for name in [] if scored else _front_of(trials, settings):
         next(point for point in trials if point["name"] == name)["front"] = True
-    costs = None if baseline is None else Cost(**baseline["cost"])
+    costs = None if baseline is None else cost_from(baseline["cost"])
     budgets = read_budgets(settings.budgets, costs) if costs is not None else ()
     return {
         "schema": SCHEMA,

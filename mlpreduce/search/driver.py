@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce.addresses import hidden
+from mlpreduce.budget import number
 from mlpreduce.console import from_here, screen, wrapped
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.extras import require
@@ -210,13 +211,13 @@ def check_budgets(space: Space, walker: Walker, budgets: Sequence[Budget]) -> No
         _, least = walker.cheapest(budget.cost)
         if budget.excess(least.cost) > 0:
             raise ReductionError(
-                f"budget {budget.text!r}: it allows {budget.limit:,}, and the smallest that {space.name} reaches is "
-                f"{getattr(least.cost, budget.cost):,}: {_text(least.steps)}"
+                f"budget {budget.text!r}: it allows {number(budget.limit)}, and the smallest that {space.name} reaches is "
+                f"{number(budget.of(least.cost))}: {_text(least.steps)}"
             )
     if len(budgets) > 1:
         _, least = walker.cheapest(budgets[0].cost, budgets)
         if over := [budget for budget in budgets if budget.excess(least.cost) > 0]:
-            near = ", ".join(f"{budget.cost} {getattr(least.cost, budget.cost):,}" for budget in budgets)
+            near = ", ".join(f"{budget.cost} {number(budget.of(least.cost))}" for budget in budgets)
             raise ReductionError(
                 f"budget {over[0].text!r}: no point of {space.name} was found that keeps all budgets; the nearest has "
                 f"{near}: {_text(least.steps)}"

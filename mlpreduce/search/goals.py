@@ -31,17 +31,21 @@ class Budget:
 
     Attributes:
         text: as the user wrote it.
-        cost: a field of `Cost`.
-        limit: the largest whole number that is allowed.
+        cost: a field of `Cost`, or of `TimedCost`.
+        limit: the largest whole number that is allowed; of a latency milliseconds.
     """
 
     text: str
     cost: str
-    limit: int
+    limit: float
 
-    def excess(self, cost: Cost) -> int:
+    def of(self, cost: Cost) -> float:
+        """What a model costs of it."""
+        return float(getattr(cost, self.cost)) if self.cost == "latency" else int(getattr(cost, self.cost))
+
+    def excess(self, cost: Cost) -> float:
         """By how much a model is above the budget; 0 or less where it keeps it."""
-        return int(getattr(cost, self.cost)) - self.limit
+        return self.of(cost) - self.limit
 
 
 def read_budgets(texts: Sequence[str], baseline: Cost) -> tuple[Budget, ...]:
@@ -68,7 +72,8 @@ def read_budgets(texts: Sequence[str], baseline: Cost) -> tuple[Budget, ...]:
                 f"budget {text!r}: write <cost><=<number>, for instance params<=0.7 (a fraction of the baseline) or "
                 f"params<=60e6; costs: {', '.join(COSTS)}"
             )
-        if cost not in COSTS:
+        whole = asdict(baseline).get(cost)
+        if whole is None:
             known = "; latency is known after a trial only, take it as an objective" if cost == "latency" else ""
             raise ReductionError(f"budget {text!r}: no such cost{known or did_you_mean(cost, COSTS)}")
         try:
@@ -79,8 +84,8 @@ def read_budgets(texts: Sequence[str], baseline: Cost) -> tuple[Budget, ...]:
             raise ReductionError(f"budget {text!r}: the number must be above 0")
         if cost in budgets:
             raise ReductionError(f"budget {text!r}: {cost} has a budget already: {budgets[cost].text!r}")
-        whole = asdict(baseline)[cost]
-        budgets[cost] = Budget(text, cost, math.floor(value * whole + 1e-9) if value <= 1 else math.floor(value))
+        most = value * whole if value <= 1 else value
+        budgets[cost] = Budget(text, cost, most if cost == "latency" else math.floor(most + 1e-9))
     return tuple(budgets.values())
 
 

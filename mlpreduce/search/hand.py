@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import mlpreduce
-from mlpreduce.budget import measure
+from mlpreduce.budget import Cost, LatencyTable, TimedCost, measure
 from mlpreduce.calibration import Answers, Loss
 from mlpreduce.criteria import choose
-from mlpreduce.edits import Plan
+from mlpreduce.edits import Plan, Replace
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import MLP, Inputs, Survey, chains, mlps_or_raise, structural_copy
 from mlpreduce.planning import make_plan
@@ -33,6 +33,7 @@ __all__ = ["CRITERION", "ModelInHand", "digest", "sliced"]
 
 CRITERION = {"name": "reconstruction", "metric": "loss"}  # by which units are worth something
 _WORTH = choose(CRITERION)
+_TIMED = 8  # examples of a batch whose latency is measured
 
 
 class ModelInHand:
@@ -61,6 +62,7 @@ class ModelInHand:
         self.found = mlps_or_raise(model, "tune", inputs)
         self.answers = Answers(model, self.found.mlps, self.batches, loss, refitted=True)
         self.budgets: Sequence[Budget] = ()  # that spaces ask widths for
+        self.table: LatencyTable | None = None  # where latency is asked for
         self._refits = Refits(lambda mlp: self.answers.pairs(mlp, _WORTH))
 
     @property
@@ -155,7 +157,7 @@ class ModelInHand:
         """Widths for a space: see `ModelView.widths`."""
         return self.allotment.widths(self.budgets, begin, more, steps)
 
-    def limit(self, cost: str) -> int | None:
+    def limit(self, cost: str) -> float | None:
         """See `ModelView.limit`."""
         return next((budget.limit for budget in self.budgets if budget.cost == cost), None)
 
@@ -163,17 +165,35 @@ class ModelInHand:
     def allotment(self) -> Allotment:
         """Finds widths."""
         owners = [mlp for mlp in self.mlps if mlp.owner == mlp.name and not mlp.fixed]
-        return Allotment(owners, self._weightless.measured, lambda: self._losses(owners))
+        return Allotment(owners, self._weightless.measured, lambda: self._losses(owners), self.table)
+
+    def measure_latency(self) -> None:
+        """Time the model at some widths, so that costs have the latency from now on."""
+        self.table = LatencyTable.measure(self.model, example_inputs=self.batches[0][0][:_TIMED].inputs)
+
+    def timed(self, cost: Cost, pattern: Mapping[str, Sequence[Any]], plans: Sequence[Plan]) -> Cost:
+        """The cost, with the latency by its table where that was measured.
+
+        Raises:
+            ReductionError: layers are changed, of which the table knows nothing.
+        """
+        if self.table is None:
+            return cost
+        if any(made.of(Replace) for made in plans):
+            raise ReductionError("a budget of latency is kept by widths, and this changes layers")
+        whole = {mlp.name for mlp in self.mlps if mlp.owner == mlp.name}
+        widths = {n: w for n, w in zip(pattern["blocks"], pattern["widths"], strict=True) if n in whole}
+        return TimedCost(**asdict(cost), latency=self.table.predict(widths))
 
     def estimate(self, steps: Sequence[Step]) -> float | None:
-        """What a point loses if what each MLP alone loses adds up; None where a step is no choice of widths alone."""
+        """What a point loses if what each MLP alone loses adds up; None where that is not known, or a step does more."""
         total = 0.0
-        for step in steps:
+        for step in steps if self.allotment.known else ():
             widths = step.get("widths")
             if step["transform"] != "shallow" or not isinstance(widths, Mapping) or step.get("criterion") != CRITERION:
                 return None
             total += self.allotment.estimate(widths)
-        return total
+        return total if self.allotment.known else None
 
     def _losses(self, mlps: Sequence[MLP]) -> dict[str, dict[int, float]]:
         """How far what the model gives moves with each MLP alone at some widths, refitted."""

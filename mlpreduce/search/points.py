@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import mlpreduce
-from mlpreduce.budget import Cost, counted
+from mlpreduce.budget import Cost, cost_from, counted
 from mlpreduce.edits import Assign, Plan, Replace, Slice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import structural_copy, survey
@@ -59,7 +59,7 @@ class Point:
     def from_json(cls, document: dict[str, Any]) -> Point:
         """The point that `to_json` wrote."""
         steps = tuple(dict(step) for step in document["steps"])
-        return cls(**{**document, "steps": steps, "cost": Cost(**document["cost"])})
+        return cls(**{**document, "steps": steps, "cost": cost_from(document["cost"])})
 
 
 def distance(one: Point, other: Point) -> float:
@@ -134,7 +134,7 @@ class Pricer:
             *(step for step, other in zip(steps, alike, strict=True) if step != other or needs_data(step)),
         ]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-        return Point(steps, suggestion.settings, cost, pattern, key)
+        return Point(steps, suggestion.settings, self.subject.timed(cost, pattern, plans), pattern, key)
 
     def _plans(
         self, settings: Mapping[str, Any], steps: Sequence[Step], *, weights: bool = False, seed: int = 0

@@ -179,6 +179,8 @@ class Scoring:
     def end(self, job: Job, outcome: dict[str, Any]) -> dict[str, Any] | None:
         """The score, if there is one."""
         found: dict[str, Any] | None = outcome.get("run")
+        if found is not None:
+            found = {**found, "final": job["part"] == self.parts_of(Point.from_json(job["point"]))[-1]}
         if found is not None and job["part"] == QUICK and (estimate := self._hand.estimate(job["point"]["steps"])):
             found = {**found, "estimate": estimate}
         if self._mirror is not None:

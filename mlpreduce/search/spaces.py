@@ -34,7 +34,7 @@ class InHand(Protocol):
     def widths(self, begin: str, more: Mapping[str, float], steps: int) -> dict[str, int]:
         """Widths of MLPs at the budgets, by name."""
 
-    def limit(self, cost: str) -> int | None:
+    def limit(self, cost: str) -> float | None:
         """The most that the budgets leave of a cost, if one of them is of it."""
 
 
@@ -68,7 +68,7 @@ class ModelView:
             raise ReductionError("the worth of units is known of a model in hand only; use mlpreduce.tune")
         return self.hand.widths(begin, more, steps)
 
-    def limit(self, cost: str) -> int | None:
+    def limit(self, cost: str) -> float | None:
         """The most that the budgets leave of a cost, such as `params`; None where no budget is of it, or no model in hand."""
         return None if self.hand is None else self.hand.limit(cost)
 

@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from mlpreduce.budget import number
 from mlpreduce.errors import ReductionError
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.goals import OBJECTIVES, Budget
@@ -205,7 +206,7 @@ class Study:
         for budget in self._budgets:
             trial.set_constraint(budget.text, float(budget.excess(point.cost)))
             if budget.excess(point.cost) > 0:
-                over.append(f"{budget.text} allows {budget.limit:,}, it has {getattr(point.cost, budget.cost):,}")
+                over.append(f"{budget.text} allows {number(budget.limit)}, it has {number(budget.of(point.cost))}")
         if over:
             return "infeasible", ", ".join(over)
         return ("duplicate", f"the point of {known[point.key]}") if point.key in known else ("", "")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from mlpreduce.budget import Baseline, measure
+from mlpreduce.budget import Baseline, Cost, measure
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Survey, mlps_or_raise
@@ -69,6 +69,13 @@ class Subject(Protocol):
             ReductionError: it cannot be carried out, or its cost is not known before.
         """
 
+    def timed(self, cost: Cost, pattern: Mapping[str, Sequence[Any]], plans: Sequence[Plan]) -> Cost:
+        """The cost of a point, with its latency where that is known.
+
+        Raises:
+            ReductionError: it is wanted, and the plans do what it is not known of.
+        """
+
 
 class RecipeModel:
     """The model of a recipe.
@@ -112,6 +119,10 @@ class RecipeModel:
         """
         config = {key: value for key, value in _priced(step).items() if key != "transform"}
         return make_plan(tree, step["transform"], config, found=found)[0]
+
+    def timed(self, cost: Cost, pattern: Mapping[str, Sequence[Any]], plans: Sequence[Plan]) -> Cost:
+        """The cost alone: latency is measured in a trial."""
+        return cost
 
 
 def _priced(step: Step) -> Step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -66,7 +67,8 @@ def tune(
     Args:
         model: the model; it is not changed.
         data: any iterable of batches, as of `plan`; it is read once.
-        budget: the most that the reduced model may cost, such as "params<=0.67" or "macs<=0.6", one or several.
+        budget: the most that the reduced model may cost, such as "params<=0.67", "macs<=0.6" or "latency<=0.8", one or several;
+            latency is predicted from widths, by a table measured before.
         score: `(reduced model) -> number`, the higher the better; by default the mean cosine of what the model gives to what
             the whole one gives, or where `loss` is given, minus the mean loss.
         space: a name of `search.list_spaces`, a path to a .py, or a function `suggest(trial, model)`.
@@ -117,6 +119,8 @@ def tune(
     console = screen()
     with Pulse(console, f"tune {name}: checking the space"):
         hand = ModelInHand(name, model, fitted, loss, inputs, held)
+        if any(re.match(r"\s*latency\b", text) for text in texts):
+            hand.measure_latency()
         pricer, found = Pricer(hand), load_space(space)
         budgets = read_budgets(texts, pricer.price(Suggestion((), {})).cost)
         hand.budgets = budgets
