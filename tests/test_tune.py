@@ -205,7 +205,7 @@ def test_interrupted_it_gives_what_there_is(model: nn.Module, tmp_path: Path) ->
     def impatient(reduced: nn.Module) -> float:
         nonlocal calls
         calls += 1
-        if calls == 9:  # of four references six scores
+        if calls == 8:  # of four references five scores
             raise KeyboardInterrupt
         return plain(reduced)
 
@@ -415,8 +415,8 @@ def test_killed_it_goes_on_and_scores_nothing_twice(tmp_path: Path) -> None:
     shown = second.stdout.splitlines()[-1].split()
     assert shown[0] == "5"
     assert shown[1] == shown[2]  # no point twice
-    # six scores of references, five of trials, three of the best again, and that which was being scored
-    assert len(told.read_text().split()) == 6 + 5 + 3 + 1
+    # five scores of references, five of trials, three of the best again, and that which was being scored
+    assert len(told.read_text().split()) == 5 + 5 + 3 + 1
 
 
 def test_pairs_share_with_corrections_as_large_as_the_budget_allows(model: nn.Module) -> None:

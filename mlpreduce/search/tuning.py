@@ -260,7 +260,7 @@ def _name(score: Score) -> str:
 def _references(hand: ModelInHand, budgets: Sequence[Budget]) -> dict[str, Sequence[Mapping[str, Any]]]:
     """The whole model, the paper's reductions without training, and equal parts of all MLPs at the budget."""
     found: dict[str, Sequence[Mapping[str, Any]]] = {"baseline": ()}
-    repaired = {"repair": "least_squares"}
+    repaired = {"repair": "parallel"}
     if hand.longest > 1:
         found["grouped"] = ({**REFERENCES["grouped"][0], "scale": "none", **repaired},)
     found["shallow"] = ({**REFERENCES["shallow"][0], **repaired},)
