@@ -3,6 +3,7 @@
     spaces      search spaces: Python files with a function `suggest`
     subjects    what is reduced: the model of a recipe, built when a point is priced
     hand        the same: a model in hand, of which all that points ask for is measured once
+    allotting   widths at a budget, by what narrowing each MLP alone loses
     points      what a suggestion comes to: exact cost, pattern, and a key that equal reductions share
     choices     walks through a space without training: checks it, finds its cheapest point
     goals       objectives and budgets
@@ -22,6 +23,7 @@
     ranking     the supernet in a study
     trial       what a worker does
     driver      keeps the workers busy
+    examples    those that a tune calibrates with, and those by which it scores
     tuning      `mlpreduce.tune`
     bare        the same points in plain Optuna, for the bench
     answer      what a study came to
