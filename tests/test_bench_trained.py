@@ -59,7 +59,7 @@ def cells(tmp_path: Path) -> dict[str, dict[str, Any]]:
 
 def test_the_advice_is_the_call_of_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    part = text[text.index("When you slice trained MLPs") :]
+    part = text[text.index("A single\nreduction keeps the units") :]
     (block,) = re.findall(r"```python\n(.*?)```", part, re.DOTALL)[:1]
     choice, call = ast.parse(block).body
     assert isinstance(choice, ast.Assign)

@@ -141,7 +141,7 @@ def two_begin(drivers: Drivers, other: str) -> tuple[subprocess.Popen[str], str]
     (refused,) = [process for process in pair if process is not first]
     assert refused.returncode == 2, drivers.logs()
     assert drivers.logs().count("error:") == 1
-    assert "wait for it or end it, or give another --" in drivers.logs()
+    assert "wait for it or end it, or give another " in drivers.logs()
     return first, "one" if first is pair[0] else other
 
 
