@@ -14,7 +14,7 @@ from mlpreduce.launch.interrupts import interrupts
 from mlpreduce.launch.locks import drive, work
 from mlpreduce.launch.settings import LaunchSettings
 
-__all__ = ["Call", "Here", "Job", "Lost", "Pool", "pool"]
+__all__ = ["Call", "Here", "Job", "Lost", "Pool", "ended", "pool"]
 
 Job = dict[str, Any]
 Call = Callable[..., Any]  # (method of the owner, *arguments) -> what it returns
@@ -161,20 +161,23 @@ class _OnRay:
         self._running[self._submit({**job, "slot": self._slot})] = job
 
     def wait(self) -> list[tuple[Job, Any]]:
-        import ray
+        return [(self._running.pop(reference), outcome) for reference, outcome in ended(list(self._running))]
 
-        ended, _ = ray.wait(list(self._running), num_returns=1, timeout=1.0)
-        found = []
-        for reference in ended:
-            job = self._running.pop(reference)
-            try:
-                found.append((job, ray.get(reference)))
-            except ray.exceptions.RayTaskError as error:
-                raise error.as_instanceof_cause() from error  # type: ignore[no-untyped-call]
-            except ray.exceptions.RayError as error:
-                lines = str(error).strip().splitlines() or [""]
-                found.append((job, Lost(f"{type(error).__name__}: {lines[0]}")))
-        return found
+
+def ended(references: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """What has ended of calls to Ray, each with what it returned, or `Lost`; after a second without any, none."""
+    import ray
+
+    found = []
+    for reference in ray.wait(list(references), num_returns=1, timeout=1.0)[0]:
+        try:
+            found.append((reference, ray.get(reference)))
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from error  # type: ignore[no-untyped-call]
+        except ray.exceptions.RayError as error:
+            lines = str(error).strip().splitlines() or [""]
+            found.append((reference, Lost(f"{type(error).__name__}: {lines[0]}")))
+    return found
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from mlpreduce.errors import ReductionError
@@ -11,7 +11,7 @@ from mlpreduce.extras import require
 from mlpreduce.launch.cluster import connection
 from mlpreduce.launch.interrupts import interrupts
 from mlpreduce.launch.locks import drive
-from mlpreduce.launch.pool import Here, Job, Lost, Pool
+from mlpreduce.launch.pool import Here, Job, Lost, Pool, ended
 from mlpreduce.launch.settings import LaunchSettings
 
 __all__ = ["team"]
@@ -69,23 +69,15 @@ class _Team:
         self._running[member.carry_out.remote(job)] = job, member
 
     def wait(self) -> list[tuple[Job, Any]]:
-        import ray
-
-        ended, _ = ray.wait(list(self._running), num_returns=1, timeout=1.0)
         found = []
-        for reference in ended:
+        for reference, outcome in ended(list(self._running)):
             job, member = self._running.pop(reference)
-            try:
-                found.append((job, ray.get(reference)))
-            except ray.exceptions.RayTaskError as error:
-                raise error.as_instanceof_cause() from error  # type: ignore[no-untyped-call]
-            except ray.exceptions.RayError as error:
-                lines = str(error).strip().splitlines() or [""]
-                found.append((job, Lost(f"{type(error).__name__}: {lines[0]}")))
+            if isinstance(outcome, Lost):
                 self.members.remove(member)
                 member = self._hire()
                 self.members.append(member)
             self._free.append(member)
+            found.append((job, outcome))
         return found
 
 
@@ -98,7 +90,7 @@ def _on_ray(workers: int, owner: Any, work: Callable[..., Any]) -> Iterator[Pool
         raise ReductionError(f"workers={workers}: each takes a core, and Ray has {there}; use workers={there}")
     try:
         kept = ray.put(work)
-    except TypeError as error:  # cloudpickle's
+    except (TypeError, AttributeError, ray.cloudpickle.PicklingError) as error:  # type: ignore[attr-defined]
         raise ReductionError(
             f"workers={workers}: the model, the data or the score cannot be sent to another process: {error}; use workers=0"
         ) from error
@@ -107,5 +99,6 @@ def _on_ray(workers: int, owner: Any, work: Callable[..., Any]) -> Iterator[Pool
     try:
         yield found
     finally:
-        for member in found.members:
-            ray.kill(member)
+        with suppress(ray.exceptions.RayError):  # Ray itself is gone, and they with it
+            for member in found.members:
+                ray.kill(member)
