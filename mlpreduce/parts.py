@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -308,7 +308,8 @@ class Parts(Sequence[MLP]):
         choice = choose(criterion)
         answer = self._answers.of(mlp, choice, seed, wanted)
         prices = choice.criterion.needs == "pairs"  # what a unit carries, itself
-        self._paired = choice if prices else self._paired
+        if prices:
+            self._paired = choice
         order = as_order(answer)
         shares = None if prices else self._answers.shares(mlp, read=guard is not False)
         if shares is not None:
@@ -324,8 +325,7 @@ class Parts(Sequence[MLP]):
     @property
     def pairs(self) -> Callable[[MLP], Moments] | None:
         """Moments with pairs of what fc2 of an MLP is given, where the criterion by which units stay has looked at them."""
-        paired = self._paired
-        return None if paired is None else lambda mlp: self._answers.pairs(mlp, paired)
+        return None if self._paired is None else partial(self._answers.pairs, choice=self._paired)
 
     def criterion_notes(self, criterion: str | Mapping[str, Any]) -> list[str]:
         """What became of the units that carry most of what their MLP gives, and what speaks against the criterion."""

@@ -21,6 +21,7 @@ from helpers.stores import put_store
 from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
 import mlpreduce
@@ -262,6 +263,31 @@ def test_what_cannot_be_done_is_told_before_anything_begins(model: nn.Module, mo
     with pytest.raises(ReductionError) as caught:
         tuned(model, score=never, **more)
     assert message in str(caught.value)
+
+
+def test_a_layer_shared_with_attention_is_not_refitted_by_any_way() -> None:
+    whole = timm.create_model(
+        "vit_tiny_patch16_224",
+        **{
+            "img_size": 16,
+            "patch_size": 4,
+            "embed_dim": 32,
+            "depth": 2,
+            "num_heads": 2,
+            "block_fn": ParallelScalingBlock,
+        },
+    )
+    with pytest.raises(ReductionError, match="shares a layer with attention, which would change too; exclude it"):
+        tuned(whole.eval(), budget="params<=0.9")
+
+
+def test_a_model_whose_mlps_cannot_share_is_compared_without_grouped() -> None:
+    found = tuned(tiny_vit(depth=1).eval(), budget="params<=0.9", trials=2)
+    assert {point["name"] for point in found.points if point["kind"] == "reference"} == {
+        "baseline",
+        "shallow",
+        "uniform",
+    }
 
 
 def test_images_of_another_size_are_told(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Runs in MLflow: begun or gone on with, logged to, ended."""
+"""Runs in MLflow: how they begin, what is logged to them, and how they end."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Mirror:
         self.uri = tracking_uri(home)
         self._client, self._experiment = _connected(home, experiment)
 
-    def gone_on(self, known: str | None) -> str | None:
+    def resumed(self, known: str | None) -> str | None:
         """The run of an earlier process, running again; None if it is not there."""
         if known and self._client.search_runs([self._experiment], f"attributes.run_id = '{known}'"):
             self._client.update_run(known, status="RUNNING")

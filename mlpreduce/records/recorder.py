@@ -63,7 +63,7 @@ class Recorder:
         Returns:
             The id of the parent run.
         """
-        self._parent = self._mirror.gone_on(known)
+        self._parent = self._mirror.resumed(known)
         if self._parent is None:
             self._parent = self._mirror.begin({"mlflow.runName": name})
             self._mirror.log_params(self._parent, flatten(settings))
@@ -196,7 +196,7 @@ class Recorder:
         known = (
             record.get("mlflow_run_id") if hidden(record.get("mlflow_tracking_uri", "")) == self._mirror.uri else None
         )
-        if (there := self._mirror.gone_on(known)) is not None:
+        if (there := self._mirror.resumed(known)) is not None:
             return there
         tags = {"mlflow.runName": f"{run.variant}-seed{run.seed}", "variant": run.variant, "seed": str(run.seed)}
         tags |= {"mlflow.parentRunId": self._parent} if self._parent else {}

@@ -12,6 +12,7 @@ moments     the same from moments that were measured once
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -80,11 +81,7 @@ def repaired(
     check_one_of("repair", kind, REPAIRS)
     samples = Samples(data, model, labels=False)
     uses = _uses(mlps, made)
-    fused = [mlp.name for mlp, _ in uses if "fused" in mlp.kind]
-    if fused:
-        raise ReductionError(
-            f"repair={kind!r}: {fused[0]} shares a layer with attention, which would change too; exclude it"
-        )
+    _check_own(kind, uses)
     before, after = ([pair[number] for pair in uses] for number in range(2))
     if kind != "parallel":
         slices = kind == "least_squares" and all(isinstance(edit, Slice) for edit in made.edits)
@@ -112,6 +109,7 @@ def repaired_from(model: nn.Module, mlps: Sequence[MLP], made: Plan, refits: Ref
     others = sorted({type(edit).__name__ for edit in made.edits if not isinstance(edit, Slice)})
     if others:
         raise ReductionError(f"repair from moments: the plan has edits {', '.join(others)}, of which they tell nothing")
+    _check_own("parallel", _uses(mlps, made))
     return _with(made, _alone(model, mlps, made, refits))
 
 
@@ -177,12 +175,25 @@ def distances(model: nn.Module, trials: Mapping[Key, Sequence[Edit]], data: Any)
     return found, Measured({}, samples.count, samples.fingerprint)
 
 
+def _check_own(kind: str, uses: Sequence[tuple[MLP, MLP]]) -> None:
+    """Check that each fc2 is of its MLP alone.
+
+    Raises:
+        ReductionError: one is not.
+    """
+    for mlp, _ in uses:
+        if "fused" in mlp.kind:
+            raise ReductionError(
+                f"repair={kind!r}: {mlp.name} shares a layer with attention, which would change too; exclude it"
+            )
+
+
 def _alone(model: nn.Module, mlps: Sequence[MLP], made: Plan, refits: Refits) -> dict[str, torch.Tensor]:
     """Values of fc2 by tensor path, fitted for each MLP by itself, of a plan that slices alone."""
     by_name = {mlp.name: mlp for mlp in mlps}
-    edits = [(by_name[edit.mlp], edit.units) for edit in made.of(Slice)]
-    tree = None if all(refits.knows(*edit) for edit in edits) else _reduced(model, made)
-    return {path: value for edit in edits for path, value in refits.of(tree, *edit).items()}
+    tree = functools.cache(lambda: _reduced(model, made))
+    found = [refits.of(by_name[edit.mlp], edit.units, tree) for edit in made.of(Slice)]
+    return {path: value for values in found for path, value in values.items()}
 
 
 def _uses(mlps: Sequence[MLP], made: Plan) -> list[tuple[MLP, MLP]]:

@@ -33,25 +33,20 @@ class Refits:
         self._known: dict[tuple[str, tuple[int, ...]], dict[str, torch.Tensor]] = {}
         self._ridges: dict[str, dict[int, float]] = {}
 
-    def knows(self, mlp: MLP, units: Sequence[int]) -> bool:
-        """Whether these units were asked for before."""
-        return (mlp.name, tuple(units)) in self._known
-
-    def of(self, tree: nn.Module | None, mlp: MLP, units: Sequence[int]) -> Mapping[str, torch.Tensor]:
+    def of(self, mlp: MLP, units: Sequence[int], reduced: Callable[[], nn.Module]) -> Mapping[str, torch.Tensor]:
         """The values, by tensor path; none where those that there are do as well.
 
         Args:
-            tree: the model that is reduced, to what was not asked for before.
             mlp: the MLP.
             units: that stay.
+            reduced: makes the reduced model; called only for units that were not asked for before.
 
         Raises:
             ReductionError: the layer cannot be refitted, or there are no moments of pairs.
         """
         key, ridges = (mlp.name, tuple(units)), self._ridges.setdefault(mlp.name, {})
         if key not in self._known:
-            assert tree is not None
-            fit, seen = empty_fit(tree, mlp.leaf("fc2").path), self._moments(mlp)
+            fit, seen = empty_fit(reduced(), mlp.leaf("fc2").path), self._moments(mlp)
             kept = torch.tensor(units, device=seen.weight.device)
             fill(fit, seen, kept)
             if self.near and ridges:

@@ -18,7 +18,7 @@ from mlpreduce.calibration import Answers, Loss
 from mlpreduce.criteria import choose
 from mlpreduce.edits import Plan, Replace
 from mlpreduce.errors import ReductionError, call_text
-from mlpreduce.graph import MLP, Inputs, Survey, chains, mlps_or_raise, structural_copy
+from mlpreduce.graph import MLP, Inputs, Survey, mlps_or_raise, structural_copy
 from mlpreduce.planning import make_plan
 from mlpreduce.repair import Refits, distances, repaired_from
 from mlpreduce.search.allotting import PARTS, Allotment
@@ -142,11 +142,6 @@ class ModelInHand:
     def is_quick(self, steps: Sequence[Step]) -> bool:
         """Whether `reduced` may repair these in two ways."""
         return bool(steps) and steps[0]["transform"] == "shallow" and steps[0].get("repair") == "least_squares"
-
-    @property
-    def longest(self) -> int:
-        """Blocks of the longest chain of MLPs that may share."""
-        return max(map(len, chains(self.mlps)), default=0)
 
     @property
     def hand(self) -> InHand:

@@ -18,10 +18,10 @@ from mlpreduce.launch import Call, Job
 from mlpreduce.records import Mirror
 from mlpreduce.search.goals import Budget
 from mlpreduce.search.hand import ModelInHand
-from mlpreduce.search.points import Point, Pricer
+from mlpreduce.search.points import Point
 from mlpreduce.search.results import Results
 from mlpreduce.search.settings import StudySettings
-from mlpreduce.search.spaces import Space, Suggestion
+from mlpreduce.search.spaces import Space
 from mlpreduce.search.study import Study
 from mlpreduce.values import flatten
 
@@ -89,10 +89,9 @@ class Scoring:
     Args:
         settings: of the study.
         hand: the model.
-        pricer: prices points.
-        references: steps by name.
+        references: points that the study is compared with, by name.
         facts: what else the study hangs on, JSON values.
-        mirror: MLflow's experiment, if the study is tracked.
+        home: directory of MLflow's store, if the study is tracked.
     """
 
     parts = (QUICK, WHOLE)
@@ -102,16 +101,14 @@ class Scoring:
         self,
         settings: StudySettings,
         hand: ModelInHand,
-        pricer: Pricer,
-        references: Mapping[str, Sequence[Mapping[str, Any]]],
+        references: dict[str, Point],
         facts: Mapping[str, Any],
-        mirror: Mirror | None = None,
+        home: Path | None = None,
     ) -> None:
-        self._settings, self._hand, self._facts, self._mirror = settings, hand, dict(facts), mirror
+        self._settings, self._hand, self._facts, self._home = settings, hand, dict(facts), home
+        self._mirror: Mirror | None = None
         self._parent = ""
-        self._references = {
-            name: pricer.price(Suggestion(tuple(map(dict, steps)), {})) for name, steps in references.items()
-        }
+        self._references = references
 
     def parts_of(self, point: Point) -> Sequence[int]:
         """Both, if they differ."""
@@ -135,8 +132,9 @@ class Scoring:
     def open(self, study: Study, results: Results, space: Space, budgets: Sequence[Budget]) -> None:
         """The study is there; what is tracked is nested in one run of its own."""
         self._study, self._results = study, results
-        if self._mirror is not None:
-            known = self._mirror.gone_on(results.get("mlflow_run_id"))
+        if self._home is not None:
+            self._mirror = Mirror(self._home, "mlpreduce tune")
+            known = self._mirror.resumed(results.get("mlflow_run_id"))
             self._parent = known or self._mirror.begin({"mlflow.runName": self._settings.name})
             if known is None:
                 document = {**self._settings.model_dump(mode="json"), **self._facts, "space": space.name}

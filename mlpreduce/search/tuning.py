@@ -20,7 +20,6 @@ from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import Inputs, refuse_wrapped
 from mlpreduce.launch import team
 from mlpreduce.pulse import Pulse
-from mlpreduce.records import Mirror
 from mlpreduce.search.answer import metrics_of
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.driver import check_budgets, drive
@@ -28,7 +27,7 @@ from mlpreduce.search.examples import FEWEST, digest_of, distance_of, likeness, 
 from mlpreduce.search.goals import Budget, read_budgets
 from mlpreduce.search.hand import ModelInHand, sliced
 from mlpreduce.search.owner import Owner
-from mlpreduce.search.points import Pricer
+from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.scoring import QUICK, Score, Scorer, Scoring
 from mlpreduce.search.settings import REFERENCES, make_settings
 from mlpreduce.search.spaces import Suggestion, load_space
@@ -131,11 +130,11 @@ def tune(
         walker.check()
         check_budgets(found, walker, budgets)
         facts = {"model": hand.digest, "data": digest_of([*fitted, *held]), "score": _name(valued)}
-        references = _references(hand, budgets)
+        references = _references(hand, pricer, budgets)
         if place is not None:
             place.mkdir(parents=True, exist_ok=True)
-        mirror = Mirror(place or Path(), "mlpreduce tune") if track else None
-        valuer = Scoring(settings, hand, pricer, references, facts, mirror)
+        home = (place or Path()) if track else None
+        valuer = Scoring(settings, hand, references, facts, home)
     url = storage or ("" if place is None else f"sqlite:///{place}/optuna.db")
     until = time.monotonic() + (float("inf") if timeout is None else timeout)
     began, interrupted = time.monotonic(), False
@@ -257,15 +256,19 @@ def _name(score: Score) -> str:
     return str(getattr(score, "__qualname__", type(score).__name__))
 
 
-def _references(hand: ModelInHand, budgets: Sequence[Budget]) -> dict[str, Sequence[Mapping[str, Any]]]:
-    """The whole model, the paper's reductions without training, and equal parts of all MLPs at the budget."""
-    found: dict[str, Sequence[Mapping[str, Any]]] = {"baseline": ()}
-    repaired = {"repair": "parallel"}
-    if hand.longest > 1:
-        found["grouped"] = ({**REFERENCES["grouped"][0], "scale": "none", **repaired},)
-    found["shallow"] = ({**REFERENCES["shallow"][0], **repaired},)
-    steps = max(mlp.hidden_features for mlp in hand.mlps)
-    with suppress(ReductionError):  # no width reaches a budget; that the space does was seen before
+def _references(hand: ModelInHand, pricer: Pricer, budgets: Sequence[Budget]) -> dict[str, Point]:
+    """The whole model, the paper's reductions without training, and equal parts of all MLPs at the budget, as far as the model
+    has them: its MLPs may not be alike enough to share, or a budget beyond all widths."""
+
+    def priced(*steps: Mapping[str, Any]) -> Point:
+        return pricer.price(Suggestion(tuple(map(dict, steps)), {}))
+
+    found = {"baseline": priced()}
+    for name, more in (("grouped", {"scale": "none"}), ("shallow", {})):
+        with suppress(ReductionError):
+            found[name] = priced({**REFERENCES[name][0], **more, "repair": "parallel"})
+    with suppress(ReductionError):
+        steps = max(mlp.hidden_features for mlp in hand.mlps)
         if widths := hand.allotment.widths(budgets, "uniform", {}, steps):
-            found["uniform"] = (sliced(widths),)
+            found["uniform"] = priced(sliced(widths))
     return found
