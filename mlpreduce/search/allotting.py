@@ -23,7 +23,7 @@ from mlpreduce.search.goals import Budget
 __all__ = ["PARTS", "Allotment"]
 
 PARTS = (0.125, 0.25, 0.5, 0.75)  # of the hidden units, at which an MLP is measured
-_UNITS = {"params": "parameters", "mlp_params": "parameters", "latency": "ms"} | dict.fromkeys(
+_UNITS = {"params": "parameters", "mlp_params": "parameters"} | dict.fromkeys(
     ("macs_linear", "macs", "macs_with_attention"), "MACs"
 )
 _HALVINGS = 40
@@ -75,22 +75,26 @@ class Allotment:
         return sum(float(self._curves[name][width] - self._curves[name][-1]) for name, width in widths.items())
 
     def _target(self, budget: Budget, begin: str, more: Mapping[str, float], steps: int) -> Target:
-        unit = _UNITS.get(budget.cost)
-        if unit is None or (unit == "ms" and self._table is None):
-            raise ReductionError(f"budget {budget.text!r}: no width changes {budget.cost}; search a space of sharing")
+        unit, price, whole = self._prices(budget)
         slots = []
         for mlp in self._mlps:
             worth = None
             if begin == "worth":
                 worth = torch.tensor(_worth(self._curves[mlp.name]) * more.get(mlp.name, 1.0))
-            price = price_of(self._measured, mlp.name, unit) if unit != "ms" else partial(self._milliseconds, mlp.name)
-            slots.append(Slot.of(mlp, max(1, mlp.hidden_features // steps), price, worth))
-        whole = self._table.predict({}) if self._table and unit == "ms" else getattr(self._measured.cost, budget.cost)
+            slots.append(Slot.of(mlp, max(1, mlp.hidden_features // steps), price(mlp.name), worth))
         return Target(slots, whole - sum(slot.price(slot.hidden) for slot in slots), budget.limit, unit)
 
-    def _milliseconds(self, owner: str, width: int) -> float:
-        assert self._table is not None
-        return self._table.of(owner, width)
+    def _prices(self, budget: Budget) -> tuple[str, Callable[[str], Callable[[int], float]], float]:
+        """The unit of a budget, what each MLP costs by its width, and what the whole model does.
+
+        Raises:
+            ReductionError: widths do not change that cost.
+        """
+        if budget.cost == "latency" and self._table is not None:
+            return "ms", partial(partial, self._table.of), self._table.predict({})
+        if (unit := _UNITS.get(budget.cost)) is None:
+            raise ReductionError(f"budget {budget.text!r}: no width changes {budget.cost}; search a space of sharing")
+        return unit, lambda owner: price_of(self._measured, owner, unit), getattr(self._measured.cost, budget.cost)
 
     @cached_property
     def _curves(self) -> dict[str, np.ndarray]:

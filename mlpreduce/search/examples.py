@@ -76,24 +76,27 @@ def _outputs(tree: nn.Module, examples: Sequence[Labelled]) -> list[torch.Tensor
 
 def likeness(model: nn.Module, held: Sequence[Labelled], loss: Loss | None) -> Score:
     """The default score: how alike outputs are to those of the whole model, or minus the loss."""
-
     device = next(model.parameters()).device
+    if loss is not None:
+        return _minus(loss, held, device)
     with running(device, gradients=False):
-        wanted = None if loss is not None else torch.cat(_outputs(quiet_copy(model), held))
+        wanted = torch.cat(_outputs(quiet_copy(model), held))
 
     def cosine(tree: nn.Module) -> float:
         with running(device, gradients=False):
-            assert wanted is not None
             return nearness(wanted, torch.cat(_outputs(quiet_copy(tree), held)))[0]
 
+    return cosine
+
+
+def _minus(loss: Loss, held: Sequence[Labelled], device: torch.device) -> Score:
     def minus_loss(tree: nn.Module) -> float:
-        assert loss is not None
         with running(device, gradients=False):
             quiet = quiet_copy(tree)
             parts = [(float(loss(batch.run(quiet), labels)), len(batch)) for batch, labels in held]  # type: ignore[arg-type]
         return -sum(value * count for value, count in parts) / sum(count for _, count in parts)
 
-    return cosine if loss is None else minus_loss
+    return minus_loss
 
 
 def distance_of(model: nn.Module, fitted: Sequence[Labelled], seed: int) -> tuple[list[Labelled], Loss]:
