@@ -158,3 +158,24 @@ def test_the_fit_counts_with_which_the_model_gives_more_alike(monkeypatch: pytes
     both = nearness()
     monkeypatch.setattr("mlpreduce.parts.Parts.pairs", None)
     assert both > nearness()
+
+
+@pytest.mark.parametrize("memory", [0.5, 1.2])
+def test_where_moments_do_not_fit_the_second_fit_is_the_same(memory: float) -> None:
+    """Moments that were given up after the choice of units are measured again for the repair."""
+    torch.manual_seed(1)
+    model: Any = tiny_vit().eval()
+    for name, parameter in model.named_parameters():
+        if ".mlp." in name:
+            nn.init.normal_(parameter, std=0.3)
+    images = torch.randn(128, 3, 16, 16)
+    made = []
+    for more in ({}, {"memory": memory}):
+        criterion = {"name": "reconstruction", **more}
+        made.append(
+            mlpreduce.plan(model, "shallow", ratio=0.6, criterion=criterion, repair="least_squares", data=[images])
+        )
+    values = [{edit.tensor: edit.value for edit in one.of(Assign)} for one in made]
+    assert made[0].structure().edits == made[1].structure().edits
+    assert values[0].keys() == values[1].keys()
+    assert all(torch.equal(values[1][path], value) for path, value in values[0].items())
