@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -401,6 +402,27 @@ def test_workers_find_what_one_process_finds(model: nn.Module, local_ray: None, 
 
 
 @pytest.mark.ray
+def test_interrupted_with_workers_it_gives_what_there_is(model: nn.Module, local_ray: None, tmp_path: Path) -> None:
+    told, driver = tmp_path / "told", os.getpid()
+    plain = likeness(copy.deepcopy(model), torch.cat(pictures())[1::2])
+
+    def interrupts(reduced: nn.Module) -> float:
+        with told.open("a") as file:
+            file.write("1")
+        if told.stat().st_size == 7:
+            os.kill(driver, signal.SIGINT)
+        return plain(reduced)
+
+    given: dict[str, Any] = {"score": interrupts, "output": tmp_path / "out", "trials": 8}
+    found = tuned(model, workers=2, **given)
+    assert 0 < len(found.points) <= 8
+    assert found.document["counts"]["trained"] < 8
+    again = tuned(model, workers=2, resume=True, **given)
+    assert again.document["counts"]["trained"] == 8
+    assert {point["key"] for point in found.points} <= {point["key"] for point in again.points}
+
+
+@pytest.mark.ray
 def test_what_cannot_travel_is_told(model: nn.Module, local_ray: None) -> None:
     lock = threading.Lock()
     with pytest.raises(ReductionError, match="cannot be sent to another process"):
@@ -509,10 +531,25 @@ def test_mlflow_keeps_a_run_for_each_score(model: nn.Module, tmp_path: Path, mon
     assert found.points
 
 
+def times(base: float) -> LatencyTable:
+    owners = tuple(f"blocks.{number}.mlp" for number in range(4))
+    return LatencyTable(base, (owners,), ((4, 128),), ((0.0, 0.5),), {"batch_size": 8})
+
+
+def test_a_latency_is_timed_once_in_a_study(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LatencyTable, "measure", lambda *given, **more: times(2.0))
+    first = tuned(model, budget="latency<=0.8", output=tmp_path, trials=4)
+    monkeypatch.setattr(LatencyTable, "measure", lambda *given, **more: times(3.0))  # the machine is slower now
+    again = tuned(model, budget="latency<=0.8", output=tmp_path, resume=True, trials=6)
+    assert again.document["budgets"] == first.document["budgets"]
+    costs = [{point["key"]: point["cost"]["latency"] for point in found.points} for found in (first, again)]
+    assert len(costs[0]) < len(costs[1])
+    assert costs[0].items() <= costs[1].items()
+    assert max(costs[1].values()) == 4.0  # of the whole model, by the first table
+
+
 def test_a_budget_of_latency_is_kept_by_a_table_of_widths(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = LatencyTable(
-        2.0, (tuple(f"blocks.{number}.mlp" for number in range(4)),), ((4, 128),), ((0.0, 0.5),), {"batch_size": 8}
-    )
+    table = times(2.0)
     monkeypatch.setattr(LatencyTable, "measure", lambda *given, **more: table)  # what is timed is never the same
     found = tuned(model, budget="latency<=0.8")
     assert table.predict({}) == 4.0

@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 from torch import nn
 
+from mlpreduce.budget import LatencyTable
 from mlpreduce.calibration import Loss
 from mlpreduce.console import screen, width
 from mlpreduce.edits import Plan
@@ -34,6 +35,8 @@ from mlpreduce.search.spaces import Suggestion, load_space
 from mlpreduce.search.storage import folder_of
 
 __all__ = ["Tuning", "tune"]
+
+_TIMES = "latency.json"  # in the output directory
 
 
 def tune(
@@ -118,8 +121,13 @@ def tune(
     console = screen()
     with Pulse(console, f"tune {name}: checking the space"):
         hand = ModelInHand(name, model, fitted, loss, inputs, held)
+        timed = None if place is None else place / _TIMES
         if any(re.match(r"\s*latency\b", text) for text in texts):
-            hand.measure_latency()
+            # measured again, the limit and every cost would be others
+            if resume and timed is not None and timed.exists():
+                hand.table = LatencyTable.load(timed)
+            else:
+                hand.measure_latency()
         pricer, found = Pricer(hand), load_space(space)
         budgets = read_budgets(texts, pricer.price(Suggestion((), {})).cost)
         hand.budgets = budgets
@@ -144,6 +152,8 @@ def tune(
         return Owner(settings, found, pricer, valuer, url, resume)
 
     with team(workers, owner, Scorer(hand, valued), directories=folders) as hands:
+        if hand.table is not None and timed is not None:
+            hand.table.save(timed)  # only now is the directory this study's
         with Pulse(console, f"tune {name}: scoring the whole model") as pulse:
             try:
                 drive(hands, trials, pulse, lambda trained: None, "scoring", lambda value: f"score {value:.4f}", until)
