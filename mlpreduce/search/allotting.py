@@ -12,6 +12,7 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
+from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 
 from mlpreduce.budget import Baseline, LatencyTable, Slot, price_of, ranked_widths
@@ -103,16 +104,17 @@ class Allotment:
 
 
 def _curve(found: Mapping[int, float], hidden: int) -> np.ndarray:
-    """What each width from 0 to `hidden` loses, (hidden + 1,): falling, exponential between what was measured and beyond."""
+    """What each width from 0 to `hidden` loses, (hidden + 1,): falling, its logarithm smooth between what was measured."""
     widths = np.array(sorted(found))
-    values = isotonic_regression([found[width] for width in widths], increasing=False).x
-    logs = np.log(np.maximum(values, _LEAST))
+    logs = np.log(np.maximum(isotonic_regression([found[width] for width in widths], increasing=False).x, _LEAST))
+    if len(widths) == 1:
+        return np.full(hidden + 1, np.exp(logs[0]))
+    between = PchipInterpolator(
+        widths, logs
+    )  # straight lines would have a bend at each width, where all MLPs would stay
     every = np.arange(hidden + 1)
-    curve = np.interp(every, widths, logs)
-    for near, far in ((0, 1), (-1, -2)) if len(widths) > 1 else ():
-        beyond = every < widths[0] if near == 0 else every > widths[-1]
-        slope = min(0.0, (logs[far] - logs[near]) / (widths[far] - widths[near]))
-        curve[beyond] = logs[near] + slope * (every[beyond] - widths[near])
+    inside = np.clip(every, widths[0], widths[-1])
+    curve = between(inside) + np.minimum(0.0, between.derivative()(inside)) * (every - inside)
     return np.asarray(np.exp(curve))
 
 
