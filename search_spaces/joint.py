@@ -17,7 +17,7 @@ def suggest(trial, model):
     share = trial.suggest_categorical("share", ["none", "sequence", "cycle", "cycle_reverse"])
     group = trial.suggest_int("group", 2, model.longest)
     ratio = trial.suggest_float("ratio", 0.125, 1.0, step=0.125)
-    criterion = trial.suggest_categorical("criterion", ["first", "l2"])
+    criterion = trial.suggest_categorical("criterion", list(model.units))
     own = trial.suggest_categorical("own", ["none", "ssf", "lora"])
     layers = trial.suggest_categorical("layers", ["dense", "block_diagonal", "low_rank", "svft"])
     gates = trial.suggest_categorical("gates", [False, True])
@@ -25,7 +25,7 @@ def suggest(trial, model):
     if dropped:  # evenly spaced, and neither the first nor the last
         steps.append(("drop", {"mlps": [names[(i + 1) * len(names) // (dropped + 1)] for i in range(dropped)]}))
     if ratio < 1:
-        steps.append(("shallow", {"ratio": ratio, "criterion": criterion}))
+        steps.append(("shallow", {"ratio": ratio, **model.units[criterion]}))
     if share != "none":
         steps.append(("grouped", {"pattern": share, "group": group, "remainder": "own"}))
     if own != "none":

@@ -10,10 +10,10 @@ def suggest(trial, model):
     share = trial.suggest_categorical("share", ["none", "sequence", "cycle", "cycle_reverse"])
     group = trial.suggest_int("group", 2, model.longest)
     ratio = trial.suggest_float("ratio", 0.125, 1.0, step=0.125)
-    criterion = trial.suggest_categorical("criterion", ["first", "l2"])
+    criterion = trial.suggest_categorical("criterion", list(model.units))
     steps = []
     if ratio < 1:
-        steps.append(("shallow", {"ratio": ratio, "criterion": criterion}))
+        steps.append(("shallow", {"ratio": ratio, **model.units[criterion]}))
     if share != "none":
         steps.append(("grouped", {"pattern": share, "group": group, "remainder": "own"}))
     return steps

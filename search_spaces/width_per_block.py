@@ -1,4 +1,7 @@
-"""A hidden width for each MLP, in eighths of its own: blocks need not be alike."""
+"""A hidden width for each MLP, in eighths of its own: blocks need not be alike.
+
+Trained weights are sliced by `reconstruction`, and repaired.
+"""
 
 EIGHTHS = 8
 
@@ -9,4 +12,5 @@ def suggest(trial, model):
         kept = trial.suggest_int(mlp.name, 1, EIGHTHS)
         if kept < EIGHTHS:
             widths[mlp.name] = max(1, mlp.hidden_features * kept // EIGHTHS)
-    return [("shallow", {"widths": widths})] if widths else []
+    units = model.units["reconstruction"] if model.trained else {}
+    return [("shallow", {"widths": widths, **units})] if widths else []

@@ -117,6 +117,22 @@ class TestSpaces:
     def test_its_own_points_can_be_carried_out(self, name: str, pricer: Pricer) -> None:
         assert Walker(load_space(name), pricer).check()
 
+    @pytest.mark.parametrize("name", ["joint", "sharing_width", "width", "width_per_block"])
+    def test_of_trained_weights_units_may_be_chosen_by_data(self, name: str, pricer: Pricer) -> None:
+        recipe = pricer.subject.recipe
+        trained = Pricer(RecipeModel(recipe, trained=True))
+        chosen = [
+            {
+                step.get("criterion", "first")
+                for point in Walker(load_space(name), known).check()
+                for step in point.steps
+                if step["transform"] == "shallow"
+            }
+            for known in (pricer, trained)
+        ]
+        assert "reconstruction" in chosen[1]
+        assert chosen[1] - {"reconstruction"} <= chosen[0] == chosen[0] - {"reconstruction"}
+
     def test_the_papers_points_lie_in_the_spaces_that_name_them(self, pricer: Pricer) -> None:
         paper = {
             "grouped": pricer.price(Suggestion(({"transform": "grouped", "group": 2},), {})).key,

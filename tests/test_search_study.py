@@ -262,6 +262,18 @@ def test_screening_and_inherited_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_points_of_trained_weights_are_chosen_by_data_and_repaired(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"trials": 2, "references": ("baseline",), "seeds": (1,)}
+    document = search(tmp_path / "inherited", "width", inherit="baseline", **given)
+    steps = [step for point in document["points"] if point["kind"] == "trial" for step in point["steps"]]
+    assert {(step["criterion"], step["repair"]) for step in steps} == {("reconstruction", "least_squares")}
+    assert document["counts"]["trained"] == 2
+    for name, more in (("random", {}), ("supernet", {"supernet": 1, "supernet_points": 5, "inherit": "baseline"})):
+        document = search(tmp_path / name, "width", **given, **more)
+        assert not any("criterion" in step for point in document["points"] for step in point["steps"])
+
+
+@pytest.mark.slow
 def test_a_supernet_says_what_is_trained(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"supernet": 2, "supernet_points": 30, "references": ("baseline",), "seeds": (1,)}
     document = search(tmp_path, "width_per_block", trials=8, **settings)

@@ -23,13 +23,11 @@ from mlpreduce.search.answer import metrics_of
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.export import write_best
 from mlpreduce.search.goals import Budget, check_objectives, read_budgets
-from mlpreduce.search.jobs import references_of, runs_of
-from mlpreduce.search.points import Pricer
+from mlpreduce.search.jobs import pricer_of, references_of, runs_of
 from mlpreduce.search.ranking import Ranking, check_space
 from mlpreduce.search.settings import StudySettings, make_settings
 from mlpreduce.search.spaces import Space, Suggestion, load_space
 from mlpreduce.search.storage import folder_of
-from mlpreduce.search.subjects import RecipeModel
 from mlpreduce.search.training import training_owner
 from mlpreduce.search.trial import carry_out
 from mlpreduce.train.names import Name, check_reach, names_of
@@ -184,7 +182,7 @@ def _check(space: Space, recipe: Recipe, settings: StudySettings) -> tuple[tuple
 
     if not os.environ.get("RAY_ADDRESS"):  # a cluster may see what this machine does not
         check(recipe.data)
-    pricer = Pricer(RecipeModel(recipe))
+    pricer = pricer_of(settings, recipe)
     walker = Walker(space, pricer)
     points = walker.check()
     for point in points:

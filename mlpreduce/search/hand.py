@@ -144,6 +144,11 @@ class ModelInHand:
         return bool(steps) and steps[0]["transform"] == "shallow" and steps[0].get("repair") == "least_squares"
 
     @property
+    def trained(self) -> bool:
+        """Its weights are what points start from."""
+        return True
+
+    @property
     def hand(self) -> InHand:
         """What spaces may ask."""
         return self

@@ -12,9 +12,20 @@ from mlpreduce.recipe import Recipe, changed, runs
 from mlpreduce.search.points import Point, Pricer, distance
 from mlpreduce.search.settings import REFERENCES, StudySettings
 from mlpreduce.search.spaces import Suggestion
+from mlpreduce.search.subjects import RecipeModel
 from mlpreduce.train.settings import Run
 
-__all__ = ["job_of", "nearest", "references_of", "runs_of"]
+__all__ = ["job_of", "nearest", "pricer_of", "references_of", "runs_of"]
+
+
+def pricer_of(settings: StudySettings, recipe: Recipe) -> Pricer:
+    """The pricer of a study whose points are trained.
+
+    They start from trained weights if those are given or inherited, but for sub-models of a supernet: these must be the same
+    whatever its weights are.
+    """
+    trained = settings.inherit == "baseline" or bool(recipe.model.weights)
+    return Pricer(RecipeModel(recipe, trained=trained and not settings.supernet))
 
 
 def references_of(settings: StudySettings, recipe: Recipe, pricer: Pricer) -> dict[str, Point]:

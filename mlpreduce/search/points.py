@@ -92,12 +92,13 @@ class Pricer:
         try:
             every = make_plan(known.model, "grouped", {"remainder": "own"}, found=known.found)[0]
         except ReductionError:
-            return ModelView(tuple(known.found.mlps), (), self.subject.hand)
+            return ModelView(tuple(known.found.mlps), (), self.subject.trained, self.subject.hand)
         chain = {mlp.name: mlp.chain for mlp in known.found.mlps}
         chains: dict[Any, list[int]] = {}
         for number, row in enumerate(every.rows):
             chains.setdefault(chain[row.mlp], []).append(number)
-        return ModelView(tuple(known.found.mlps), tuple(map(tuple, chains.values())), self.subject.hand)
+        rows = tuple(map(tuple, chains.values()))
+        return ModelView(tuple(known.found.mlps), rows, self.subject.trained, self.subject.hand)
 
     def price(self, suggestion: Suggestion) -> Point:
         """The point of a suggestion.

@@ -45,12 +45,22 @@ class ModelView:
     Attributes:
         mlps: all MLPs, in order of execution.
         chains: for MLPs that may share with each other, their row numbers, as patterns of `grouped` count.
+        trained: whether points start from trained weights.
         hand: the model, where it is in hand.
     """
 
     mlps: tuple[MLP, ...]
     chains: tuple[tuple[int, ...], ...]
+    trained: bool = False
     hand: InHand | None = None
+
+    @property
+    def units(self) -> dict[str, dict[str, Any]]:
+        """Ways to choose the units that stay, by name: arguments of `shallow`; of trained weights by data too."""
+        found = {name: {"criterion": name} for name in ("first", "l2")}
+        if self.trained:
+            found["reconstruction"] = {"criterion": "reconstruction", "repair": "least_squares"}
+        return found
 
     def widths(self, begin: str, more: Mapping[str, float], *, steps: int) -> dict[str, int]:
         """Widths of MLPs at the budgets, by name; those that stay as they are are left out.

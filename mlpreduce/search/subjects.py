@@ -40,8 +40,12 @@ class Subject(Protocol):
     """What a study reduces.
 
     Attributes:
+        trained: whether points start from trained weights.
         hand: what spaces may ask of weights; None where they are not known.
     """
+
+    @property
+    def trained(self) -> bool: ...
 
     @property
     def hand(self) -> InHand | None: ...
@@ -82,10 +86,11 @@ class RecipeModel:
 
     Args:
         recipe: names the model.
+        trained: whether points start from trained weights.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, *, trained: bool = False) -> None:
+        self.recipe, self.trained = recipe, trained
         self._known: dict[str, Unreduced] = {}
         self.hand = None
 

@@ -13,7 +13,7 @@ from mlpreduce.plugins import run_plugins
 from mlpreduce.recipe import Recipe, differences
 from mlpreduce.records import Recorder, summary
 from mlpreduce.search.goals import Budget
-from mlpreduce.search.jobs import job_of, nearest, references_of
+from mlpreduce.search.jobs import job_of, nearest, pricer_of, references_of
 from mlpreduce.search.owner import Owner
 from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.racing import next_runs, pooled_deviation
@@ -23,7 +23,6 @@ from mlpreduce.search.rungs import Rungs
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Space, load_space
 from mlpreduce.search.study import Study
-from mlpreduce.search.subjects import RecipeModel
 from mlpreduce.search.told import finished, point_of
 from mlpreduce.train.names import Name, check_known
 from mlpreduce.train.settings import Run
@@ -54,7 +53,7 @@ def training_owner(
     wanted, how = StudySettings.model_validate(settings), Recipe.model_validate(recipe)
     run_plugins(how.plugins)
     check_known(needed)  # before the space is run: what it registers itself, workers do not know
-    pricer = Pricer(RecipeModel(how))
+    pricer = pricer_of(wanted, how)
     return Owner(wanted, load_space(space), pricer, Training(wanted, how, pricer, Path(output)), url, resume)
 
 
