@@ -26,8 +26,12 @@ JOBS = {
     "layers": "layers with fewer weights beside dense ones",
     "calibration": "what criteria and repairs cost, in forward passes",
     "trained": "quality of trained models that are reduced without training",
+    "tune": "what a search on a trained model brings",
 }
-NEEDS = {"search": ("optuna", "mlflow", "matplotlib", "ray")}  # packages of an extra, before a job is imported
+NEEDS = {
+    "search": ("optuna", "mlflow", "matplotlib", "ray"),
+    "tune": ("optuna", "mlflow"),
+}  # packages of an extra, before a job is imported
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ __all__ = [
     "at_least_one",
     "check_file",
     "ends",
+    "interval",
     "ratio_text",
     "ratios",
     "read_models",
@@ -44,6 +45,14 @@ def ratios(ours: Sequence[float], peer: Sequence[float]) -> Ratios:
     """Ours over the peer's: the ratio of the medians, then the least and the largest of a round."""
     rounds = [a / b for a, b in zip(ours, peer, strict=True)]
     return statistics.median(ours) / statistics.median(peer), *ends(rounds)
+
+
+def interval(values: Sequence[float]) -> Ratios:
+    """The mean of at least two values, and the 95 % interval of it by Student's t."""
+    from scipy.stats import sem, t
+
+    mean, reach = statistics.mean(values), float(t.ppf(0.975, len(values) - 1) * sem(values))
+    return mean, mean - reach, mean + reach
 
 
 def spread(middle: float, low: float, high: float, *, digits: int = 2) -> str:

@@ -212,7 +212,14 @@ class Tuning:
         """
         if not self.front:
             raise ReductionError("tune: no point was scored")
-        point = self.front[0]
+        return self.plans_of(self.front[0])
+
+    def plans_of(self, point: Mapping[str, Any]) -> list[Plan]:
+        """Make the plans of a point, repaired in the way that scored better, each for the model after those before it.
+
+        Args:
+            point: one of `points` or `front`.
+        """
         if point["key"] not in self._plans:
             better = max(point["runs"], key=lambda run: run["score"])
             self._plans[point["key"]] = self._hand.reduced(point["steps"], quick=better["seed"] == QUICK)[1]

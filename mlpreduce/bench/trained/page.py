@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mlpreduce.bench.rounds import interval
 from mlpreduce.bench.trained.rows import ADVICE
 from mlpreduce.criteria import choose
 from mlpreduce.report.content import Table
@@ -127,8 +128,17 @@ def _against_rivals(entry: dict[str, Any]) -> Iterable[str]:
                 and mine["tests"] == other["tests"]
             ]
             if len(gains) > 1:
+                digits = MEASURES[key] + 1
+                mean, low, high = (f"{value:+.{digits}f}" for value in interval(gains))
                 rows.append(
-                    [f"{width:.0%}", key, f"{rival['row']}, {rival['repair']}", *_interval(gains, MEASURES[key])]
+                    [
+                        f"{width:.0%}",
+                        key,
+                        f"{rival['row']}, {rival['repair']}",
+                        mean,
+                        f"{low} to {high}",
+                        str(len(gains)),
+                    ]
                 )
     if rows:
         yield "### README's advice against the best of all others"
@@ -139,15 +149,6 @@ def _against_rivals(entry: dict[str, Any]) -> Iterable[str]:
             Table("", ["units kept", "measure", "rival", "difference", "95 % interval", "draws"], rows)
         )
         yield ""
-
-
-def _interval(gains: Sequence[float], digits: int) -> tuple[str, str, str]:
-    """The mean, its interval by Student's t, and of how many."""
-    from scipy.stats import sem, t
-
-    mean, reach = statistics.mean(gains), float(t.ppf(0.975, len(gains) - 1) * sem(gains))
-    digits += 1
-    return f"{mean:+.{digits}f}", f"{mean - reach:+.{digits}f} to {mean + reach:+.{digits}f}", str(len(gains))
 
 
 def _repairs(cells: Sequence[dict[str, Any]], measures: Sequence[str]) -> Iterable[str]:

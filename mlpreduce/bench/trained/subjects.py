@@ -67,10 +67,14 @@ class Subject:
         """Features of the whole model for all tests that were asked for."""
         return self.embed(self.model, self.tests)
 
+    def drawn(self, draw: int, count: int) -> torch.Tensor:
+        """So many inputs of a draw, as they are stored."""
+        order = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(draw))
+        return self.inputs[order[:count]]
+
     def calibration(self, draw: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """A draw of inputs, and of labels for the loss."""
-        order = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(draw))
-        some = self.inputs[order[:CALIBRATION]]
+        some = self.drawn(draw, CALIBRATION)
         wanted = self.embed(self.model, some)
         noise = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(draw))
         labels = wanted + 0.1 * wanted.std() * noise

