@@ -218,7 +218,7 @@ def _undo(plugin: Plugin) -> Callable[[], None]:
     from mlpreduce import criteria, layers, registration, transforms
 
     kinds: dict[str, dict[str, Any]] = {
-        "transform": transforms._TRANSFORMS,
+        "transform": transforms.registry._TRANSFORMS,
         "criterion": criteria.registry._CRITERIA,
         "layer": layers.LAYERS,
     }

@@ -9,7 +9,9 @@ from typing import Any
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["flatten", "parse_pairs", "parse_value", "short", "unit_of"]
+__all__ = ["Step", "flatten", "parse_pairs", "parse_value", "short", "unit_of"]
+
+Step = dict[str, Any]  # of a reduction: {"transform": name, **config}
 
 
 def parse_value(text: str) -> Any:

@@ -104,4 +104,6 @@ def test_options_may_stand_before_the_job(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("words", [[], ["prune"], ["--runs", "2"]])
 def test_without_a_job_the_jobs_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *words]) == 2
-    assert "{apply,train,search,criteria,gram_schmidt,latency,layers,calibration,trained}" in capsys.readouterr().err
+    assert (
+        "{apply,train,search,criteria,gram_schmidt,latency,layers,calibration,trained,tune}" in capsys.readouterr().err
+    )

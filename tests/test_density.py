@@ -154,7 +154,8 @@ def test_a_search_and_a_supernet_refuse_what_they_cannot_price_or_watch(tmp_path
     for criterion in ("l2", "activation"):
         step = {"transform": "shallow", "criterion": criterion, "min_score": 0.0}
         with pytest.raises(
-            ReductionError, match="with min_score the cost follows from given weights, and a search knows costs before"
+            ReductionError,
+            match=r"with min_score=0\.0 the cost follows from given weights, and a search knows costs before",
         ):
             Pricer(RecipeModel(recipes.load("digits_tiny"))).price(Suggestion((step,), {}))
     run = digits_run(tmp_path, density_weight=1.0)

@@ -27,7 +27,7 @@ def test_python_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     from mlpreduce import criteria, transforms
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(transforms, "_TRANSFORMS", dict(transforms._TRANSFORMS))
+    monkeypatch.setattr(transforms.registry, "_TRANSFORMS", dict(transforms.registry._TRANSFORMS))
     monkeypatch.setattr(criteria.registry, "_CRITERIA", dict(criteria.registry._CRITERIA))
     names: dict = {"__name__": "snippets"}
     for skipped, code in BLOCK.findall(page.read_text(encoding="utf-8")):

@@ -23,10 +23,11 @@ from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError
 from mlpreduce.recipe.describe import describe
 from mlpreduce.train import FeatureDistill, Run, Runtime, build_model, fit, read_checkpoint
-from mlpreduce.train.calibrated import calibration_data, needs_data, without_data
+from mlpreduce.train.calibrated import calibration_data
 from mlpreduce.train.distillation import Features, freeze_unreached
 from mlpreduce.train.settings import LATER, TrainSettings
 from mlpreduce.train.setup import prepare
+from mlpreduce.transforms.steps import needs_data, without_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -28,9 +28,9 @@ from mlpreduce.search.spaces import Suggestion
 from mlpreduce.search.subjects import RecipeModel
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import build_model
-from mlpreduce.train.calibrated import needs_data, without_data
 from mlpreduce.train.probes import layer_similarity
 from mlpreduce.transforms.patterns import BY_DATA
+from mlpreduce.transforms.steps import needs_data, without_data
 
 
 def images(count: int = 40) -> torch.Tensor:

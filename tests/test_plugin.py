@@ -220,7 +220,7 @@ def test_a_function_of_another_package_comes_from_the_entry_point(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registry, "_added", registry._added - {"transform"})
     monkeypatch.setattr(registry, "_origins", dict(registry._origins))
-    monkeypatch.setattr(transforms, "_TRANSFORMS", dict(transforms._TRANSFORMS))
+    monkeypatch.setattr(transforms.registry, "_TRANSFORMS", dict(transforms.registry._TRANSFORMS))
     for module in (f"acme_{name}{end}" for name in names for end in ("", "_core")):
         monkeypatch.setitem(sys.modules, module, None)  # so that they are taken away again
         del sys.modules[module]

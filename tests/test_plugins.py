@@ -298,7 +298,11 @@ def registered() -> dict[str, Any]:
     from mlpreduce import criteria, layers, registration, transforms
 
     tables = {name: value for name, value in vars(_registry).items() if name.startswith("_model") or "deprec" in name}
-    tables |= {"transforms": transforms._TRANSFORMS, "criteria": criteria.registry._CRITERIA, "layers": layers.LAYERS}
+    tables |= {
+        "transforms": transforms.registry._TRANSFORMS,
+        "criteria": criteria.registry._CRITERIA,
+        "layers": layers.LAYERS,
+    }
     tables |= {"origins": registry._origins, "cfgs": registration.default_cfgs, "modules": sys.modules}
     kept = {key: dict(value) for key, value in tables.items() if isinstance(value, dict)}
     nested = ("_module_to_models", "_module_to_deprecated_models")
@@ -390,7 +394,7 @@ def test_what_a_plugin_imports_is_not_taken_back(mine: Path, tmp_path: Path, mon
     with pytest.raises(ReductionError, match="line 2"):
         load_plugins([mine])
     assert names() == (True, False, False, False)
-    del sys.modules["own_library"], mlpreduce.transforms._TRANSFORMS["own_ends"]
+    del sys.modules["own_library"], mlpreduce.transforms.registry._TRANSFORMS["own_ends"]
 
 
 # recipes
@@ -459,7 +463,7 @@ def test_code_that_fails_when_it_is_used_is_found_before_the_first_epoch(
 def test_a_transform_of_this_process_does_not_reach_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlpreduce import criteria, transforms
 
-    monkeypatch.setattr(transforms, "_TRANSFORMS", dict(transforms._TRANSFORMS))
+    monkeypatch.setattr(transforms.registry, "_TRANSFORMS", dict(transforms.registry._TRANSFORMS))
     monkeypatch.setattr(criteria.registry, "_CRITERIA", dict(criteria.registry._CRITERIA))
     mlpreduce.register("here_only")(lambda parts, *, ratio=0.5: ())
     register_criterion("here_norm")(lambda units: units.weights().norm(dim=1))
@@ -759,7 +763,7 @@ def test_a_space_with_a_transform_of_this_process_is_refused(tmp_path: Path, mon
     from mlpreduce import transforms
     from mlpreduce.search import run
 
-    monkeypatch.setattr(transforms, "_TRANSFORMS", dict(transforms._TRANSFORMS))
+    monkeypatch.setattr(transforms.registry, "_TRANSFORMS", dict(transforms.registry._TRANSFORMS))
     (tmp_path / "space.py").write_text(CODE.partition("@register_criterion")[0] + SPACE)
     with pytest.raises(ReductionError, match="so Ray's workers do not have it; put the code into a file"):
         run(tmp_path / "space.py", "digits_tiny", output=tmp_path / "study", workers=1, references=("baseline",))

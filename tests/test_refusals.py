@@ -17,7 +17,7 @@ from mlpreduce import ReductionError
 from mlpreduce.criteria import list_criteria, register_criterion
 from mlpreduce.search.export import as_toml
 from mlpreduce.testing import tiny_vit
-from mlpreduce.train.calibrated import seeded
+from mlpreduce.transforms.steps import seeded
 
 # --- what hides MLPs
 

@@ -234,7 +234,7 @@ def test_a_graph_module_is_repaired_as_its_model() -> None:
 def test_edits_of_others_that_name_no_tensor_are_refused(
     path: str, repair: str, monkeypatch: pytest.MonkeyPatch, unchanged: Callable[[nn.Module], Callable[[], None]]
 ) -> None:
-    monkeypatch.setattr(transforms, "_TRANSFORMS", dict(transforms._TRANSFORMS))
+    monkeypatch.setattr(transforms.registry, "_TRANSFORMS", dict(transforms.registry._TRANSFORMS))
 
     @mlpreduce.register("names_nothing")
     def names_nothing(parts: Any, *, repair: str = "none") -> Any:

@@ -24,7 +24,7 @@ from mlpreduce.search.front import dominates, front, hypervolume
 from mlpreduce.search.goals import COSTS, Budget, check_objectives, read_budgets
 from mlpreduce.search.jobs import nearest
 from mlpreduce.search.owner import Owner
-from mlpreduce.search.points import Point, Pricer, _weightless
+from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.racing import next_runs
 from mlpreduce.search.settings import StudySettings, changes
 from mlpreduce.search.spaces import Suggestion, list_spaces, load_space
@@ -36,6 +36,7 @@ from mlpreduce.search.told import counts
 from mlpreduce.search.training import training_owner
 from mlpreduce.train import build_model
 from mlpreduce.transforms import is_construction
+from mlpreduce.transforms.steps import without_weights
 
 # SQLAlchemy about mlflow's own tables
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")
@@ -224,9 +225,7 @@ class TestSpaces:
         )
         assert pricer.price(looking).cost == pricer.price(plain).cost
         assert pricer.price(looking).pattern == pricer.price(plain).pattern
-        with pytest.raises(
-            ReductionError, match=r"scope='global'\): the widths, and so the cost, follow from training"
-        ):
+        with pytest.raises(ReductionError, match="with scope='global' the cost follows from training images"):
             pricer.price(beyond)
 
     def test_settings_are_part_of_a_point(self, pricer: Pricer) -> None:
@@ -638,7 +637,13 @@ def test_a_study_goes_on_with_other_seeds_but_the_first() -> None:
 
 
 def test_what_another_transform_calls_a_criterion_is_left_to_it() -> None:
-    assert _weightless({"transform": "mine", "criterion": "largest"}) == {"transform": "mine", "criterion": "largest"}
-    assert _weightless({"transform": "shallow", "criterion": "l2"}) == {"transform": "shallow", "criterion": "first"}
+    assert without_weights({"transform": "shallow", "criterion": "mine"}) == {
+        "transform": "shallow",
+        "criterion": "mine",
+    }
+    assert without_weights({"transform": "shallow", "criterion": "l2"}) == {
+        "transform": "shallow",
+        "criterion": "first",
+    }
     nvit = {"transform": "shallow", "criterion": "nvit"}  # of data, which without_data replaces
-    assert _weightless(nvit) == nvit
+    assert without_weights(nvit) == nvit

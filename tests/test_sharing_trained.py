@@ -235,7 +235,7 @@ def test_corrections_of_what_is_no_linear_are_refused(vit: nn.Module, keep: str,
     [{"keep": "auto"}, {"keep": "align_activations"}, {"per_use": {"name": "lora", "rank": 2, "init": "residual"}}],
 )
 def test_a_step_of_a_recipe_is_given_data_and_costs_the_same_without(vit: nn.Module, options: dict[str, Any]) -> None:
-    from mlpreduce.train.calibrated import needs_data, without_data
+    from mlpreduce.transforms.steps import needs_data, without_data
 
     step = {"transform": "grouped", "group": 2, "scale": "none", **options}
     assert needs_data(step)

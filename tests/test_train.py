@@ -32,11 +32,11 @@ from mlpreduce.data import load
 from mlpreduce.errors import ReductionError
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import Run, Runtime, TrainingStopped, build_model, create_ema, evaluate, fit, learning_rates
-from mlpreduce.train.calibrated import seeded
 from mlpreduce.train.parts import create_optimizer, images_of
 from mlpreduce.train.settings import ModelSettings, TrainSettings
 from mlpreduce.train.state import checkpoints, seed_everything
 from mlpreduce.train.weight_decay import create_decay_schedule
+from mlpreduce.transforms.steps import seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -106,7 +106,7 @@ def test_contract(name: str, config: dict) -> None:
 
 
 def test_contract_sees_a_broken_transform() -> None:
-    from mlpreduce.transforms import _TRANSFORMS
+    from mlpreduce.transforms.registry import _TRANSFORMS
 
     calls = []
 
@@ -347,5 +347,5 @@ def test_a_third_party_transform_and_criterion() -> None:
         with pytest.raises(ReductionError, match="parameter 'data' is reserved"):
             register("reserved_for_test")(lambda parts, *, data=None: ())
     finally:
-        del transforms._TRANSFORMS["tie_ends_for_test"]
+        del transforms.registry._TRANSFORMS["tie_ends_for_test"]
         del criteria.registry._CRITERIA["odd_first_for_test"]

@@ -16,6 +16,9 @@ An order serves every width, so narrower choices are nested. Only scores can be 
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 from mlpreduce.criteria.given import (
     SITES,
     HiddenUnits,
@@ -57,21 +60,5 @@ __all__ = [
     "unit_weights",
 ]
 
-# they register themselves
-from mlpreduce.criteria import (  # noqa: F401
-    activation,
-    energy,
-    entropy_taylor,
-    first,
-    fisher,
-    gate,
-    gram_schmidt,
-    hessian_diag,
-    l1,
-    l2,
-    last,
-    nvit,
-    random,
-    reconstruction,
-    taylor,
-)
+for _found in pkgutil.iter_modules(__path__):  # they register themselves
+    importlib.import_module(f"{__name__}.{_found.name}")

@@ -15,10 +15,10 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.profiling import Profile
 from mlpreduce.recipe.schema import Recipe, points, runs
 from mlpreduce.train.advice import advice
-from mlpreduce.train.calibrated import needs_data, without_data
 from mlpreduce.train.names import check_reach, is_own
 from mlpreduce.train.parts import build_model, check_classes, create_optimizer, images_of, learning_rates
 from mlpreduce.train.settings import Run
+from mlpreduce.transforms.steps import needs_data, without_data
 
 __all__ = ["check_names", "describe"]
 

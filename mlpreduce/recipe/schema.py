@@ -247,9 +247,9 @@ def _keys(tables: Iterable[Any]) -> list[str]:
 
 def _problems(recipe: Recipe) -> Iterable[str]:
     """What no single key shows."""
-    from mlpreduce.train.calibrated import check_criterion, needs_data
     from mlpreduce.train.weights import is_pickle, no_construction, no_pickle
     from mlpreduce.transforms import check_config, is_construction
+    from mlpreduce.transforms.steps import check_criterion, follows, needs_data
 
     if not recipe.seeds or len(set(recipe.seeds)) < len(recipe.seeds):
         yield f"seeds={list(recipe.seeds)}: give at least one seed, each once"
@@ -275,10 +275,11 @@ def _problems(recipe: Recipe) -> Iterable[str]:
                 continue
             if recipe.model.weights and is_construction(step["transform"]):
                 yield f"{place}: model.weights={recipe.model.weights!r}: {no_construction(step['transform'])}"
-            if step.get("min_score") is not None:
+            if (late_cost := follows(step)) is not None and late_cost.of == "scores" and not late_cost.roughly:
+                given = f"{late_cost.option}={step[late_cost.option]!r}"
                 yield (
-                    f"{place}: what min_score={step['min_score']!r} leaves is known only when scores are, and a recipe tells "
-                    f"parameters before it trains; give ratio or a target"
+                    f"{place}: what {given} leaves is known only when scores are, and a recipe tells parameters before it "
+                    f"trains; give {late_cost.instead}"
                 )
             if needs_data(step) and recipe.data.name.startswith("wds/"):
                 yield (

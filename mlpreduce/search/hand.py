@@ -26,8 +26,8 @@ from mlpreduce.search.goals import Budget
 from mlpreduce.search.spaces import InHand
 from mlpreduce.search.subjects import Unreduced
 from mlpreduce.surgery import carry_out
-from mlpreduce.train.calibrated import without_data
 from mlpreduce.train.settings import Step
+from mlpreduce.transforms.steps import follows, needs_data, without_data
 
 __all__ = ["CRITERION", "ModelInHand", "digest", "sliced"]
 
@@ -99,8 +99,9 @@ class ModelInHand:
         Raises:
             ReductionError: it cannot be carried out.
         """
-        plain = {key: value for key, value in without_data(step).items() if key != "transform"}
-        if plain.get("scope") == step.get("scope") and step.get("min_score") is None and step.get("energy") is None:
+        late = follows(step)
+        if late is None or (late.roughly and not needs_data(step)):
+            plain = {key: value for key, value in without_data(step).items() if key != "transform"}
             return make_plan(tree, step["transform"], plain, found=found)[0]
         if any(parameter.is_meta for parameter in tree.parameters()):
             raise ReductionError(f"{_text(step)}: its widths follow from weights")  # the pricer asks again with some
@@ -124,7 +125,7 @@ class ModelInHand:
         for number, step in enumerate(steps):
             if number:  # nothing is known of what earlier steps have made
                 config = {key: value for key, value in step.items() if key != "transform"}
-                data = self.batches if step != without_data(step) else None
+                data = self.batches if needs_data(step) else None
                 made = mlpreduce.plan(
                     tree,
                     step["transform"],
@@ -222,7 +223,7 @@ class ModelInHand:
         """A plan of a step of the whole model, with what is known of it."""
         config = {key: value for key, value in step.items() if key != "transform"}
         given: dict[str, Any] = {}
-        if step != without_data(step):
+        if needs_data(step):
             given = {"data": self.batches, "loss": self.loss, "example_inputs": self.inputs, "answers": self.answers}
         return make_plan(self.model, step["transform"], config, found=self.found, **given)[0]
 

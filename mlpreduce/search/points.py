@@ -22,13 +22,11 @@ from mlpreduce.planning import make_plan, plain
 from mlpreduce.search.spaces import ModelView, Suggestion
 from mlpreduce.search.subjects import Subject
 from mlpreduce.surgery import carry_out
-from mlpreduce.train.calibrated import criterion_of, needs_data
 from mlpreduce.train.settings import Step
 from mlpreduce.transforms import is_construction
+from mlpreduce.transforms.steps import needs_data, without_weights
 
 __all__ = ["Point", "Pricer", "distance"]
-
-_VALUES = (("keep", "align_mean", "mean"), ("scale", "match_forward", "none"))  # of grouped, which take weights
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ class Pricer:
 
     def _price(self, suggestion: Suggestion) -> Point:
         steps, settings = tuple(suggestion.steps), suggestion.settings
-        alike = tuple(map(_weightless, steps))
+        alike = tuple(map(without_weights, steps))
         try:
             plans, cost, after = self._plans(settings, alike)
             others = plans
@@ -163,15 +161,6 @@ class Pricer:
                 now = tuple(positions[mlp.name] for mlp in found.mlps)
                 measured = replace(counted(tree, found.mlps), cost=cost, positions=now)
         return plans, cost, after
-
-
-def _weightless(step: Step) -> Step:
-    """A step of the same cost that looks at no weights: which units stay, and by what they are multiplied, changes no count."""
-    other = dict(step)
-    criterion = criterion_of(step)
-    if criterion is not None and criterion.needs == "weights":
-        other["criterion"] = "first"
-    return other | {key: plain for key, given, plain in _VALUES if step.get(key) == given}
 
 
 def _identity(plan: Plan, other: Plan) -> Any:

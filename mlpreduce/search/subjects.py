@@ -17,9 +17,9 @@ from mlpreduce.graph import Survey, mlps_or_raise
 from mlpreduce.planning import make_plan
 from mlpreduce.recipe import Recipe, changed, runs
 from mlpreduce.search.spaces import InHand
-from mlpreduce.train.calibrated import without_data
 from mlpreduce.train.parts import build_model, images_of
 from mlpreduce.train.settings import Run, Step
+from mlpreduce.transforms.steps import follows, needs_data, without_data
 
 __all__ = ["RecipeModel", "Subject", "Unreduced"]
 
@@ -136,16 +136,12 @@ def _priced(step: Step) -> Step:
     Raises:
         ReductionError: its cost follows from the data.
     """
-    plain = without_data(step)
-    call = call_text(step["transform"], {key: value for key, value in step.items() if key != "transform"})
-    for key, other in (("min_score", "ratio or widths"), ("energy", "ratio or rank")):
-        if step.get(key) is not None:
-            raise ReductionError(
-                f"{call}: with {key} the cost follows from given weights, and a search knows costs before; search over {other}"
-            )
-    if plain.get("scope") != step.get("scope"):
+    late = follows(step)
+    if late is not None and (needs_data(step) or not late.roughly):
+        call = call_text(step["transform"], {key: value for key, value in step.items() if key != "transform"})
+        source = "training images" if late.roughly else "given weights"
         raise ReductionError(
-            f"{call}: the widths, and so the cost, follow from training images, and a search knows costs before; search with "
-            f'scope="uniform", or the width of each block (width_per_block)'
+            f"{call}: with {late.option}={step[late.option]!r} the cost follows from {source}, and a search knows costs "
+            f"before; search over {late.instead}"
         )
-    return plain
+    return without_data(step)

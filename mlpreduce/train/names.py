@@ -10,9 +10,9 @@ from mlpreduce.criteria import get_criterion
 from mlpreduce.errors import ReductionError
 from mlpreduce.models import is_model
 from mlpreduce.registry import Origin, origin, origin_of
-from mlpreduce.train.calibrated import criterion_of
 from mlpreduce.train.settings import Run
 from mlpreduce.transforms import get_transform
+from mlpreduce.transforms.steps import criterion_of
 
 __all__ = ["REMEDY", "Name", "check_known", "check_reach", "is_own", "names_of"]
 

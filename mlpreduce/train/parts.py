@@ -21,17 +21,11 @@ from mlpreduce.errors import ReductionError, call_text, check_whole, did_you_mea
 from mlpreduce.models import image_size_of, is_model
 from mlpreduce.plugins import run_plugins
 from mlpreduce.ties import full_state
-from mlpreduce.train.calibrated import (
-    apply_as_before,
-    apply_step,
-    calibration_data,
-    needs_data,
-    seeded,
-    without_data,
-)
+from mlpreduce.train.calibrated import apply_as_before, apply_step, calibration_data
 from mlpreduce.train.settings import Run, TrainSettings
 from mlpreduce.train.weights import inherit_weights, load_weights, no_construction
 from mlpreduce.transforms import is_construction
+from mlpreduce.transforms.steps import needs_data, seeded, without_data
 
 __all__ = [
     "build_model",

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlpreduce.data.settings import AugmentSettings, DataSettings, NonNegative
 from mlpreduce.errors import ReductionError
 from mlpreduce.plugins import Plugin
+from mlpreduce.values import Step
 
 __all__ = ["FREE", "LATER", "ModelSettings", "Run", "Step", "SupernetSettings", "TrainSettings"]
 
@@ -51,7 +52,6 @@ LATER = (
     "train.weight_decay_end",
 )
 DENSITY_THRESHOLDS = (0.0, 1e-3, 1e-2)  # GELU is next to zero for many inputs, and zero for few
-Step = dict[str, Any]  # {"transform": name, **config}
 
 
 class ModelSettings(BaseModel):

@@ -25,9 +25,9 @@ from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import MLP, Survey, example_inputs, mlps_or_raise, module_at, structural_copy, survey, tensors_in
 from mlpreduce.planning import make_plan
 from mlpreduce.surgery import carry_out
-from mlpreduce.train.calibrated import needs_data
 from mlpreduce.train.settings import Step
 from mlpreduce.transforms import is_construction
+from mlpreduce.transforms.steps import needs_data
 
 __all__ = ["Entangled", "Part", "Planner", "View", "check_views"]
 

@@ -18,13 +18,16 @@ from mlpreduce.errors import ReductionError, check_one_of, check_whole
 from mlpreduce.graph import MLP
 from mlpreduce.layers import BlockDiagonalLinear, BlockOrders, ChannelCovariance, block_orders, make_layer
 from mlpreduce.parts import Parts
-from mlpreduce.transforms import register
 from mlpreduce.transforms.layers import check_seed, linears, replacing
+from mlpreduce.transforms.registry import register
 
 ALIGN = ("hidden", "all", "none")
 
 
-@register("block_diagonal", preserves="no")
+@register(
+    "block_diagonal",
+    draws=lambda config: config.get("init") == "new" or config.get("cca", "none") != "none",
+)
 def block_diagonal(
     parts: Parts,
     *,

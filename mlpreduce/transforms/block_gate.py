@@ -13,8 +13,8 @@ from mlpreduce.errors import ReductionError, check_number, did_you_mean
 from mlpreduce.graph import MLP
 from mlpreduce.layers import BlockGate, NoMlp
 from mlpreduce.parts import Parts
-from mlpreduce.transforms import register
 from mlpreduce.transforms.layers import replacing
+from mlpreduce.transforms.registry import register
 
 
 @register("block_gate", preserves="at_init")

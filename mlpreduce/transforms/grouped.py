@@ -18,16 +18,57 @@ from mlpreduce.edits import Assign, Edit, Scale, Share
 from mlpreduce.errors import ReductionError, check_one_of, did_you_mean
 from mlpreduce.graph import MLP
 from mlpreduce.parts import Parts
-from mlpreduce.transforms import register
-from mlpreduce.transforms.merging import KEEPS, MEANS, merge_of
-from mlpreduce.transforms.patterns import groups_of
+from mlpreduce.transforms.merging import KEEPS, KEPT_BY_DATA, MEANS, merge_of
+from mlpreduce.transforms.patterns import BY_DATA, groups_of
 from mlpreduce.transforms.per_use import check_per_use, multiplies, scaled_tensor, uses_of_their_own, with_rank
+from mlpreduce.transforms.registry import Config, register
 
 SCALED = ("fc1.weight", "fc1.bias", "fc2.weight")  # equation 1; fc2.bias stays
 SHARES = {"mlp": (), "attention": ("attention",), "block": ("attention", "other")}  # roles of leaves beside the MLP
 
 
-@register("grouped", scope="chains")
+def _corrects(config: Config) -> bool:
+    """Whether corrections of the uses start at what the shared layer lacks."""
+    own = config.get("per_use")
+    return isinstance(own, Mapping) and own.get("init") == "residual"
+
+
+def _looks_at_data(config: Config) -> bool:
+    return config.get("pattern") in BY_DATA or config.get("keep") in KEPT_BY_DATA or _corrects(config)
+
+
+def _without_data(config: Config) -> Config:
+    """As many MLPs are left."""
+    other = dict(config)
+    if config.get("keep") in KEPT_BY_DATA:
+        other["keep"] = "first"
+    if _corrects(config):
+        other["per_use"] = {key: value for key, value in config["per_use"].items() if key != "init"}
+    if config.get("pattern") in BY_DATA:
+        other["pattern"] = "cycle"
+    return other
+
+
+def _without_weights(config: Config) -> Config:
+    plain = {("keep", "align_mean"): "mean", ("scale", "match_forward"): "none"}
+    return {key: plain.get((key, value), value) if isinstance(value, str) else value for key, value in config.items()}
+
+
+def _seeded(config: Config, seed: int) -> Config:
+    own = config.get("per_use", "none")
+    if own == "lora" or (isinstance(own, Mapping) and own.get("name") == "lora"):
+        return {**config, "per_use": {"name": "lora", "seed": seed} | (dict(own) if isinstance(own, Mapping) else {})}
+    return config
+
+
+@register(
+    "grouped",
+    scope="chains",
+    looks_at_data=_looks_at_data,
+    without_data=_without_data,
+    without_weights=_without_weights,
+    seeded=_seeded,
+)
 def grouped(
     parts: Parts,
     *,

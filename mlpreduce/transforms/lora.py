@@ -14,13 +14,13 @@ from mlpreduce.edits import Replace
 from mlpreduce.graph import Leaf
 from mlpreduce.layers import LoraLinear, make_layer, nearest_factors
 from mlpreduce.parts import Parts
-from mlpreduce.transforms import register
 from mlpreduce.transforms.layers import LAYERS, replacing, uses_of_linears
+from mlpreduce.transforms.registry import register
 
 __all__ = ["lora_around"]
 
 
-@register("lora", preserves="at_init")
+@register("lora", preserves="at_init", draws=lambda config: True)
 def lora(
     parts: Parts,
     *,

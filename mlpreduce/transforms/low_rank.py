@@ -17,13 +17,31 @@ from mlpreduce.edits import Replace
 from mlpreduce.errors import ReductionError, check_number, check_one_of, check_whole
 from mlpreduce.layers import LowRankLinear, make_layer
 from mlpreduce.parts import Parts
-from mlpreduce.transforms import register
 from mlpreduce.transforms.layers import LAYERS, linears, replacing
+from mlpreduce.transforms.registry import Config, Follows, register
 
 INITS = ("weights", "data", "new")
 
 
-@register("low_rank", preserves="no")
+def _looks_at_data(config: Config) -> bool:
+    return config.get("init") == "data"
+
+
+def _without_data(config: Config) -> Config:
+    return {**config, "init": "weights"} if _looks_at_data(config) else config
+
+
+def _follows(config: Config) -> Follows | None:
+    return None if config.get("energy") is None else Follows("energy", "weights", "ratio or rank")
+
+
+@register(
+    "low_rank",
+    looks_at_data=_looks_at_data,
+    without_data=_without_data,
+    draws=lambda config: config.get("init") == "new",
+    follows=_follows,
+)
 def low_rank(
     parts: Parts,
     *,

@@ -17,11 +17,12 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, Leaf
 from mlpreduce.parts import Parts
 
-__all__ = ["ALIGNED", "KEEPS", "MEANS", "Merge", "merge_of"]
+__all__ = ["ALIGNED", "KEEPS", "KEPT_BY_DATA", "MEANS", "Merge", "merge_of"]
 
 ALIGNED = ("align_mean", "align_activations")
 MEANS = ("mean", *ALIGNED)
 KEEPS = ("first", "last", *MEANS, "auto")
+KEPT_BY_DATA = ("auto", "align_activations")
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,24 @@ from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError, check_number, check_one_of, check_whole, did_you_mean
 from mlpreduce.graph import MLP
 from mlpreduce.parts import Parts
-from mlpreduce.transforms import register
+from mlpreduce.transforms.registry import Config, Follows, register
 from mlpreduce.transforms.targets import SCOPES, UNITS, solved_widths
 
 
-@register("shallow")
+def _without_data(config: Config) -> Config:
+    """Widths that would follow from scores become equal parts: a target is met all the same, up to rounding."""
+    return {key: "uniform" if key == "scope" else value for key, value in config.items() if key != "latency_weight"}
+
+
+def _follows(config: Config) -> Follows | None:
+    if config.get("min_score") is not None:
+        return Follows("min_score", "scores", "ratio, widths or a target")
+    if config.get("scope", "uniform") != "uniform":
+        return Follows("scope", "scores", 'scope="uniform", or widths (width_per_block)', roughly=True)
+    return None
+
+
+@register("shallow", without_data=_without_data, follows=_follows)
 def shallow(
     parts: Parts,
     *,

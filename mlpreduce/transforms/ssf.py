@@ -16,15 +16,15 @@ from mlpreduce.edits import Replace
 from mlpreduce.errors import ReductionError, check_one_of
 from mlpreduce.layers import ScaleShift, is_scalable
 from mlpreduce.parts import Parts
-from mlpreduce.transforms import register
 from mlpreduce.transforms.layers import check_seed, replacing
+from mlpreduce.transforms.registry import register
 
 __all__ = ["scale_around"]
 
 STD = 0.02  # of the released values
 
 
-@register("ssf", preserves="at_init")
+@register("ssf", preserves="at_init", draws=lambda config: config.get("init") == "released")
 def ssf(parts: Parts, *, sites: str = "mlp", init: str = "identity", seed: int = 0) -> Iterator[Replace]:
     """Scale and shift what layers give, each feature by its own, of its own for each use of a tied layer.
 

@@ -13,11 +13,15 @@ from mlpreduce.edits import Replace
 from mlpreduce.errors import check_one_of
 from mlpreduce.layers import SvftLinear, make_layer
 from mlpreduce.parts import Parts
-from mlpreduce.transforms import register
 from mlpreduce.transforms.layers import LAYERS, check_seed, linears, replacing
+from mlpreduce.transforms.registry import register
 
 
-@register("svft", preserves="at_init")
+@register(
+    "svft",
+    preserves="at_init",
+    draws=lambda config: config.get("init") == "normal" or config.get("pattern") == "random",
+)
 def svft(
     parts: Parts,
     *,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.transforms import register
+from mlpreduce.transforms.registry import register
 
 
 @register("thin", construction=True)
