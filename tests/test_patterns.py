@@ -145,15 +145,27 @@ def test_mlps_that_give_constants_are_like_none() -> None:
         mlpreduce.plan(model, "grouped", pattern="similarity", data=images(4))
 
 
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], float]:
+    """What is measured of pairs of MLPs from now on."""
+    found: dict[tuple[str, str], float] = {}
+    distances = Parts.distances
+
+    def noted(parts: Parts, trials: Any) -> dict[tuple[str, str], float]:
+        result = distances(parts, trials)
+        found.update({names: value for names, value in result.items() if names[0].startswith("blocks.")})
+        return result
+
+    monkeypatch.setattr(Parts, "distances", noted)
+    return found
+
+
 @pytest.mark.parametrize("keep", ["first", "last", "align_mean", "auto"])
 def test_costs_of_sharing_are_those_of_each_pair_alone(keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pair costs what the whole model's outputs move by when it alone shares, and the cheapest pair goes together."""
     model = tiny_vit().double().eval()
     for block in model.blocks:
         nn.init.normal_(block.mlp.fc2.weight, std=0.3)
-    found: dict[tuple[str, str], float] = {}
-    distances = Parts.distances
-    monkeypatch.setattr(Parts, "distances", lambda parts, trials: found.update(distances(parts, trials)) or found)
+    found = measured(monkeypatch)
     data = images().double()
     made = mlpreduce.plan(model, "grouped", pattern="cost", group=2, keep=keep, scale="none", data=data.split(9))
     whole = model(data)
@@ -174,9 +186,7 @@ def test_costs_are_those_of_what_is_shared(share: str, monkeypatch: pytest.Monke
     for number, block in enumerate(model.blocks):  # of the attention alone 0 and 3 are alike
         block.attn.load_state_dict(model.blocks[0 if number == 3 else number].attn.state_dict())
         nn.init.normal_(block.mlp.fc2.weight, std=0.3)
-    found: dict[tuple[str, str], float] = {}
-    distances = Parts.distances
-    monkeypatch.setattr(Parts, "distances", lambda parts, trials: found.update(distances(parts, trials)) or found)
+    found = measured(monkeypatch)
     data, config = images().double(), {"share": share, "scale": "none"}
     mlpreduce.plan(model, "grouped", pattern="cost", data=[data], **config)
     for one, other in ((0, 1), (0, 3)):

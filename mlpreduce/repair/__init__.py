@@ -35,7 +35,7 @@ from mlpreduce.repair.whole import Whole
 from mlpreduce.surgery import carry_out, rehearse
 from mlpreduce.waiting import steps
 
-__all__ = ["REPAIRS", "Refits", "distances", "refit_errors", "repaired", "repaired_from", "watcher"]
+__all__ = ["REPAIRS", "Refits", "distances", "refitted", "repaired", "repaired_from", "watcher"]
 
 REPAIRS = ("none", "bias", "parallel", "least_squares")
 _COMPARED = 128  # examples of each process, by which sets of edits are compared
@@ -113,10 +113,10 @@ def repaired_from(model: nn.Module, mlps: Sequence[MLP], made: Plan, refits: Ref
     return _with(made, _alone(model, mlps, made, refits))
 
 
-def refit_errors(
+def refitted(
     model: nn.Module, mlps: Sequence[MLP], edits: Sequence[Edit], data: Any
-) -> tuple[dict[str, tuple[float, float]], Measured]:
-    """How far MLPs are from what they gave with these edits, without a refit and with one: see `Alone.differences`.
+) -> tuple[tuple[dict[str, tuple[float, float]], dict[str, torch.Tensor]], Measured]:
+    """How far MLPs are from what they gave with these edits, without a refit and with one, and the values of that: see `Alone`.
 
     Args:
         model: the unreduced model; it is not changed.
@@ -132,7 +132,8 @@ def refit_errors(
     before, after = ([pair[number] for pair in uses] for number in range(2))
     with running(samples.device, gradients=False):
         found = repair_alone((quiet_copy(model), before), (_reduced(model, made), after), samples)
-    return _within(made, found.differences), Measured({}, samples.count, samples.fingerprint)
+    both = _within(made, found.differences), _within(made, found.values)
+    return both, Measured({}, samples.count, samples.fingerprint)
 
 
 def distances(model: nn.Module, trials: Mapping[Key, Sequence[Edit]], data: Any) -> tuple[dict[Key, float], Measured]:

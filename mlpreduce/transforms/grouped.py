@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mlpreduce.edits import Assign, Edit, Scale, Share
+from mlpreduce.edits import Assign, Edit, Replace, Scale, Share
 from mlpreduce.errors import ReductionError, check_one_of, did_you_mean
 from mlpreduce.graph import MLP
 from mlpreduce.parts import Parts
@@ -100,7 +100,7 @@ def grouped(
             trained weights with `none`.
         keep: whose weights stay: `first`, `last`, their `mean`, `align_mean`, the mean after the hidden units of each are
             matched with those of the first by their weights, `align_activations`, the same by what they do on the data, or
-            `auto`: for each group that of these with which its MLPs are nearest to what they gave on the data.
+            `auto`: for each group that of these with which it moves what the whole model gives least, on the data.
         remainder: of `sequence` and `sandwich`, when blocks are left over: `error`, `own` (a smaller group), `merge` (into
             the last).
         share: `mlp`; `attention` in its place, MLPs staying each block's own; or the whole `block`, norms and layer scales too.
@@ -145,7 +145,7 @@ def grouped(
     if keep == "auto":
         if scale != "none" or share != "mlp":
             raise ReductionError("keep='auto' measures trained MLPs: use it with scale='none' and share='mlp'")
-        keeps = _least_lost(parts, shared, per_use, refitted=repair in ("least_squares", "parallel"))
+        keeps = _least_moved(parts, shared, per_use, refitted=repair in ("least_squares", "parallel"))
     together: set[tuple[str, ...]] = set()
     for members in groups:
         blocks = tuple(member.block for member in members)
@@ -172,11 +172,14 @@ def _sharing(
     yield from uses_of_their_own(parts, merge, factors, per_use)
 
 
-def _least_lost(
+def _least_moved(
     parts: Parts, shared: Sequence[list[MLP]], per_use: str | Mapping[str, Any] | None, *, refitted: bool
 ) -> list[str]:
-    """For each group what is best kept, by how far its MLPs are then from what they gave."""
-    lost: dict[str, list[float]] = {}
+    """For each group what is best kept, by how far what the whole model gives moves if that group alone shares.
+
+    What is nearest to what the MLPs themselves gave need not be: errors weigh unlike where the model goes on from them.
+    """
+    trials: dict[tuple[str, str], list[Edit]] = {}
     refused = []
     for keep in KEEPS[:-1]:
         try:
@@ -185,18 +188,28 @@ def _least_lost(
         except ReductionError as error:  # units in groups, or layers without a mean: what is left can still be kept
             refused.append(str(error))
             continue
-        errors = parts.trial([edit for some in edits for edit in some])
-        paths = [[member.leaf("fc2").path for member in members] for members in shared]
-        lost[keep] = [next(errors[path] for path in some if path in errors)[refitted] for some in paths]
-    if not lost:
+        values = parts.trial([edit for some in edits for edit in some])[1] if refitted else {}
+        for number, (members, some) in enumerate(zip(shared, edits, strict=True)):
+            paths = {member.leaf("fc2").path for member in members}
+            new = {path: value for path, value in values.items() if path.rpartition(".")[0] in paths}
+            kept = [edit for edit in some if not (isinstance(edit, Assign) and edit.tensor in new)]
+            layers = [
+                edit for edit in kept if isinstance(edit, Replace)
+            ]  # come around others after these have their values
+            plain = [edit for edit in kept if edit not in layers]
+            trials[keep, str(number)] = [*plain, *(Assign(path, value) for path, value in new.items()), *layers]
+    if not trials:
         raise ReductionError(refused[0])
-    chosen = [min(lost, key=lambda keep: lost[keep][number]) for number in range(len(shared))]
-    means = ", ".join(f"{keep} {sum(some) / len(some):.1%}" for keep, some in lost.items())
+    moved = parts.distances(trials)
+    keeps = list(dict.fromkeys(keep for keep, _ in trials))
+    rows = [{keep: moved[keep, str(number)] for keep in keeps} for number in range(len(shared))]
+    chosen = [min(row, key=row.__getitem__) for row in rows]
+    means = ", ".join(f"{keep} {sum(row[keep] for row in rows) / len(rows):.3g}" for keep in keeps)
     taken = ", ".join(f"{keep} for {chosen.count(keep)}" for keep in dict.fromkeys(chosen))
-    after = " after a refit" if refitted else ""
+    after = ", refitted" if refitted else ""
     parts.notes.append(
-        f"keep='auto': {taken} of {len(shared)} groups; of the variance of what their MLPs give is lost{after}, on average: "
-        f"{means}"
+        f"keep='auto': {taken} of {len(shared)} groups; what the model gives moves with one group alone (1 - cosine{after}) on "
+        f"average by: {means}"
     )
     parts.notes += [f"keep='auto' leaves out: {text}" for text in refused[:1]]
     return chosen
