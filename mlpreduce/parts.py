@@ -223,17 +223,13 @@ class Parts(Sequence[MLP]):
         """
         return self._answers.correlations(one, other)
 
-    def trial(self, edits: Sequence[Edit]) -> tuple[dict[str, tuple[float, float]], dict[str, torch.Tensor]]:
-        """How far MLPs are from what they gave with these edits, for inputs of the whole model, on the calibration data.
-
-        Returns:
-            By path of fc2 that stays, shares of the variance of what is wanted: without a refit of it, and with one, judged on
-            the half of the examples by which it is not fitted. By path of the tensor, the values of the refit.
+    def refits(self, edits: Sequence[Edit]) -> dict[str, torch.Tensor]:
+        """Values of fc2, by tensor path, with which each MLP by itself best gives what it gave before these edits.
 
         Raises:
             ReductionError: there is no data, or an fc2 that cannot be refitted.
         """
-        return self._answers.read_by("trial", lambda data: refitted(self._model, self._every, edits, data))
+        return self._answers.read_by("refits", lambda data: refitted(self._model, self._every, edits, data)).values
 
     def distances(self, trials: Mapping[tuple[str, str], Sequence[Edit]]) -> dict[tuple[str, str], float]:
         """How far what the model gives moves with each of some sets of edits, on the calibration data: 1 minus the mean cosine.

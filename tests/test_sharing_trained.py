@@ -15,6 +15,7 @@ from mlpreduce import ReductionError
 from mlpreduce.graph import find_mlps
 from mlpreduce.layers import LoraLinear
 from mlpreduce.parts import Parts
+from mlpreduce.repair import refitted
 from mlpreduce.testing import tiny_vit
 from mlpreduce.transforms.merging import merge_of
 
@@ -111,12 +112,17 @@ def test_what_moves_the_model_least_is_kept(vit: nn.Module, repair: str) -> None
         torch.testing.assert_close(plain.get_parameter(path), found.get_parameter(path))
 
 
+def test_where_none_share_nothing_is_chosen(vit: nn.Module) -> None:
+    alone = [[number] for number in range(4)]
+    with pytest.raises(ReductionError, match="nothing would change"):
+        mlpreduce.plan(vit, "grouped", pattern=alone, keep="auto", scale="none", data=[images()])
+
+
 def test_what_is_lost_is_that_of_the_outputs(vit: nn.Module) -> None:
     """The error of a trial without a refit, computed by hand for `first`."""
     mlps = find_mlps(vit)
-    parts = Parts(vit, mlps, data=[images()])
     edits = list(mlpreduce.plan(vit, "grouped", group=2, scale="none").edits)
-    found, _ = parts.trial(edits)
+    found = refitted(vit, mlps, edits, [images()])[0].differences
     kept: list[torch.Tensor] = []
     handles = [
         vit.get_submodule(mlp.name).register_forward_pre_hook(lambda m, args: kept.append(args[0].detach()))
@@ -185,7 +191,7 @@ def test_the_fit_on_top_is_least_squares_with_the_corrections_there(vit: nn.Modu
     errors = []
     for repair in ("none", "parallel"):
         edits = mlpreduce.plan(vit, "grouped", repair=repair, **config).edits
-        errors.append(Parts(vit, find_mlps(vit), data=[images(200)]).trial(edits)[0]["blocks.0.mlp.fc2"])
+        errors.append(refitted(vit, find_mlps(vit), edits, [images(200)])[0].differences["blocks.0.mlp.fc2"])
     assert errors[1][0] < errors[0][0]
     assert errors[1][0] == pytest.approx(errors[0][1], rel=0.1)  # what a fit on half of it came to on the other half
 

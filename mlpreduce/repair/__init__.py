@@ -29,7 +29,7 @@ from mlpreduce.layers import wraps
 from mlpreduce.repair.moments import Refits
 from mlpreduce.repair.nearness import gathered, nearness
 from mlpreduce.repair.outputs import output_of
-from mlpreduce.repair.parallel import repair_alone
+from mlpreduce.repair.parallel import Alone, repair_alone
 from mlpreduce.repair.sequential import repair_in_turn
 from mlpreduce.repair.whole import Whole
 from mlpreduce.surgery import carry_out, rehearse
@@ -113,10 +113,8 @@ def repaired_from(model: nn.Module, mlps: Sequence[MLP], made: Plan, refits: Ref
     return _with(made, _alone(model, mlps, made, refits))
 
 
-def refitted(
-    model: nn.Module, mlps: Sequence[MLP], edits: Sequence[Edit], data: Any
-) -> tuple[tuple[dict[str, tuple[float, float]], dict[str, torch.Tensor]], Measured]:
-    """How far MLPs are from what they gave with these edits, without a refit and with one, and the values of that: see `Alone`.
+def refitted(model: nn.Module, mlps: Sequence[MLP], edits: Sequence[Edit], data: Any) -> tuple[Alone, Measured]:
+    """Fit fc2 of each MLP that these edits change, by itself.
 
     Args:
         model: the unreduced model; it is not changed.
@@ -132,8 +130,8 @@ def refitted(
     before, after = ([pair[number] for pair in uses] for number in range(2))
     with running(samples.device, gradients=False):
         found = repair_alone((quiet_copy(model), before), (_reduced(model, made), after), samples)
-    both = _within(made, found.differences), _within(made, found.values)
-    return both, Measured({}, samples.count, samples.fingerprint)
+    found = replace(found, values=_within(made, found.values), differences=_within(made, found.differences))
+    return found, Measured({}, samples.count, samples.fingerprint)
 
 
 def distances(model: nn.Module, trials: Mapping[Key, Sequence[Edit]], data: Any) -> tuple[dict[Key, float], Measured]:

@@ -50,8 +50,12 @@ def _without_data(config: Config) -> Config:
 
 
 def _without_weights(config: Config) -> Config:
-    plain = {("keep", "align_mean"): "mean", ("scale", "match_forward"): "none"}
-    return {key: plain.get((key, value), value) if isinstance(value, str) else value for key, value in config.items()}
+    other = dict(config)
+    if config.get("keep") == "align_mean":
+        other["keep"] = "mean"
+    if config.get("scale") == "match_forward":
+        other["scale"] = "none"
+    return other
 
 
 def _seeded(config: Config, seed: int) -> Config:
@@ -145,7 +149,8 @@ def grouped(
     if keep == "auto":
         if scale != "none" or share != "mlp":
             raise ReductionError("keep='auto' measures trained MLPs: use it with scale='none' and share='mlp'")
-        keeps = _least_moved(parts, shared, per_use, refitted=repair in ("least_squares", "parallel"))
+        if shared:
+            keeps = _least_moved(parts, shared, per_use, refitted=repair in ("least_squares", "parallel"))
     together: set[tuple[str, ...]] = set()
     for members in groups:
         blocks = tuple(member.block for member in members)
@@ -188,15 +193,14 @@ def _least_moved(
         except ReductionError as error:  # units in groups, or layers without a mean: what is left can still be kept
             refused.append(str(error))
             continue
-        values = parts.trial([edit for some in edits for edit in some])[1] if refitted else {}
+        values = parts.refits([edit for some in edits for edit in some]) if refitted else {}
         for number, (members, some) in enumerate(zip(shared, edits, strict=True)):
             paths = {member.leaf("fc2").path for member in members}
             new = {path: value for path, value in values.items() if path.rpartition(".")[0] in paths}
-            kept = [edit for edit in some if not (isinstance(edit, Assign) and edit.tensor in new)]
+            plain = [edit for edit in some if not (isinstance(edit, Replace) or getattr(edit, "tensor", "") in new)]
             layers = [
-                edit for edit in kept if isinstance(edit, Replace)
-            ]  # come around others after these have their values
-            plain = [edit for edit in kept if edit not in layers]
+                edit for edit in some if isinstance(edit, Replace)
+            ]  # around others that have their values by then
             trials[keep, str(number)] = [*plain, *(Assign(path, value) for path, value in new.items()), *layers]
     if not trials:
         raise ReductionError(refused[0])
