@@ -34,11 +34,11 @@ from mlpreduce.graph import (
 )
 from mlpreduce.outcomes import planned
 from mlpreduce.parts import Parts
-from mlpreduce.registry import origin
 from mlpreduce.repair import repaired, watcher
 from mlpreduce.surgery import rehearse
 from mlpreduce.ties import check_parts
 from mlpreduce.transforms import Transform, check_config
+from mlpreduce.transforms.registry import blaming
 
 __all__ = ["Globs", "make_plan", "plain", "plan"]
 
@@ -127,7 +127,8 @@ def make_plan(
         whole = watcher(repair, mlps, scope)
         given: dict[str, Any] = {"data": data, "loss": loss, "example_inputs": example_inputs}
         parts = Parts(model, scope, mlps, **given, refitted=repair != "none", watcher=whole, answers=answers)
-        edits = tuple(entry.function(parts, **config) or ())
+        with blaming(transform):
+            edits = tuple(entry.function(parts, **config) or ())
         strange = [edit for edit in edits if not isinstance(edit, Slice | Share | Replace | Assign | Scale)]
         if strange:
             raise ReductionError(
@@ -135,11 +136,6 @@ def make_plan(
             )
     except ReductionError as error:
         raise ReductionError(f"{call}: {error}") from error
-    except Exception as error:  # whatever a transform of others raises
-        source = origin("transform", transform)
-        if source is None or source.kind == "package":
-            raise
-        raise ReductionError(f"{call}: the transform, of {source}, raised {type(error).__name__}: {error}") from error
     if not edits:
         raise ReductionError(f"{call}: nothing would change on {len(scope)} MLPs")
     try:

@@ -22,7 +22,7 @@ from mlpreduce.search.subjects import RecipeModel
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train.parts import build_model
 from mlpreduce.transforms import Config, Follows, list_transforms, register, registry
-from mlpreduce.transforms.steps import follows, needs_data, seeded, without_data
+from mlpreduce.transforms.steps import follows, needs_data, seeded, without_data, without_weights
 
 PACKAGE = Path(mlpreduce.__file__).parent
 DATA = {"transform": "own_halves", "by": "data"}
@@ -93,6 +93,27 @@ def test_searches_ask_it() -> None:
         ReductionError, match=r"with least=0\.0 the cost follows from given weights.*search over nothing"
     ):
         price(least=0.0)
+
+
+@pytest.mark.parametrize(
+    ("what", "function", "message"),
+    [
+        ("looks_at_data", lambda config: config["by"], "looks_at_data=, of .*, raised KeyError: 'by'"),
+        ("looks_at_data", lambda config: None, "looks_at_data= gave None"),
+        ("draws", lambda config: 1 / 0, "draws=, of .*, raised ZeroDivisionError"),
+        ("without_weights", lambda config: [], r"without_weights= gave \[\]"),
+        ("follows", lambda config: "ratio", "follows= gave 'ratio'"),
+        ("seeded", lambda config, seed: seed, "seeded= gave 3"),
+    ],
+)
+def test_what_a_declaration_of_others_raises_is_told(what: str, function: Any, message: str) -> None:
+    register("own_fault", **{what: function})(lambda parts, *, by="first", seed=0: ())
+    step = {"transform": "own_fault"}
+    with pytest.raises(ReductionError, match=rf"own_fault\(\): {message}"):
+        [ask(step) for ask in (needs_data, follows, without_weights, lambda step: seeded(step, 3))]
+    if what == "looks_at_data":
+        with pytest.raises(ReductionError, match="looks_at_data="):
+            recipes.load("digits_tiny", ['variants={a = "own_fault()"}'])
 
 
 def test_no_room_above_knows_what_a_transform_looks_at() -> None:

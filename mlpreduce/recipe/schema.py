@@ -276,7 +276,7 @@ def _problems(recipe: Recipe) -> Iterable[str]:
             if recipe.model.weights and is_construction(step["transform"]):
                 yield f"{place}: model.weights={recipe.model.weights!r}: {no_construction(step['transform'])}"
             if (late_cost := follows(step)) is not None and late_cost.of == "scores" and not late_cost.roughly:
-                given = f"{late_cost.option}={step[late_cost.option]!r}"
+                given = f"{late_cost.option}={step.get(late_cost.option)!r}"
                 yield (
                     f"{place}: what {given} leaves is known only when scores are, and a recipe tells parameters before it "
                     f"trains; give {late_cost.instead}"

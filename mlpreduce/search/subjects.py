@@ -141,7 +141,7 @@ def _priced(step: Step) -> Step:
         call = call_text(step["transform"], {key: value for key, value in step.items() if key != "transform"})
         source = "training images" if late.roughly else "given weights"
         raise ReductionError(
-            f"{call}: with {late.option}={step[late.option]!r} the cost follows from {source}, and a search knows costs "
+            f"{call}: with {late.option}={step.get(late.option)!r} the cost follows from {source}, and a search knows costs "
             f"before; search over {late.instead}"
         )
     return without_data(step)

@@ -8,18 +8,20 @@ where it is registered, as functions of its config, so that recipes and searches
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from mlpreduce.errors import ReductionError, call_text, check_name, did_you_mean
-from mlpreduce.registry import add_entry_points, remember, taken
+from mlpreduce.registry import add_entry_points, origin, remember, taken
 
 __all__ = [
     "Config",
     "Follows",
     "Transform",
+    "blaming",
     "check_config",
     "get_transform",
     "is_construction",
@@ -83,6 +85,8 @@ class Transform:
         seeded: `(config, seed) -> config`: the config that draws by that seed unless it names one itself, for transforms whose
             seed is no parameter of that name.
         follows: `(config) -> Follows`, or None where the cost hangs on neither weights nor data.
+
+    A config has the options that were given, and no defaults.
     """
 
     name: str
@@ -194,6 +198,24 @@ def get_transform(name: str) -> Transform:
     if name not in _TRANSFORMS:
         raise ReductionError(f"unknown transform {name!r}{did_you_mean(str(name), _TRANSFORMS)}")
     return _TRANSFORMS[name]
+
+
+@contextmanager
+def blaming(name: str, what: str = "the transform") -> Iterator[None]:
+    """Let what the code of a transform of others raises be told as theirs; what ours raises is a fault of this package.
+
+    Raises:
+        ReductionError: it raised something else.
+    """
+    try:
+        yield
+    except ReductionError:
+        raise
+    except Exception as error:  # whatever a transform of others raises
+        source = origin("transform", name)
+        if source is None or source.kind == "package":
+            raise
+        raise ReductionError(f"{what}, of {source}, raised {type(error).__name__}: {error}") from error
 
 
 def list_transforms() -> list[str]:

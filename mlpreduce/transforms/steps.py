@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import NoneType
 from typing import Any
 
 from mlpreduce.criteria import Criterion, choose
-from mlpreduce.errors import ReductionError
+from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.registry import origin
-from mlpreduce.transforms.registry import Follows, get_transform
+from mlpreduce.transforms.registry import Follows, blaming, get_transform
 from mlpreduce.values import Step
 
 __all__ = [
@@ -32,7 +33,8 @@ def needs_data(step: Step) -> bool:
     criterion = criterion_of(step)
     if step.get("repair", "none") != "none" or (criterion is not None and criterion.of_data):
         return True
-    return get_transform(step["transform"]).looks_at_data(_config(step))
+    found: bool = _asked(step, "looks_at_data", bool)
+    return found
 
 
 def without_data(step: Step) -> Step:
@@ -46,22 +48,22 @@ def without_data(step: Step) -> Step:
     """
     if not needs_data(step):
         return step
-    plain = {key: "first" if key == "criterion" else value for key, value in _config(step).items() if key != "repair"}
-    return {"transform": step["transform"], **get_transform(step["transform"]).without_data(plain)}
+    plain = {key: "first" if key == "criterion" else value for key, value in step.items() if key != "repair"}
+    return {"transform": step["transform"], **_asked(plain, "without_data", Mapping)}
 
 
 def without_weights(step: Step) -> Step:
     """A step of the same cost that looks at no weights: which units stay, and by what they are multiplied, changes no count."""
-    config = _config(step)
     criterion = criterion_of(step)
     if criterion is not None and criterion.needs == "weights":
-        config["criterion"] = "first"
-    return {"transform": step["transform"], **get_transform(step["transform"]).without_weights(config)}
+        step = {**step, "criterion": "first"}
+    return {"transform": step["transform"], **_asked(step, "without_weights", Mapping)}
 
 
 def follows(step: Step) -> Follows | None:
     """The option by which the cost of a step is known only when scores or weights are; None where it is known before."""
-    return get_transform(step["transform"]).follows(_config(step))
+    found: Follows | None = _asked(step, "follows", (Follows, NoneType))
+    return found
 
 
 def seeded(step: Step, seed: int) -> Step:
@@ -71,10 +73,10 @@ def seeded(step: Step, seed: int) -> Step:
         >>> seeded({"transform": "low_rank", "init": "new"}, 42)
         {'transform': 'low_rank', 'init': 'new', 'seed': 42}
     """
-    transform, config = get_transform(step["transform"]), _config(step)
+    transform = get_transform(step["transform"])
     if transform.seeded is not None:
-        return {"transform": step["transform"], **transform.seeded(config, seed)}
-    drawn = transform.draws(config) or any(criterion.draws for criterion in _criteria_in(step))
+        return {"transform": step["transform"], **_asked(step, "seeded", Mapping, seed)}
+    drawn = _asked(step, "draws", bool) or any(criterion.draws for criterion in _criteria_in(step))
     return {**step, "seed": seed} if drawn and "seed" in transform.parameters and "seed" not in step else step
 
 
@@ -95,6 +97,23 @@ def check_criterion(step: Step) -> None:
     source = origin("transform", step["transform"])
     if "criterion" in step and source is not None and source.kind == "package":
         choose(step["criterion"])
+
+
+def _asked(step: Step, what: str, wanted: Any, *more: Any) -> Any:
+    """What the transform of a step declares of its config.
+
+    Raises:
+        ReductionError: a transform of others raises, or gives something else than is wanted.
+    """
+    name, config = step["transform"], _config(step)
+    try:
+        with blaming(name, f"{what}="):
+            found = getattr(get_transform(name), what)(config, *more)
+        if not isinstance(found, wanted):
+            raise ReductionError(f"{what}= gave {found!r}; docs/transforms.md says what it must give")
+    except ReductionError as error:
+        raise ReductionError(f"{call_text(name, config)}: {error}") from error
+    return found
 
 
 def _config(step: Step) -> dict[str, Any]:
