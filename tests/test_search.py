@@ -22,7 +22,7 @@ from mlpreduce.search.choices import Walker, any_of
 from mlpreduce.search.driver import run
 from mlpreduce.search.front import dominates, front, hypervolume
 from mlpreduce.search.goals import COSTS, Budget, check_objectives, read_budgets
-from mlpreduce.search.jobs import nearest
+from mlpreduce.search.jobs import nearest, pricer_of
 from mlpreduce.search.owner import Owner
 from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.racing import next_runs
@@ -133,6 +133,22 @@ class TestSpaces:
         ]
         assert "reconstruction" in chosen[1]
         assert chosen[1] - {"reconstruction"} <= chosen[0] == chosen[0] - {"reconstruction"}
+
+    def test_weights_are_known_to_be_trained(self, pricer: Pricer) -> None:
+        recipe = pricer.subject.recipe
+        given = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": "pretrained"})})
+        assert not Pricer(RecipeModel(recipe)).model.trained
+        assert Pricer(RecipeModel(given)).model.trained
+        plain = StudySettings(name="any")
+        for settings, one, trained in (
+            (plain, recipe, False),
+            (plain, given, True),
+            (plain.model_copy(update={"inherit": "baseline"}), recipe, True),
+            (plain.model_copy(update={"inherit": "nearest"}), recipe, False),
+            (plain.model_copy(update={"inherit": "baseline", "supernet": 1}), recipe, False),
+            (plain.model_copy(update={"supernet": 1}), given, False),
+        ):
+            assert pricer_of(settings, one).model.trained is trained
 
     def test_the_papers_points_lie_in_the_spaces_that_name_them(self, pricer: Pricer) -> None:
         paper = {

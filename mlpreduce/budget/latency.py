@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mlpreduce.budget.solve import Slot
+from mlpreduce.drafts import replacing
 from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import (
     MLP,
@@ -136,8 +137,10 @@ class LatencyTable:
         return taken / self.predict({}) * whole
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
-        Path(path).write_text(json.dumps({"version": _VERSION, **vars(self)}, indent=1), encoding="utf-8")
+        """Write it as JSON, whole or not at all."""
+        place = Path(path)
+        with replacing(place.parent, place.name) as (draft,):
+            draft.write_text(json.dumps({"version": _VERSION, **vars(self)}, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:

@@ -109,9 +109,8 @@ def _curve(found: Mapping[int, float], hidden: int) -> np.ndarray:
     logs = np.log(np.maximum(isotonic_regression([found[width] for width in widths], increasing=False).x, _LEAST))
     if len(widths) == 1:
         return np.full(hidden + 1, np.exp(logs[0]))
-    between = PchipInterpolator(
-        widths, logs
-    )  # straight lines would have a bend at each width, where all MLPs would stay
+    # straight lines would have a bend at each of these widths, where all MLPs would stay
+    between = PchipInterpolator(widths, logs)
     every = np.arange(hidden + 1)
     inside = np.clip(every, widths[0], widths[-1])
     curve = between(inside) + np.minimum(0.0, between.derivative()(inside)) * (every - inside)

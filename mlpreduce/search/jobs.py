@@ -21,11 +21,11 @@ __all__ = ["job_of", "nearest", "pricer_of", "references_of", "runs_of"]
 def pricer_of(settings: StudySettings, recipe: Recipe) -> Pricer:
     """The pricer of a study whose points are trained.
 
-    They start from trained weights if those are given or inherited, but for sub-models of a supernet: these must be the same
-    whatever its weights are.
+    Sub-models of a supernet must be the same whatever its weights are, so no space may look at those.
     """
-    trained = settings.inherit == "baseline" or bool(recipe.model.weights)
-    return Pricer(RecipeModel(recipe, trained=trained and not settings.supernet))
+    if settings.supernet:
+        return Pricer(RecipeModel(recipe, trained=False))
+    return Pricer(RecipeModel(recipe, trained=True if settings.inherit == "baseline" else None))
 
 
 def references_of(settings: StudySettings, recipe: Recipe, pricer: Pricer) -> dict[str, Point]:

@@ -86,11 +86,11 @@ class RecipeModel:
 
     Args:
         recipe: names the model.
-        trained: whether points start from trained weights.
+        trained: whether points start from trained weights; by default, whether the recipe gives some.
     """
 
-    def __init__(self, recipe: Recipe, *, trained: bool = False) -> None:
-        self.recipe, self.trained = recipe, trained
+    def __init__(self, recipe: Recipe, *, trained: bool | None = None) -> None:
+        self.recipe, self.trained = recipe, bool(recipe.model.weights) if trained is None else trained
         self._known: dict[str, Unreduced] = {}
         self.hand = None
 
