@@ -354,6 +354,16 @@ def test_only_what_is_more_than_chance_counts() -> None:
     assert is_further(x, x, turned)
 
 
+def test_a_gain_by_cosine_makes_up_for_a_small_loss_of_alignment_and_no_more() -> None:
+    x, noise = torch.randn(60, 8).double(), torch.randn(60, 8).double()
+    moved, near, far = x + 2, x + 0.2 * noise, x + 2 * noise
+    assert nearness(x, moved) == pytest.approx((0.5, 1.0), abs=0.2)
+    assert 0.9 < nearness(x, near)[1] < 1
+    assert not is_further(x, moved, near)
+    assert is_further(x, near, moved)
+    assert is_further(x, moved, far)
+
+
 def test_tied_mlps_are_fitted_at_their_last_use() -> None:
     model, images = lively(), pictures(64)
     before = model(images).detach()

@@ -8,10 +8,11 @@ norm divides.
 Where it is known by which values each MLP by itself best gives what it gave, a second fit changes those as little as it can.
 Where little goes, what earlier MLPs left is mostly noise, and that one is better. The outputs decide which of both counts.
 
-A fit stays only if what the model gives on examples held out is no further from the whole model's by more than chance:
-neither by cosine, nor in how alike examples are (centred kernel alignment). That is asked before the next MLP is fitted, of the
-whole model whose first blocks, up to this one, are those of the reduced model: where the blocks behind it were reduced and not
-yet repaired, their errors would hide what a repair is worth. At the end all repairs are judged together against none.
+A fit stays only if what the model gives on examples held out is no further from the whole model's by more than chance, by
+cosine and in how alike examples are (centred kernel alignment; see `nearness.is_further`). That is asked before the next MLP
+is fitted, of the whole model whose first blocks, up to this one, are those of the reduced model: where the blocks behind it
+were reduced and not yet repaired, their errors would hide what a repair is worth. At the end all repairs are judged together
+against none.
 
 Source: the asymmetric target of GPTAQ (arXiv 2504.02692), here for the weights that structured pruning leaves.
 """
