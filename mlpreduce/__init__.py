@@ -17,29 +17,29 @@ __version__ = "0.1.0"
 _NAMES = {
     "MLP": "graph",
     "Plan": "edits",
-    "Profile": "profiling",
+    "Profile": "budget.profiling",
     "ReductionError": "errors",
-    "Report": "verification",
-    "apply": "reduction",
-    "create_model": "construction",
+    "Report": "reduction.verification",
+    "apply": "reduction.applying",
+    "create_model": "building.construction",
     "describe": "describing",
     "find_mlps": "graph",
-    "history": "reduction",
+    "history": "reduction.applying",
     "list_criteria": "criteria",
     "list_transforms": "transforms",
-    "load": "checkpoint",
-    "merge": "reduction",
-    "plan": "planning",
+    "load": "building.checkpoint",
+    "merge": "reduction.applying",
+    "plan": "reduction.planning",
     "plot": "report.plans",
-    "profile": "profiling",
+    "profile": "budget.profiling",
     "register": "transforms",
-    "register_model": "registration",
-    "save": "checkpoint",
+    "register_model": "building.registration",
+    "save": "building.checkpoint",
     "to_graph": "graph",
-    "to_onnx": "exporting",
+    "to_onnx": "building.exporting",
     "tune": "search",
-    "untie": "reduction",
-    "verify": "verification",
+    "untie": "reduction.applying",
+    "verify": "reduction.verification",
 }
 
 _PACKAGES = (
@@ -81,21 +81,21 @@ __all__ = [
 __all__ += ["save", "to_graph", "to_onnx", "tune", "untie", "verify"]
 
 if TYPE_CHECKING:
-    from mlpreduce.checkpoint import load, save
-    from mlpreduce.construction import create_model
+    from mlpreduce.budget.profiling import Profile, profile
+    from mlpreduce.building.checkpoint import load, save
+    from mlpreduce.building.construction import create_model
+    from mlpreduce.building.exporting import to_onnx
+    from mlpreduce.building.registration import register_model
     from mlpreduce.criteria import list_criteria
     from mlpreduce.describing import describe
     from mlpreduce.edits import Plan
     from mlpreduce.errors import ReductionError
-    from mlpreduce.exporting import to_onnx
     from mlpreduce.graph import MLP, find_mlps, to_graph
-    from mlpreduce.planning import plan
-    from mlpreduce.profiling import Profile, profile
-    from mlpreduce.reduction import apply, history, merge, untie
-    from mlpreduce.registration import register_model
+    from mlpreduce.reduction.applying import apply, history, merge, untie
+    from mlpreduce.reduction.planning import plan
+    from mlpreduce.reduction.verification import Report, verify
     from mlpreduce.report.plans import plot
     from mlpreduce.transforms import list_transforms, register
-    from mlpreduce.verification import Report, verify
 
 
 def __getattr__(name: str) -> Any:

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce import __version__
-from mlpreduce.console import run_command, width, wrapped
 from mlpreduce.errors import ReductionError
-from mlpreduce.notation import Step, read_words
 from mlpreduce.plugins import add_option, load_plugins
+from mlpreduce.words.console import run_command, width, wrapped
+from mlpreduce.words.notation import Step, read_words
 
 if TYPE_CHECKING:
     from torch import nn
@@ -170,7 +170,7 @@ def _model(options: argparse.Namespace, settings: dict[str, Any], steps: Sequenc
     import torch
 
     import mlpreduce
-    from mlpreduce.builds import made_by_timm
+    from mlpreduce.reduction.builds import made_by_timm
     from mlpreduce.transforms import check_config
 
     if "pretrained" in settings:

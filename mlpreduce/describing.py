@@ -11,9 +11,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mlpreduce.console import Column, Grid, width, wrapped
 from mlpreduce.errors import ReductionError, call_text, did_you_mean
-from mlpreduce.markup import html_table
+from mlpreduce.words.console import Column, Grid, width, wrapped
+from mlpreduce.words.markup import html_table
 
 __all__ = ["Description", "Option", "describe", "described"]
 
@@ -149,7 +149,7 @@ def _criterion(name: str) -> Description:
 def _recipe(name: str) -> Description:
     from mlpreduce.recipe import Recipe, list_recipes, load
     from mlpreduce.recipe.shelf import header
-    from mlpreduce.values import flatten
+    from mlpreduce.words.values import flatten
 
     recipe = load(name)
     summary, facts = _header(header(list_recipes()[name]))

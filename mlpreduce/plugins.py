@@ -161,7 +161,7 @@ class _Loader(importlib.abc.ExecutionLoader):
 def _run(plugin: Plugin) -> None:
     from timm.models import _registry
 
-    import mlpreduce.registration  # noqa: F401  (before: what a plug-in registers by it is the plug-in's)
+    import mlpreduce.building.registration  # noqa: F401  (before: what a plug-in registers by it is the plug-in's)
 
     loader = _Loader(plugin)
     spec = importlib.machinery.ModuleSpec(plugin.module, loader, origin=plugin.path)
@@ -215,7 +215,8 @@ def _undo(plugin: Plugin) -> Callable[[], None]:
     """Take back what a plug-in has registered. The result is a function that puts it all there again."""
     from timm.models import _registry  # timm has no public call that forgets a model
 
-    from mlpreduce import criteria, layers, registration, transforms
+    from mlpreduce import criteria, layers, transforms
+    from mlpreduce.building import registration
 
     kinds: dict[str, dict[str, Any]] = {
         "transform": transforms.registry._TRANSFORMS,

@@ -16,8 +16,8 @@ from mlpreduce.edits import Assign, Plan, Replace, Scale, Share, Slice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import is_leaf
 from mlpreduce.layers import ChannelCovariance, merges, wraps
-from mlpreduce.outcomes import planned
-from mlpreduce.ties import full_state, moved_by
+from mlpreduce.reduction.outcomes import planned
+from mlpreduce.surgery.ties import full_state, moved_by
 from mlpreduce.transforms import get_transform
 
 __all__ = ["check_transform", "tiny_vit"]

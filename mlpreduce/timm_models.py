@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from mlpreduce.registration import Steps, register_model
+from mlpreduce.building.registration import Steps, register_model
 from mlpreduce.registry import Origin, registering
 
 with registering(Origin("package", __name__), __name__):  # so that these names are not a plug-in's that imports this

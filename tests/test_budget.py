@@ -23,7 +23,7 @@ from mlpreduce.budget.latency import _grid, _monotone, timed
 from mlpreduce.criteria import choose, register_criterion
 from mlpreduce.edits import Slice
 from mlpreduce.graph import Survey, find_mlps, survey
-from mlpreduce.planning import make_plan
+from mlpreduce.reduction.planning import make_plan
 from mlpreduce.testing import tiny_vit
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -13,8 +13,8 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce.__main__ import main
-from mlpreduce.builds import built, made_by_timm
 from mlpreduce.errors import ReductionError
+from mlpreduce.reduction.builds import built, made_by_timm
 from mlpreduce.testing import tiny_vit
 
 VIT = "vit_tiny_patch16_224"
@@ -198,7 +198,7 @@ def test_a_failed_save_keeps_the_model_before(tmp_path: Path, monkeypatch: pytes
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("mlpreduce.checkpoint.save_file", fail)
+    monkeypatch.setattr("mlpreduce.building.checkpoint.save_file", fail)
     with pytest.raises(ReductionError, match="no space left"):
         mlpreduce.save(nn.Linear(3, 3), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlpreduce.json", "model.safetensors"]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from mlpreduce.complaints import complaint, expected
 from mlpreduce.recipe import Recipe
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.train.settings import Run, SupernetSettings
+from mlpreduce.words.complaints import complaint, expected
 
 WRONG: list[Any] = [
     None,

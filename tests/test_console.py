@@ -18,15 +18,15 @@ from rich.console import Console
 import mlpreduce
 from mlpreduce import report
 from mlpreduce.__main__ import main
-from mlpreduce.console import Column, Grid, command_line, from_here, run_command, wrapped
 from mlpreduce.launch import LaunchSettings
-from mlpreduce.pulse import Pulse
 from mlpreduce.recipe.progress import Display, starting
 from mlpreduce.records import summarize
 from mlpreduce.report.overview import HEADERS
 from mlpreduce.report.search import console_table, front_table
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train.settings import Run, TrainSettings
+from mlpreduce.words.console import Column, Grid, command_line, from_here, run_command, wrapped
+from mlpreduce.words.pulse import Pulse
 
 WIDTHS = (80, 60)
 NUMBER = re.compile(r"\d[\d.,]*\d|\d")

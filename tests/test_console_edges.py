@@ -6,8 +6,8 @@ import builtins
 
 import pytest
 
-from mlpreduce.console import Column, Grid, wrapped
 from mlpreduce.edits import Plan
+from mlpreduce.words.console import Column, Grid, wrapped
 
 
 def test_a_notebook_gets_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:

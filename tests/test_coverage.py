@@ -129,7 +129,7 @@ def test_a_wrong_cost_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_slice_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlpreduce import slicing
+    from mlpreduce.surgery import slicing
 
     right = slicing._picked
 

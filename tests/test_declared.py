@@ -15,13 +15,13 @@ from mlpreduce import recipe as recipes
 from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import find_mlps
-from mlpreduce.parts import Parts
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.spaces import Suggestion
 from mlpreduce.search.subjects import RecipeModel
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train.parts import build_model
 from mlpreduce.transforms import Config, Follows, list_transforms, register, registry
+from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.steps import follows, needs_data, seeded, without_data, without_weights
 
 PACKAGE = Path(mlpreduce.__file__).parent

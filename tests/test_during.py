@@ -15,10 +15,10 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce import ReductionError
+from mlpreduce.during import GateL1, LotteryTicket, PruneAndGrow, reduce_in_training
+from mlpreduce.during.moving import moved_mask
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import create_ema
-from mlpreduce.train.during import GateL1, LotteryTicket, PruneAndGrow, reduce_in_training
-from mlpreduce.train.during.moving import moved_mask
 
 
 def plain() -> nn.Module:

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mlpreduce
+from mlpreduce.during import GateL1, LotteryTicket, PruneAndGrow, reduce_in_training
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import create_ema
-from mlpreduce.train.during import GateL1, LotteryTicket, PruneAndGrow, reduce_in_training
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 

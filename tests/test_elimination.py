@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from mlpreduce.elimination import eliminate, swapped
+from mlpreduce.criteria.elimination import eliminate, swapped
 from mlpreduce.errors import ReductionError
 
 

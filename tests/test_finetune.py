@@ -16,7 +16,7 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce import recipe as recipes
-from mlpreduce.checkpoint import read_tensors
+from mlpreduce.building.checkpoint import read_tensors
 from mlpreduce.errors import ReductionError
 from mlpreduce.recipe.describe import describe
 from mlpreduce.report.gather import differing

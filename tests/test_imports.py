@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,35 +14,12 @@ import mlpreduce
 
 PACKAGE = Path(mlpreduce.__file__).parent
 
+DESIGN = Path(__file__).parents[1] / "docs" / "design.md"
 # a module may import those in lines above its own, and those of its own line
 ORDER = [
-    ["errors"],
-    ["complaints", "console", "drafts", "extras", "markup", "shipped", "values", "waiting"],
-    ["addresses", "edits", "elimination", "layers", "notation", "pulse", "registry"],
-    ["graph"],
-    ["criteria", "slicing", "ties"],
-    ["calibration", "budget"],
-    ["surgery"],
-    ["repair"],
-    ["models"],
-    ["builds"],
-    ["parts"],
-    ["transforms", "outcomes"],
-    ["planning"],
-    ["rewriting"],
-    ["reduction"],
-    ["construction"],
-    ["checkpoint", "exporting", "profiling", "registration", "verification"],
-    ["plugins", "timm_models"],
-    ["__init__"],
-    ["testing", "data", "coverage"],
-    ["train"],
-    ["launch", "records"],
-    ["report"],
-    ["recipe"],
-    ["search"],
-    ["bench", "describing"],
-    ["__main__"],
+    re.split(r",\s*", re.split(r"\s{2,}", line)[0])
+    for line in DESIGN.read_text("utf-8").split("```")[1].split("\n")
+    if line
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 OWNERS = {"ray": "launch", "mlflow": "records", "matplotlib": "report", "optuna": "search", "torch_pruning": "bench"}
@@ -88,6 +66,10 @@ def test_layers(path: Path) -> None:
             assert RANK[other] <= RANK[mine], f"{mine} imports {other}"
         owner = OWNERS.get(name.split(".")[0])
         assert owner in (None, mine), f"{mine} imports {name}"
+
+
+def test_every_room_has_its_floor() -> None:
+    assert RANK.keys() == {room(path) for path in FILES}
 
 
 def test_transforms_and_surgery_do_not_know_each_other() -> None:

@@ -12,8 +12,8 @@ import mlpreduce
 from mlpreduce import ReductionError
 from mlpreduce.edits import Share
 from mlpreduce.layers import BlockDiagonalLinear, adapters, gates
-from mlpreduce.parts import Parts
 from mlpreduce.testing import tiny_vit
+from mlpreduce.transforms.parts import Parts
 
 
 def test_a_correction_around_blocks_is_sliced_with_them() -> None:

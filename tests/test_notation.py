@@ -10,13 +10,13 @@ import pytest
 
 from mlpreduce.__main__ import main
 from mlpreduce.errors import ReductionError, call_text
-from mlpreduce.notation import as_steps, parse_steps, read_words, split_outside
 from mlpreduce.recipe import load
 from mlpreduce.search.cli import _parser, _settings
 from mlpreduce.search.jobs import references_of
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.subjects import RecipeModel
+from mlpreduce.words.notation import as_steps, parse_steps, read_words, split_outside
 
 VALUES: dict[str, Any] = {
     "4": 4,

@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 import mlpreduce
-from mlpreduce import budget, waiting
+from mlpreduce import budget
 from mlpreduce.budget.latency import timed
+from mlpreduce.budget.profiling import Profile
 from mlpreduce.edits import History, Plan, Row
-from mlpreduce.profiling import Profile
+from mlpreduce.reduction.verification import Report
 from mlpreduce.testing import tiny_vit
-from mlpreduce.verification import Report
+from mlpreduce.words import waiting
 
 EVIL = '<script>alert("1")</script>'
 

@@ -16,8 +16,7 @@ import pytest
 from helpers.outcome import outcome
 
 import mlpreduce
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import EXTRAS, missing, optional, require
+from mlpreduce.errors import EXTRAS, ReductionError, missing, optional, require
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(mlpreduce.__file__).parent

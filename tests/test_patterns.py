@@ -21,7 +21,6 @@ from mlpreduce import recipe as recipes
 from mlpreduce.calibration import Batch
 from mlpreduce.calibration.similarity import cka, outputs_of
 from mlpreduce.edits import Plan
-from mlpreduce.parts import Parts
 from mlpreduce.recipe.schema import runs
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.spaces import Suggestion
@@ -29,6 +28,7 @@ from mlpreduce.search.subjects import RecipeModel
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import build_model
 from mlpreduce.train.probes import layer_similarity
+from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.patterns import BY_DATA
 from mlpreduce.transforms.steps import needs_data, without_data
 

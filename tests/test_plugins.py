@@ -295,7 +295,8 @@ def registered() -> dict[str, Any]:
     """All that knows a name, copied."""
     from timm.models import _registry, vision_transformer
 
-    from mlpreduce import criteria, layers, registration, transforms
+    from mlpreduce import criteria, layers, transforms
+    from mlpreduce.building import registration
 
     tables = {name: value for name, value in vars(_registry).items() if name.startswith("_model") or "deprec" in name}
     tables |= {
@@ -318,7 +319,7 @@ def registered() -> dict[str, Any]:
 def test_nothing_that_a_plugin_registered_is_left(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(CODE + WEIGHTS)
-    import mlpreduce.registration  # noqa: F401  (what is compared must be imported)
+    import mlpreduce.building.registration  # noqa: F401  (what is compared must be imported)
 
     before = registered()
     (plugin,) = load_plugins([file])

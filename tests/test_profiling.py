@@ -11,7 +11,7 @@ from torch import nn
 import mlpreduce
 from mlpreduce import ReductionError
 from mlpreduce.budget import measure
-from mlpreduce.profiling import LiveMemory
+from mlpreduce.budget.profiling import LiveMemory
 from mlpreduce.testing import tiny_vit
 
 

@@ -156,7 +156,7 @@ def test_the_fit_counts_with_which_the_model_gives_more_alike(monkeypatch: pytes
             )
 
     both = nearness()
-    monkeypatch.setattr("mlpreduce.parts.Parts.pairs", None)
+    monkeypatch.setattr("mlpreduce.transforms.parts.Parts.pairs", None)
     assert both > nearness()
 
 

@@ -62,7 +62,7 @@ def pricer() -> Pricer:
     return Pricer(RecipeModel(recipes.load("digits_tiny", DEPTH6)))
 
 
-def built(pricer: Pricer, point: Point) -> mlpreduce.profiling.Profile:
+def built(pricer: Pricer, point: Point) -> mlpreduce.budget.profiling.Profile:
     """Counts of the model that would be trained."""
     run = recipes.runs(recipes.changed(pricer.subject.recipe, point.settings), ".")[0]
     model = build_model(run.model_copy(update={"steps": point.steps}))

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from mlpreduce import ReductionError
-from mlpreduce.addresses import credentials, hidden, quoted, without_credentials
 from mlpreduce.records import Recorder, tracking_uri
 from mlpreduce.search.cli import main
 from mlpreduce.search.storage import folder_of, opened, read_only
 from mlpreduce.train.settings import Run
+from mlpreduce.words.addresses import credentials, hidden, quoted, without_credentials
 
 SECRET = "s3cr3t"
 

@@ -14,10 +14,10 @@ import mlpreduce
 from mlpreduce import ReductionError
 from mlpreduce.graph import find_mlps
 from mlpreduce.layers import LoraLinear
-from mlpreduce.parts import Parts
 from mlpreduce.repair import refitted
 from mlpreduce.testing import tiny_vit
 from mlpreduce.transforms.merging import merge_of
+from mlpreduce.transforms.parts import Parts
 
 
 def images(count: int = 48, seed: int = 1) -> torch.Tensor:

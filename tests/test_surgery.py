@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 import mlpreduce
-from mlpreduce import Plan, ReductionError, slicing
+from mlpreduce import Plan, ReductionError
+from mlpreduce.budget.profiling import LiveMemory
 from mlpreduce.edits import Assign, Axis, Scale, Share, Slice
-from mlpreduce.profiling import LiveMemory
+from mlpreduce.surgery import slicing
 from mlpreduce.testing import tiny_vit
 
 BAD = [

@@ -482,17 +482,17 @@ def test_a_merged_model_with_a_convolution_left_can_be_loaded(tmp_path: Path) ->
 
 
 def test_a_lack_of_memory_for_layers_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlpreduce import surgery
+    from mlpreduce.surgery import operation
 
     model = tiny_vit()
-    before, make = copy.deepcopy(model), surgery.make_layer
+    before, make = copy.deepcopy(model), operation.make_layer
 
     def scarce(name: str, module: nn.Module, *others: Any) -> nn.Module:
         if not next(module.parameters()).is_meta:
             raise torch.OutOfMemoryError("out of memory")
         return make(name, module, *others)
 
-    monkeypatch.setattr(surgery, "make_layer", scarce)
+    monkeypatch.setattr(operation, "make_layer", scarce)
     with pytest.raises(torch.OutOfMemoryError):
         mlpreduce.apply(model, "grouped", per_use="lora")
     assert model.blocks[0].mlp.fc1 is not model.blocks[1].mlp.fc1
@@ -554,7 +554,7 @@ def test_a_repair_gives_a_layer_around_another_what_it_was_given() -> None:
 
 
 def test_during_training_layers_around_others_are_refused() -> None:
-    from mlpreduce.train.during import GateL1, reduce_in_training
+    from mlpreduce.during import GateL1, reduce_in_training
 
     for steps in ([("lora", {})], [("low_rank", {})], [("block_diagonal", {"include": "blocks.2.mlp"})]):
         model = reduced(steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlpreduce import waiting
+from mlpreduce.words import waiting
 
 
 def test_blocks_that_end_in_another_order_leave_nothing_silent() -> None:

@@ -11,8 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import require
+from mlpreduce.errors import ReductionError, require
 
 __all__ = ["JOBS", "main"]
 

@@ -23,8 +23,7 @@ from torch import nn
 
 import mlpreduce
 from mlpreduce.bench.rounds import Ratios, at_least_one, ratio_text, ratios, read_models, reasons, turns, value_text
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import optional
+from mlpreduce.errors import ReductionError, optional
 from mlpreduce.graph import Inputs, call_with, example_inputs
 from mlpreduce.plugins import add_option, load_plugins
 

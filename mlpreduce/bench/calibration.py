@@ -23,15 +23,15 @@ from torch import nn
 import mlpreduce
 from mlpreduce.bench.rounds import at_least_one, ends, spread
 from mlpreduce.calibration import CHUNK
-from mlpreduce.console import width
 from mlpreduce.criteria import choose
-from mlpreduce.elimination import eliminate
+from mlpreduce.criteria.elimination import eliminate
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import find_mlps
 from mlpreduce.report.content import Table
 from mlpreduce.report.pages import for_console, markdown_table
 from mlpreduce.report.stored import check_page, keep
-from mlpreduce.waiting import silent
+from mlpreduce.words.console import width
+from mlpreduce.words.waiting import silent
 
 __all__ = ["calibration_text", "main"]
 

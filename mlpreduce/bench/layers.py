@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from mlpreduce.bench.rounds import at_least_one, ratio_text, ratios, turns, value_text
-from mlpreduce.console import width
 from mlpreduce.errors import ReductionError
 from mlpreduce.layers import BlockDiagonalLinear, LowRankLinear, SvftLinear, block_orders, macs_of
 from mlpreduce.report.content import Table
 from mlpreduce.report.pages import for_console, markdown_table
 from mlpreduce.report.stored import check_page, keep
+from mlpreduce.words.console import width
 
 __all__ = ["layers_text", "main"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.values import parse_pairs
+from mlpreduce.words.values import parse_pairs
 
 __all__ = [
     "Ratios",

@@ -36,7 +36,7 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.graph import example_inputs
 from mlpreduce.recipe.schema import load as load_recipe
 from mlpreduce.train.settings import Run
-from mlpreduce.values import flatten
+from mlpreduce.words.values import flatten
 
 __all__ = ["WARM_UP", "Comparison", "Plan", "Rate", "compare", "main", "make_plan", "read_words", "write_images"]
 

@@ -38,7 +38,7 @@ from mlpreduce.graph import (
     tensors_in,
 )
 from mlpreduce.layers import BlockDiagonalLinear
-from mlpreduce.values import short
+from mlpreduce.words.values import short
 
 __all__ = ["Baseline", "Cost", "TimedCost", "cost_from", "counted", "measure", "outcome"]
 

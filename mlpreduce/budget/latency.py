@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from mlpreduce.budget.solve import Slot
-from mlpreduce.drafts import replacing
 from mlpreduce.errors import ReductionError, check_number, check_whole
+from mlpreduce.files import replacing
 from mlpreduce.graph import (
     MLP,
     Inputs,
@@ -31,8 +31,8 @@ from mlpreduce.graph import (
     tensors_in,
 )
 from mlpreduce.graph import example_inputs as inputs_of
-from mlpreduce.slicing import slice_all
-from mlpreduce.waiting import steps
+from mlpreduce.surgery.slicing import slice_all
+from mlpreduce.words.waiting import steps
 
 __all__ = ["LatencyTable", "Variants", "sliced_copy", "timed"]
 

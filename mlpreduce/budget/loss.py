@@ -26,7 +26,7 @@ from mlpreduce.calibration import Loss as LossFunction
 from mlpreduce.criteria import Choice, as_order, choose
 from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import MLP, Inputs, find_mlps, first_units, refuse_wrapped
-from mlpreduce.waiting import steps
+from mlpreduce.words.waiting import steps
 
 __all__ = ["Loss"]
 

@@ -17,7 +17,7 @@ from mlpreduce.calibration.batches import Batch, Labelled, accepted, calls_of, c
 from mlpreduce.calibration.quiet import quiet_copy, running
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import tensors_in
-from mlpreduce.waiting import silent, steps
+from mlpreduce.words.waiting import silent, steps
 
 __all__ = ["CHUNK", "Samples", "all_reduce", "in_all", "raise_together", "rereadable", "together"]
 

@@ -18,12 +18,12 @@ from typing import TypeVar
 import timm
 import torch
 
-from mlpreduce.console import width
 from mlpreduce.coverage.entries import Entry, architectures, examine, family_of
 from mlpreduce.coverage.proofs import Proof, prove
 from mlpreduce.coverage.table import family_row, for_console, markdown, smallest
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.plugins import Plugin, add_option, load_plugins, run_plugins
+from mlpreduce.words.console import width
 
 __all__ = ["Entry", "Proof", "examine", "family_row", "main", "prove", "smallest"]
 

@@ -14,9 +14,9 @@ from torch import nn
 from mlpreduce.budget import Cost, measure
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import structural_copy, survey
-from mlpreduce.planning import make_plan
+from mlpreduce.reduction.planning import make_plan
 from mlpreduce.registry import origin
-from mlpreduce.surgery import carry_out
+from mlpreduce.surgery.operation import carry_out
 
 __all__ = ["Entry", "architectures", "build", "examine", "family_of"]
 

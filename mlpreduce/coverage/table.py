@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from mlpreduce.console import Column, Grid, wrapped
 from mlpreduce.coverage.entries import Entry
 from mlpreduce.coverage.proofs import Proof
+from mlpreduce.words.console import Column, Grid, wrapped
 
 __all__ = ["family_row", "for_console", "markdown", "smallest"]
 

@@ -1,7 +1,7 @@
 """`reconstruction`: the units without which fc2, refitted, can still give nearly what it gave.
 
 Source: the optimal brain surgeon (Hassibi and Stork, 1993), for hidden units of transformers as in ZipLM (arXiv 2302.04089) and
-SlimGPT (arXiv 2412.18110): backward elimination with exact updates, see `mlpreduce.elimination`.
+SlimGPT (arXiv 2412.18110): backward elimination with exact updates, see `mlpreduce.criteria.elimination`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mlpreduce.criteria import Moments, Ranking, register_criterion
-from mlpreduce.elimination import eliminate, refit_errors, swapped
+from mlpreduce.criteria.elimination import eliminate, refit_errors, swapped
 from mlpreduce.errors import ReductionError, check_number, check_one_of, check_whole
 
 METRICS = ("output", "loss")

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlpreduce.data.reading import CheckedImages
 from mlpreduce.data.settings import AugmentSettings, DataSettings, setting_problems
 from mlpreduce.data.sources import check, open_source
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import require
+from mlpreduce.errors import ReductionError, require
 
 if TYPE_CHECKING:
     import torch

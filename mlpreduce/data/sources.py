@@ -11,8 +11,7 @@ from mlpreduce.data.folders import check_folders, check_places, compare_classes
 from mlpreduce.data.held_out import held_out
 from mlpreduce.data.reading import CheckedImages, Tally
 from mlpreduce.data.settings import DataSettings
-from mlpreduce.errors import ReductionError, did_you_mean
-from mlpreduce.extras import require
+from mlpreduce.errors import ReductionError, did_you_mean, require
 
 __all__ = ["Source", "check", "check_name", "open_source"]
 

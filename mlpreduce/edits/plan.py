@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from mlpreduce.console import width
 from mlpreduce.edits import shown
 from mlpreduce.edits.kinds import Edit, Replace, Share, Slice
 from mlpreduce.edits.written import edit_from_json, edit_to_json, tensors_of
 from mlpreduce.errors import ReductionError, call_text
-from mlpreduce.markup import shortened
+from mlpreduce.words.console import width
+from mlpreduce.words.markup import shortened
 
 if TYPE_CHECKING:
     import torch

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlpreduce.console import Column, Grid, first_that_fits, wrapped
 from mlpreduce.errors import ReductionError
-from mlpreduce.markup import html_list, html_table
+from mlpreduce.words.console import Column, Grid, first_that_fits, wrapped
+from mlpreduce.words.markup import html_list, html_table
 
 if TYPE_CHECKING:
     from mlpreduce.edits.plan import Plan, Row

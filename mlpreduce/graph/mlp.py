@@ -9,7 +9,7 @@ from functools import cached_property
 
 from mlpreduce.edits import Axis, Setting, Slice, as_units
 from mlpreduce.errors import ReductionError, did_you_mean
-from mlpreduce.markup import shortened
+from mlpreduce.words.markup import shortened
 
 __all__ = ["MLP", "Leaf", "chains", "first_units", "select", "slice_edit"]
 

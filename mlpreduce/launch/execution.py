@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import require
+from mlpreduce.errors import ReductionError, require
 from mlpreduce.launch.interrupts import interrupts
 from mlpreduce.launch.locks import drive
 from mlpreduce.launch.settings import LaunchSettings
 from mlpreduce.launch.sharing import check_sharing
 from mlpreduce.train.settings import Run
-from mlpreduce.waiting import silent
+from mlpreduce.words.waiting import silent
 
 if TYPE_CHECKING:
     import torch

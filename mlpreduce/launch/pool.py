@@ -7,8 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import require
+from mlpreduce.errors import ReductionError, require
 from mlpreduce.launch.cluster import connection
 from mlpreduce.launch.interrupts import interrupts
 from mlpreduce.launch.locks import drive, work

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import require
+from mlpreduce.errors import ReductionError, require
 from mlpreduce.launch.cluster import connection
 from mlpreduce.launch.interrupts import interrupts
 from mlpreduce.launch.locks import drive

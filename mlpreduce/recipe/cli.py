@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlpreduce.console import Column, Grid, screen, width
 from mlpreduce.errors import ReductionError
 from mlpreduce.plugins import add_option
 from mlpreduce.recipe.running import train
 from mlpreduce.recipe.schema import Recipe, load
 from mlpreduce.recipe.shelf import find, header, list_recipes
+from mlpreduce.words.console import Column, Grid, screen, width
 
 __all__ = ["main"]
 
@@ -81,7 +81,7 @@ def _load(arguments: argparse.Namespace) -> Recipe:
     find(arguments.name)
     if arguments.dry_run:  # its output is all that is printed
         return load(arguments.name, arguments.overrides, arguments.plugins)
-    from mlpreduce.pulse import Pulse
+    from mlpreduce.words.pulse import Pulse
 
     with Pulse(screen(), f"{arguments.name}: reading the recipe"):
         return load(arguments.name, arguments.overrides, arguments.plugins)

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from torch import nn
 
 import mlpreduce
+from mlpreduce.budget.profiling import Profile
 from mlpreduce.data import DataSettings, Survey, survey
 from mlpreduce.errors import ReductionError
-from mlpreduce.profiling import Profile
 from mlpreduce.recipe.schema import Recipe, points, runs
 from mlpreduce.train.advice import advice
 from mlpreduce.train.names import check_reach, is_own

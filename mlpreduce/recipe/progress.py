@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mlpreduce.launch import LaunchSettings
-from mlpreduce.pulse import Pulse
 from mlpreduce.train.settings import Run
+from mlpreduce.words.pulse import Pulse
 
 __all__ = ["Display", "starting"]
 

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlpreduce.console import command_line, from_here, screen, wrapped
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import require
+from mlpreduce.errors import ReductionError, require
 from mlpreduce.recipe.schema import Recipe, differences, points, runs
+from mlpreduce.words.console import command_line, from_here, screen, wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,10 +37,10 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, console: Consol
     require(f"recipe {recipe.name}", "mlflow", "matplotlib", *(["ray"] if recipe.launch.workers else []))
     from mlpreduce import report
     from mlpreduce.data import check
-    from mlpreduce.pulse import Pulse
     from mlpreduce.recipe.describe import check_names
     from mlpreduce.records import store
     from mlpreduce.train.weights import locate
+    from mlpreduce.words.pulse import Pulse
 
     console = console or screen()
     output = output.resolve()
@@ -100,9 +99,9 @@ def _train(recipe: Recipe, place: Path, home: Path, console: Console) -> tuple[d
     """
     from mlpreduce import report
     from mlpreduce.launch import execute
-    from mlpreduce.pulse import Pulse
     from mlpreduce.recipe.progress import Display, starting
     from mlpreduce.records import Recorder
+    from mlpreduce.words.pulse import Pulse
 
     every = runs(recipe, place)
     told: set[str] = set()  # warnings that were shown: most are the same for all runs

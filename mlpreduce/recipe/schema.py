@@ -10,16 +10,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mlpreduce.complaints import complaint
 from mlpreduce.data.settings import DataSettings, setting_problems
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.launch import LaunchSettings
-from mlpreduce.notation import with_steps
 from mlpreduce.plugins import Plugin, read_plugin, run_plugins
 from mlpreduce.recipe.plugged import plugin_differences, read_key, together
 from mlpreduce.recipe.shelf import find
 from mlpreduce.train.settings import FREE, LATER, ModelSettings, Run, Step, TrainSettings
-from mlpreduce.values import flatten, parse_value
+from mlpreduce.words.complaints import complaint
+from mlpreduce.words.notation import with_steps
+from mlpreduce.words.values import flatten, parse_value
 
 __all__ = ["Recipe", "changed", "differences", "load", "points", "runs"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlpreduce.errors import ReductionError, did_you_mean
-from mlpreduce.shipped import shipped
+from mlpreduce.files import shipped
 
 __all__ = ["find", "header", "list_recipes"]
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlpreduce.drafts import replacing
 from mlpreduce.errors import ReductionError
+from mlpreduce.files import replacing
 
 __all__ = ["SCHEMA", "as_json", "finished", "read", "store"]
 

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlpreduce.addresses import credentials, hidden, quoted, without_credentials
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import require
+from mlpreduce.errors import ReductionError, require
+from mlpreduce.words.addresses import credentials, hidden, quoted, without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

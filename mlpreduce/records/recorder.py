@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mlpreduce.addresses import hidden
 from mlpreduce.errors import ReductionError
 from mlpreduce.records.files import SCHEMA, read, store
 from mlpreduce.records.mirror import Mirror
 from mlpreduce.records.summaries import COUNTS, summary
 from mlpreduce.train.settings import DENSITY_THRESHOLDS, Run
-from mlpreduce.values import flatten
+from mlpreduce.words.addresses import hidden
+from mlpreduce.words.values import flatten
 
 __all__ = ["Recorder"]
 

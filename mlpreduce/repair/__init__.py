@@ -32,8 +32,8 @@ from mlpreduce.repair.outputs import output_of
 from mlpreduce.repair.parallel import Alone, repair_alone
 from mlpreduce.repair.sequential import repair_in_turn
 from mlpreduce.repair.whole import Whole
-from mlpreduce.surgery import carry_out, rehearse
-from mlpreduce.waiting import steps
+from mlpreduce.surgery.operation import carry_out, rehearse
+from mlpreduce.words.waiting import steps
 
 __all__ = ["REPAIRS", "Refits", "distances", "refitted", "repaired", "repaired_from", "watcher"]
 

@@ -38,7 +38,7 @@ from mlpreduce.repair.outputs import output_of
 from mlpreduce.repair.streams import Cut, Place, graph_from, stopping_at
 from mlpreduce.repair.uses import Model, Use, blocks_of, uses_of
 from mlpreduce.repair.whole import Pick, Whole
-from mlpreduce.waiting import steps
+from mlpreduce.words.waiting import steps
 
 __all__ = ["InTurn", "repair_in_turn"]
 

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlpreduce.console import Grid, screen
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import require
+from mlpreduce.errors import ReductionError, require
 from mlpreduce.records import SCHEMA, store, summarize
 from mlpreduce.report.content import Picture
 from mlpreduce.report.figure import CAPTION, as_png, draw
@@ -22,6 +20,7 @@ from mlpreduce.report.pages import as_html, as_markdown, for_console
 from mlpreduce.report.plans import FILE, picture_of
 from mlpreduce.report.stored import check_page, keep, lasting, results_text, with_results
 from mlpreduce.report.tables import NOTES, Part, compose
+from mlpreduce.words.console import Grid, screen
 
 __all__ = [
     "FILES",

@@ -9,7 +9,7 @@ from typing import Any
 from mlpreduce.errors import ReductionError
 from mlpreduce.records import finished, read
 from mlpreduce.train.settings import FREE, ModelSettings
-from mlpreduce.values import flatten
+from mlpreduce.words.values import flatten
 
 __all__ = ["differing", "gather", "gather_points"]
 

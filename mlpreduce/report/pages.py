@@ -6,10 +6,10 @@ import base64
 import html
 from collections.abc import Iterable
 
-from mlpreduce.console import Column, Grid
-from mlpreduce.markup import html_list, html_table
 from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.published import SOURCE
+from mlpreduce.words.console import Column, Grid
+from mlpreduce.words.markup import html_list, html_table
 
 __all__ = ["as_html", "as_markdown", "for_console", "markdown_table"]
 

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mlpreduce.edits import Plan, Row
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import require
+from mlpreduce.errors import ReductionError, require
 from mlpreduce.graph import Inputs, mlps_or_raise, refuse_wrapped
-from mlpreduce.markup import shortened
-from mlpreduce.reduction import history
+from mlpreduce.reduction.applying import history
 from mlpreduce.report.content import Picture
 from mlpreduce.report.figure import as_png
 from mlpreduce.report.widths import Use, draw_widths
+from mlpreduce.words.markup import shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

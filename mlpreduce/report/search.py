@@ -7,14 +7,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mlpreduce.console import Grid
 from mlpreduce.errors import ReductionError
 from mlpreduce.report import search_points as points
 from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.pages import as_html, as_markdown, for_console, markdown_table
 from mlpreduce.report.search_figures import FILES, pictures
 from mlpreduce.report.tables import mean_std
-from mlpreduce.values import flatten
+from mlpreduce.words.console import Grid
+from mlpreduce.words.values import flatten
 
 __all__ = ["build_search", "console_table", "front_table", "kept", "kept_text"]
 

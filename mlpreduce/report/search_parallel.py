@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from math import log10
 from typing import TYPE_CHECKING, Any
 
-from mlpreduce.markup import shortened
 from mlpreduce.report import search_points as points
 from mlpreduce.report.figure import plain
+from mlpreduce.words.markup import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlpreduce.drafts import replacing
 from mlpreduce.errors import ReductionError
+from mlpreduce.files import replacing
 from mlpreduce.records import as_json
 from mlpreduce.report.content import Table
 from mlpreduce.report.overview import beyond_noise, variants_of

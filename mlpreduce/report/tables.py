@@ -13,7 +13,7 @@ from mlpreduce.report import probes, published
 from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.gather import differing
 from mlpreduce.report.power import detectable
-from mlpreduce.values import short, unit_of
+from mlpreduce.words.values import short, unit_of
 
 __all__ = ["FEW", "NOTES", "RAW", "Part", "comparison", "compose", "few", "mean_std", "raw_top1", "short"]
 

@@ -37,7 +37,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mlpreduce.extras import require
+from mlpreduce.errors import require
 
 if TYPE_CHECKING:
     from mlpreduce.search.cli import main

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from mlpreduce.console import run_command
 from mlpreduce.search.cli import main
+from mlpreduce.words.console import run_command
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

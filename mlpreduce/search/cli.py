@@ -9,14 +9,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mlpreduce.addresses import hidden
-from mlpreduce.console import Column, Grid, screen, width
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import require
-from mlpreduce.notation import split_outside
+from mlpreduce.errors import ReductionError, require
 from mlpreduce.plugins import add_option
-from mlpreduce.pulse import Pulse
 from mlpreduce.search import NEEDED
+from mlpreduce.words.addresses import hidden
+from mlpreduce.words.console import Column, Grid, screen, width
+from mlpreduce.words.notation import split_outside
+from mlpreduce.words.pulse import Pulse
 
 __all__ = ["main"]
 

@@ -10,13 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlpreduce.addresses import hidden
 from mlpreduce.budget import number
-from mlpreduce.console import from_here, screen, wrapped
-from mlpreduce.errors import ReductionError, call_text
-from mlpreduce.extras import require
+from mlpreduce.errors import ReductionError, call_text, require
 from mlpreduce.launch import Lost, Pool, pool
-from mlpreduce.markup import shortened
 from mlpreduce.recipe import Recipe, changed, load, with_plugins
 from mlpreduce.recipe.running import mlflow_lines
 from mlpreduce.search.answer import metrics_of
@@ -31,12 +27,15 @@ from mlpreduce.search.storage import folder_of
 from mlpreduce.search.training import training_owner
 from mlpreduce.search.trial import carry_out
 from mlpreduce.train.names import Name, check_reach, names_of
+from mlpreduce.words.addresses import hidden
+from mlpreduce.words.console import from_here, screen, wrapped
+from mlpreduce.words.markup import shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from mlpreduce.pulse import Pulse
+    from mlpreduce.words.pulse import Pulse
 
 __all__ = ["check_budgets", "drive", "run"]
 
@@ -83,7 +82,7 @@ def run(
     """
     import optuna
 
-    from mlpreduce.pulse import Pulse
+    from mlpreduce.words.pulse import Pulse
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would tell of each walk through the space
     console = console or screen()

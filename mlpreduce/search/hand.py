@@ -19,13 +19,13 @@ from mlpreduce.criteria import choose
 from mlpreduce.edits import Plan, Replace
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import MLP, Inputs, Survey, mlps_or_raise, structural_copy
-from mlpreduce.planning import make_plan
+from mlpreduce.reduction.planning import make_plan
 from mlpreduce.repair import Refits, distances, repaired_from
 from mlpreduce.search.allotting import PARTS, Allotment
 from mlpreduce.search.goals import Budget
 from mlpreduce.search.spaces import InHand
 from mlpreduce.search.subjects import Unreduced
-from mlpreduce.surgery import carry_out
+from mlpreduce.surgery.operation import carry_out
 from mlpreduce.train.settings import Step
 from mlpreduce.transforms.steps import follows, needs_data, without_data
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.launch import Job
-from mlpreduce.notation import as_steps, is_call
 from mlpreduce.recipe import Recipe, changed, runs
 from mlpreduce.search.points import Point, Pricer, distance
 from mlpreduce.search.settings import REFERENCES, StudySettings
 from mlpreduce.search.spaces import Suggestion
 from mlpreduce.search.subjects import RecipeModel
 from mlpreduce.train.settings import Run
+from mlpreduce.words.notation import as_steps, is_call
 
 __all__ = ["job_of", "nearest", "pricer_of", "references_of", "runs_of"]
 

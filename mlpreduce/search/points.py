@@ -17,11 +17,11 @@ from mlpreduce.budget import Cost, cost_from, counted
 from mlpreduce.edits import Assign, Plan, Replace, Slice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import structural_copy, survey
-from mlpreduce.outcomes import planned
-from mlpreduce.planning import make_plan, plain
+from mlpreduce.reduction.outcomes import planned
+from mlpreduce.reduction.planning import make_plan, plain
 from mlpreduce.search.spaces import ModelView, Suggestion
 from mlpreduce.search.subjects import Subject
-from mlpreduce.surgery import carry_out
+from mlpreduce.surgery.operation import carry_out
 from mlpreduce.train.settings import Step
 from mlpreduce.transforms import is_construction
 from mlpreduce.transforms.steps import needs_data, without_weights

@@ -23,7 +23,7 @@ from mlpreduce.search.results import Results
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Space
 from mlpreduce.search.study import Study
-from mlpreduce.values import flatten
+from mlpreduce.words.values import flatten
 
 __all__ = ["QUICK", "WHOLE", "Score", "Scorer", "Scoring"]
 

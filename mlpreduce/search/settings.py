@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mlpreduce.complaints import complaint
 from mlpreduce.errors import ReductionError
+from mlpreduce.words.complaints import complaint
 
 __all__ = ["REFERENCES", "StudySettings", "changes", "make_settings"]
 

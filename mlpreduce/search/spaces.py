@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlpreduce.errors import ReductionError, call_text, did_you_mean
+from mlpreduce.files import shipped
 from mlpreduce.graph import MLP
-from mlpreduce.shipped import shipped
 from mlpreduce.train.settings import Step
 from mlpreduce.transforms import check_config
 

@@ -12,9 +12,8 @@ import optuna
 import sqlalchemy
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from mlpreduce.addresses import hidden, quoted
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import missing
+from mlpreduce.errors import ReductionError, missing
+from mlpreduce.words.addresses import hidden, quoted
 
 __all__ = ["claim_problem", "folder_of", "hidden", "opened", "read_only"]
 

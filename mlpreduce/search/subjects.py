@@ -14,8 +14,8 @@ from mlpreduce.budget import Baseline, Cost, measure
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Survey, mlps_or_raise
-from mlpreduce.planning import make_plan
 from mlpreduce.recipe import Recipe, changed, runs
+from mlpreduce.reduction.planning import make_plan
 from mlpreduce.search.spaces import InHand
 from mlpreduce.train.parts import build_model, images_of
 from mlpreduce.train.settings import Run, Step

@@ -15,12 +15,10 @@ from torch import nn
 
 from mlpreduce.budget import LatencyTable
 from mlpreduce.calibration import Loss
-from mlpreduce.console import screen, width
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import Inputs, refuse_wrapped
 from mlpreduce.launch import team
-from mlpreduce.pulse import Pulse
 from mlpreduce.search.answer import metrics_of
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.driver import check_budgets, drive
@@ -33,6 +31,8 @@ from mlpreduce.search.scoring import QUICK, Score, Scorer, Scoring
 from mlpreduce.search.settings import REFERENCES, make_settings
 from mlpreduce.search.spaces import Suggestion, load_space
 from mlpreduce.search.storage import folder_of
+from mlpreduce.words.console import screen, width
+from mlpreduce.words.pulse import Pulse
 
 __all__ = ["Tuning", "tune"]
 
@@ -251,8 +251,8 @@ class Tuning:
 
     def _repr_html_(self) -> str:
         """Write the front and the references as an HTML table for notebooks."""
-        from mlpreduce.markup import html_table
         from mlpreduce.report.search import front_table
+        from mlpreduce.words.markup import html_table
 
         table = front_table(self.document)
         return html_table(table.headers, table.rows, caption=f"{self._hand.name}: {table.title}")

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlpreduce.builds import made_by_timm
-from mlpreduce.console import from_here, width, wrapped
 from mlpreduce.data import DataSettings, calibration
 from mlpreduce.data.folders import split_folders
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import require
+from mlpreduce.errors import ReductionError, require
 from mlpreduce.graph import example_inputs, tensors_in
-from mlpreduce.notation import read_words
 from mlpreduce.plugins import add_option, load_plugins
+from mlpreduce.reduction.builds import made_by_timm
+from mlpreduce.words.console import from_here, width, wrapped
+from mlpreduce.words.notation import read_words
 
 __all__ = ["main"]
 

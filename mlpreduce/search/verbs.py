@@ -9,14 +9,14 @@ from pathlib import Path
 
 import optuna
 
-from mlpreduce.addresses import hidden
-from mlpreduce.console import screen, width, wrapped
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.recipe import Recipe
 from mlpreduce.search.answer import describe
 from mlpreduce.search.comparison import compared, comparison_text
 from mlpreduce.search.export import as_recipe, copy_plugins, originals
 from mlpreduce.search.storage import read_only
+from mlpreduce.words.addresses import hidden
+from mlpreduce.words.console import screen, width, wrapped
 
 __all__ = ["main", "open_study"]
 

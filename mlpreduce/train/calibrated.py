@@ -12,10 +12,10 @@ from torch import nn
 import mlpreduce
 from mlpreduce.data import calibration
 from mlpreduce.edits import Plan
-from mlpreduce.reduction import remember
-from mlpreduce.surgery import carry_out
+from mlpreduce.reduction.applying import remember
+from mlpreduce.surgery.operation import carry_out
 from mlpreduce.train.settings import Run
-from mlpreduce.values import Step
+from mlpreduce.words.values import Step
 
 __all__ = ["apply_as_before", "apply_step", "calibration_data"]
 

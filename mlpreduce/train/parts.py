@@ -20,7 +20,7 @@ import mlpreduce
 from mlpreduce.errors import ReductionError, call_text, check_whole, did_you_mean
 from mlpreduce.models import image_size_of, is_model
 from mlpreduce.plugins import run_plugins
-from mlpreduce.ties import full_state
+from mlpreduce.surgery.ties import full_state
 from mlpreduce.train.calibrated import apply_as_before, apply_step, calibration_data
 from mlpreduce.train.settings import Run, TrainSettings
 from mlpreduce.train.weights import inherit_weights, load_weights, no_construction

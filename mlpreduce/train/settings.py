@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlpreduce.data.settings import AugmentSettings, DataSettings, NonNegative
 from mlpreduce.errors import ReductionError
 from mlpreduce.plugins import Plugin
-from mlpreduce.values import Step
+from mlpreduce.words.values import Step
 
 __all__ = ["FREE", "LATER", "ModelSettings", "Run", "Step", "SupernetSettings", "TrainSettings"]
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mlpreduce
 from mlpreduce.data import Loaders, load
 from mlpreduce.errors import ReductionError
+from mlpreduce.reduction.verification import reentrant_problem
 from mlpreduce.train import digests, distillation
 from mlpreduce.train.advice import advice
 from mlpreduce.train.density import DensityLoss
@@ -36,7 +37,6 @@ from mlpreduce.train.state import Saved, restore_rng, seed_everything
 from mlpreduce.train.supernet import Supernet, check_supernet, entangle
 from mlpreduce.train.weight_decay import WeightDecaySchedule, create_decay_schedule
 from mlpreduce.train.weights import start_digest
-from mlpreduce.verification import reentrant_problem
 
 __all__ = ["Setup", "prepare"]
 

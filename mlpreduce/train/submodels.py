@@ -23,8 +23,8 @@ from torch.func import functional_call
 from mlpreduce.edits import Plan, Replace, Share, Slice, Units
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import MLP, Survey, example_inputs, mlps_or_raise, module_at, structural_copy, survey, tensors_in
-from mlpreduce.planning import make_plan
-from mlpreduce.surgery import carry_out
+from mlpreduce.reduction.planning import make_plan
+from mlpreduce.surgery.operation import carry_out
 from mlpreduce.train.settings import Step
 from mlpreduce.transforms import is_construction
 from mlpreduce.transforms.steps import needs_data

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import mlpreduce
-from mlpreduce.checkpoint import DESCRIPTION
+from mlpreduce.building.checkpoint import DESCRIPTION
 from mlpreduce.data import load
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import structural_copy

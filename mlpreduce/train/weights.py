@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mlpreduce.checkpoint import DESCRIPTION, WEIGHTS, read_saved, read_tensors
+from mlpreduce.building.checkpoint import DESCRIPTION, WEIGHTS, read_saved, read_tensors
 from mlpreduce.errors import ReductionError, call_text
-from mlpreduce.ties import full_state
+from mlpreduce.surgery.ties import full_state
 from mlpreduce.train import digests
 from mlpreduce.train.runtime import Runtime
 from mlpreduce.train.settings import ModelSettings, Run

@@ -17,8 +17,8 @@ from mlpreduce.edits import Assign, Edit
 from mlpreduce.errors import ReductionError, check_one_of, check_whole
 from mlpreduce.graph import MLP
 from mlpreduce.layers import BlockDiagonalLinear, BlockOrders, ChannelCovariance, block_orders, make_layer
-from mlpreduce.parts import Parts
 from mlpreduce.transforms.layers import check_seed, linears, replacing
+from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.registry import register
 
 ALIGN = ("hidden", "all", "none")

@@ -12,8 +12,8 @@ from mlpreduce.edits import Replace
 from mlpreduce.errors import ReductionError, check_number, did_you_mean
 from mlpreduce.graph import MLP
 from mlpreduce.layers import BlockGate, NoMlp
-from mlpreduce.parts import Parts
 from mlpreduce.transforms.layers import replacing
+from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.registry import register
 
 

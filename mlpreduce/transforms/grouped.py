@@ -17,8 +17,8 @@ import torch
 from mlpreduce.edits import Assign, Edit, Replace, Scale, Share
 from mlpreduce.errors import ReductionError, check_one_of, did_you_mean
 from mlpreduce.graph import MLP
-from mlpreduce.parts import Parts
 from mlpreduce.transforms.merging import KEEPS, KEPT_BY_DATA, MEANS, merge_of
+from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.patterns import BY_DATA, groups_of
 from mlpreduce.transforms.per_use import check_per_use, multiplies, scaled_tensor, uses_of_their_own, with_rank
 from mlpreduce.transforms.registry import Config, register

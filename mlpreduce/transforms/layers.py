@@ -11,7 +11,7 @@ from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Replace
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, Leaf
-from mlpreduce.parts import Parts
+from mlpreduce.transforms.parts import Parts
 
 __all__ = ["LAYERS", "check_seed", "linears", "replacing", "uses_of_linears"]
 

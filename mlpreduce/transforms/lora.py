@@ -13,8 +13,8 @@ from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Replace
 from mlpreduce.graph import Leaf
 from mlpreduce.layers import LoraLinear, make_layer, nearest_factors
-from mlpreduce.parts import Parts
 from mlpreduce.transforms.layers import LAYERS, replacing, uses_of_linears
+from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.registry import register
 
 __all__ = ["lora_around"]

@@ -16,8 +16,8 @@ from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Replace
 from mlpreduce.errors import ReductionError, check_number, check_one_of, check_whole
 from mlpreduce.layers import LowRankLinear, make_layer
-from mlpreduce.parts import Parts
 from mlpreduce.transforms.layers import LAYERS, linears, replacing
+from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.registry import Config, Follows, register
 
 INITS = ("weights", "data", "new")

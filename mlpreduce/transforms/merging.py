@@ -15,7 +15,7 @@ import torch
 from mlpreduce.criteria import unit_weights
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, Leaf
-from mlpreduce.parts import Parts
+from mlpreduce.transforms.parts import Parts
 
 __all__ = ["ALIGNED", "KEEPS", "KEPT_BY_DATA", "MEANS", "Merge", "merge_of"]
 

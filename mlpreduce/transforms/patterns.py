@@ -20,7 +20,7 @@ import numpy as np
 from mlpreduce.edits import Edit
 from mlpreduce.errors import ReductionError, check_one_of, did_you_mean
 from mlpreduce.graph import MLP
-from mlpreduce.parts import Parts
+from mlpreduce.transforms.parts import Parts
 
 __all__ = ["BY_DATA", "groups_of"]
 

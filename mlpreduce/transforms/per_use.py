@@ -16,9 +16,9 @@ from mlpreduce.edits import Edit, Replace
 from mlpreduce.errors import ReductionError, check_number, check_one_of, did_you_mean
 from mlpreduce.graph import MLP, Leaf
 from mlpreduce.layers import BlockDiagonalLinear, LowRankLinear, StandIn, TokenConvolution, make_layer
-from mlpreduce.parts import Parts
 from mlpreduce.transforms.lora import lora_around
 from mlpreduce.transforms.merging import ALIGNED, MEANS, Merge
+from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.ssf import scale_around
 
 __all__ = ["check_per_use", "multiplies", "scaled_tensor", "uses_of_their_own", "with_rank"]

@@ -16,7 +16,7 @@ from mlpreduce.criteria import check_guard
 from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError, check_number, check_one_of, check_whole, did_you_mean
 from mlpreduce.graph import MLP
-from mlpreduce.parts import Parts
+from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.registry import Config, Follows, register
 from mlpreduce.transforms.targets import SCOPES, UNITS, solved_widths
 

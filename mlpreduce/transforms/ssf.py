@@ -15,8 +15,8 @@ from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Replace
 from mlpreduce.errors import ReductionError, check_one_of
 from mlpreduce.layers import ScaleShift, is_scalable
-from mlpreduce.parts import Parts
 from mlpreduce.transforms.layers import check_seed, replacing
+from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.registry import register
 
 __all__ = ["scale_around"]

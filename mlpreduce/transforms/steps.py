@@ -10,7 +10,7 @@ from mlpreduce.criteria import Criterion, choose
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.registry import origin
 from mlpreduce.transforms.registry import Follows, blaming, get_transform
-from mlpreduce.values import Step
+from mlpreduce.words.values import Step
 
 __all__ = [
     "check_criterion",

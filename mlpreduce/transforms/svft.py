@@ -12,8 +12,8 @@ from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Replace
 from mlpreduce.errors import check_one_of
 from mlpreduce.layers import SvftLinear, make_layer
-from mlpreduce.parts import Parts
 from mlpreduce.transforms.layers import LAYERS, check_seed, linears, replacing
+from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.registry import register
 
 

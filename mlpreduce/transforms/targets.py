@@ -17,7 +17,7 @@ from mlpreduce.budget import (
 )
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP
-from mlpreduce.parts import Parts
+from mlpreduce.transforms.parts import Parts
 
 __all__ = ["SCOPES", "UNITS", "solved_widths"]
 

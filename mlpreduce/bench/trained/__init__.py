@@ -28,7 +28,7 @@ from mlpreduce.errors import ReductionError, check_one_of
 from mlpreduce.records import SCHEMA, store
 from mlpreduce.report.figure import as_png
 from mlpreduce.report.trained import draw as draw_trained
-from mlpreduce.waiting import silent
+from mlpreduce.words.waiting import silent
 
 __all__ = ["main"]
 

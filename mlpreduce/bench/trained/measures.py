@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mlpreduce.extras import optional
+from mlpreduce.errors import optional
 
 __all__ = ["Probe", "cosine", "rank_correlation", "similarities"]
 

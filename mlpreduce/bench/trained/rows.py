@@ -15,7 +15,7 @@ from torch import nn
 import mlpreduce
 from mlpreduce.bench.trained.subjects import Subject
 from mlpreduce.criteria import choose, list_criteria
-from mlpreduce.extras import optional
+from mlpreduce.errors import optional
 from mlpreduce.graph import find_mlps, module_at
 
 __all__ = ["ADVICE", "Row", "rows"]

@@ -23,8 +23,7 @@ from torch import nn
 
 from mlpreduce.bench.trained.measures import Probe, cosine, rank_correlation, similarities
 from mlpreduce.budget import Cost, measure
-from mlpreduce.errors import ReductionError
-from mlpreduce.extras import optional
+from mlpreduce.errors import ReductionError, optional
 
 __all__ = ["SUBJECTS", "Subject", "add_options", "subject"]
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlpreduce.errors import ReductionError, did_you_mean
-from mlpreduce.extras import require
+from mlpreduce.errors import ReductionError, did_you_mean, require
 from mlpreduce.graph import Inputs, tensors_in
 from mlpreduce.graph import example_inputs as inputs_of
 

@@ -23,7 +23,7 @@ from mlpreduce.edits import Assign, Plan, Replace, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import canonicalize, is_one_node, module_at, structural_copy
 from mlpreduce.layers import make_layer, wraps
-from mlpreduce.slicing import find_tensor, slice_all
+from mlpreduce.surgery.slicing import find_tensor, slice_all
 
 __all__ = ["carry_out", "rehearse", "untie_leaves"]
 

@@ -14,10 +14,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlpreduce.train.during.carry import reduce_in_training
-    from mlpreduce.train.during.gates import GateL1
-    from mlpreduce.train.during.masks import PruneAndGrow
-    from mlpreduce.train.during.tickets import LotteryTicket
+    from mlpreduce.during.carry import reduce_in_training
+    from mlpreduce.during.gates import GateL1
+    from mlpreduce.during.masks import PruneAndGrow
+    from mlpreduce.during.tickets import LotteryTicket
 
 __all__ = ["GateL1", "LotteryTicket", "PruneAndGrow", "reduce_in_training"]
 

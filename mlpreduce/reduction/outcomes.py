@@ -11,7 +11,7 @@ from mlpreduce.budget import Baseline, Cost, measure, outcome
 from mlpreduce.edits import Plan, Replace, Slice
 from mlpreduce.graph import MLP, Inputs, find_mlps, is_one_node, module_at
 from mlpreduce.layers import macs_of, wraps
-from mlpreduce.surgery import rehearse
+from mlpreduce.surgery.operation import rehearse
 
 __all__ = ["planned"]
 

@@ -10,14 +10,8 @@ import torch
 from torch import nn
 
 from mlpreduce.calibration import Loss
-from mlpreduce.edits import Slice
-from mlpreduce.errors import ReductionError, did_you_mean
-from mlpreduce.graph import Inputs
-from mlpreduce.planning import Globs, make_plan
-from mlpreduce.reduction import apply
-from mlpreduce.surgery import rehearse
-from mlpreduce.train.during.moving import Masked, check_alone, mask_of, moved_mask, tensor_of
-from mlpreduce.train.during.units import (
+from mlpreduce.during.moving import Masked, check_alone, mask_of, moved_mask, tensor_of
+from mlpreduce.during.units import (
     average_of,
     entry,
     fraction,
@@ -27,6 +21,12 @@ from mlpreduce.train.during.units import (
     whole,
     with_units,
 )
+from mlpreduce.edits import Slice
+from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.graph import Inputs
+from mlpreduce.reduction.applying import apply
+from mlpreduce.reduction.planning import Globs, make_plan
+from mlpreduce.surgery.operation import rehearse
 
 __all__ = ["PruneAndGrow"]
 

@@ -17,15 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from mlpreduce.builds import built, how_built
-from mlpreduce.drafts import replacing
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError
+from mlpreduce.files import replacing
 from mlpreduce.graph import below, module_at, refuse_wrapped, structural_copy, unwrapped
-from mlpreduce.reduction import broken_ties, remember
+from mlpreduce.reduction.applying import broken_ties, remember
+from mlpreduce.reduction.builds import built, how_built
 from mlpreduce.registry import origin
-from mlpreduce.surgery import carry_out
-from mlpreduce.ties import distinct_parts, full_state, plans_of, reduced_parts, tangled_parts
+from mlpreduce.surgery.operation import carry_out
+from mlpreduce.surgery.ties import distinct_parts, full_state, plans_of, reduced_parts, tangled_parts
 
 __all__ = ["DESCRIPTION", "WEIGHTS", "load", "read_saved", "read_tensors", "save"]
 

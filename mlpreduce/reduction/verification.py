@@ -12,9 +12,9 @@ from torch import nn
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import PLAIN, Inputs, below, module_through, refuse_wrapped, survey, unwrapped
-from mlpreduce.markup import html_list, html_table
-from mlpreduce.reduction import broken_ties
-from mlpreduce.ties import distinct_parts, is_guarded, plans_of, reduced_parts, shares_of, tangled_parts, tied
+from mlpreduce.reduction.applying import broken_ties
+from mlpreduce.surgery.ties import distinct_parts, is_guarded, plans_of, reduced_parts, shares_of, tangled_parts, tied
+from mlpreduce.words.markup import html_list, html_table
 
 __all__ = ["Report", "reentrant_problem", "verify"]
 

@@ -9,16 +9,25 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from mlpreduce.builds import DOUBT
 from mlpreduce.calibration import Loss
 from mlpreduce.edits import Assign, History, Plan, Replace, Share
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Inputs, find_mlps, refuse_wrapped
 from mlpreduce.layers import LAYERS, merged
-from mlpreduce.planning import Globs, make_plan
-from mlpreduce.rewriting import without_layers, without_ties
-from mlpreduce.surgery import carry_out, untie_leaves
-from mlpreduce.ties import check_parts, distinct_parts, guard, holds, plans_of, reduced_parts, shares_of, unguard
+from mlpreduce.reduction.builds import DOUBT
+from mlpreduce.reduction.planning import Globs, make_plan
+from mlpreduce.surgery.operation import carry_out, untie_leaves
+from mlpreduce.surgery.rewriting import without_layers, without_ties
+from mlpreduce.surgery.ties import (
+    check_parts,
+    distinct_parts,
+    guard,
+    holds,
+    plans_of,
+    reduced_parts,
+    shares_of,
+    unguard,
+)
 
 __all__ = ["apply", "broken_ties", "history", "merge", "remember", "untie"]
 

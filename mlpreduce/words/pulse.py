@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mlpreduce.console import wrapped
+from mlpreduce.words.console import wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mlpreduce.edits import Axis, Edit, Plan, Replace, Share, Slice
 from mlpreduce.layers import merges, wraps
-from mlpreduce.ties import gone_by, moved_by
+from mlpreduce.surgery.ties import gone_by, moved_by
 
 __all__ = ["without_layers", "without_ties"]
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from mlpreduce.calibration import Loss
+from mlpreduce.during.units import entry, fraction, owners, part_of, same_settings, whole
 from mlpreduce.edits import Plan, Slice
 from mlpreduce.errors import ReductionError, call_text, did_you_mean
 from mlpreduce.graph import MLP, Inputs, mlps_or_raise, refuse_wrapped, select
-from mlpreduce.planning import Globs, make_plan
-from mlpreduce.reduction import apply, history
-from mlpreduce.surgery import carry_out, rehearse
-from mlpreduce.train.during.units import entry, fraction, owners, part_of, same_settings, whole
+from mlpreduce.reduction.applying import apply, history
+from mlpreduce.reduction.planning import Globs, make_plan
+from mlpreduce.surgery.operation import carry_out, rehearse
 
 __all__ = ["LotteryTicket"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.values import parse_pairs, parse_value
+from mlpreduce.words.values import parse_pairs, parse_value
 
 __all__ = ["Step", "as_steps", "is_call", "parse_steps", "read_words", "split_outside", "with_steps"]
 

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.graph import below
-from mlpreduce.surgery import carry_out
-from mlpreduce.ties import full_state, plans_of, reduced_parts
+from mlpreduce.surgery.operation import carry_out
+from mlpreduce.surgery.ties import full_state, plans_of, reduced_parts
 
 __all__ = ["DOUBT", "NOT_RECORDED", "build_doubt", "built", "how_built", "made_by_timm", "settings_of"]
 

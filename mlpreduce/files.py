@@ -1,13 +1,14 @@
-"""Files that are written as a whole or not at all."""
+"""Files: where those lie that ship with the library, and the one way to write some as a whole or not at all."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["replacing", "shipped"]
 
 
 @contextmanager
@@ -40,3 +41,10 @@ def replacing(folder: Path, *names: str) -> Iterator[list[Path]]:
     finally:
         for draft in drafts:
             draft.unlink(missing_ok=True)
+
+
+def shipped(folder: str) -> Path:
+    """`mlpreduce.<folder>` where the library is installed, `<folder>/` beside the package in a bare checkout."""
+    spec = importlib.util.find_spec(f"mlpreduce.{folder}")  # a folder without `__init__`: never imported, only found
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return Path(places[0]) if places else Path(__file__).resolve().parents[1] / folder

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from mlpreduce.during.units import indices, parameter, projections
 from mlpreduce.edits import Axis, Slice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, module_at
-from mlpreduce.train.during.units import indices, parameter, projections
 
 __all__ = ["Masked", "check_alone", "mask_of", "moved_mask", "tensor_of"]
 

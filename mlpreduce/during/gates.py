@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from mlpreduce.during.units import average_of, fraction, owners, part_of, projections, whole, with_units
 from mlpreduce.edits import Axis, Plan
 from mlpreduce.errors import ReductionError, call_text, did_you_mean
 from mlpreduce.graph import MLP, Inputs, first_units, mlps_or_raise, module_at, refuse_wrapped, select
-from mlpreduce.planning import Globs, make_plan
-from mlpreduce.reduction import apply
-from mlpreduce.surgery import rehearse
-from mlpreduce.train.during.units import average_of, fraction, owners, part_of, projections, whole, with_units
+from mlpreduce.reduction.applying import apply
+from mlpreduce.reduction.planning import Globs, make_plan
+from mlpreduce.surgery.operation import rehearse
 
 __all__ = ["GateL1"]
 

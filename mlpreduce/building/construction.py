@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlpreduce.builds import NOT_RECORDED, made_by_timm
 from mlpreduce.calibration import Loss
 from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import mlps_or_raise
-from mlpreduce.planning import plain
-from mlpreduce.reduction import apply, remember
+from mlpreduce.reduction.applying import apply, remember
+from mlpreduce.reduction.builds import NOT_RECORDED, made_by_timm
+from mlpreduce.reduction.planning import plain
 from mlpreduce.transforms import Transform, get_transform
 
 __all__ = ["create_model"]

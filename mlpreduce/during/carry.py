@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from mlpreduce.calibration import Loss
+from mlpreduce.during.units import average_of
 from mlpreduce.edits import Plan, Replace, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Inputs, module_at, refuse_wrapped, structural_copy
-from mlpreduce.planning import Globs, make_plan
-from mlpreduce.reduction import apply
-from mlpreduce.slicing import slice_all
-from mlpreduce.surgery import rehearse
-from mlpreduce.train.during.units import average_of
+from mlpreduce.reduction.applying import apply
+from mlpreduce.reduction.planning import Globs, make_plan
+from mlpreduce.surgery.operation import rehearse
+from mlpreduce.surgery.slicing import slice_all
 
 __all__ = ["reduce_in_training"]
 

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from mlpreduce.budget import Cost, measure
-from mlpreduce.console import width, wrapped
 from mlpreduce.errors import ReductionError, check_whole
 from mlpreduce.graph import Inputs, call_with, example_inputs, map_tensors, refuse_wrapped, tensors_in
-from mlpreduce.markup import html_table
-from mlpreduce.values import short
-from mlpreduce.waiting import steps
+from mlpreduce.words.console import width, wrapped
+from mlpreduce.words.markup import html_table
+from mlpreduce.words.values import short
+from mlpreduce.words.waiting import steps
 
 __all__ = ["LiveMemory", "Profile", "profile"]
 

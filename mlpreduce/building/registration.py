@@ -12,9 +12,9 @@ import timm
 from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, get_pretrained_cfg, load_pretrained
 from torch import nn
 
-from mlpreduce.construction import create_model
+from mlpreduce.building.construction import create_model
 from mlpreduce.errors import ReductionError, call_text, check_name, did_you_mean
-from mlpreduce.reduction import apply
+from mlpreduce.reduction.applying import apply
 from mlpreduce.registry import origin, remember
 from mlpreduce.transforms import check_config, is_construction
 

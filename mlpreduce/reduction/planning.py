@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from mlpreduce.budget import Cost, measure, outcome
-from mlpreduce.builds import build_doubt
 from mlpreduce.calibration import Answers, Loss, rereadable
 from mlpreduce.edits import Assign, Plan, Replace, Row, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, call_text
@@ -32,12 +31,13 @@ from mlpreduce.graph import (
     select,
     structural_copy,
 )
-from mlpreduce.outcomes import planned
-from mlpreduce.parts import Parts
+from mlpreduce.reduction.builds import build_doubt
+from mlpreduce.reduction.outcomes import planned
 from mlpreduce.repair import repaired, watcher
-from mlpreduce.surgery import rehearse
-from mlpreduce.ties import check_parts
+from mlpreduce.surgery.operation import rehearse
+from mlpreduce.surgery.ties import check_parts
 from mlpreduce.transforms import Transform, check_config
+from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.registry import blaming
 
 __all__ = ["Globs", "make_plan", "plain", "plan"]
