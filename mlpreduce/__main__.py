@@ -128,7 +128,7 @@ def _describe(name: str, *, as_json: bool) -> str:
 def _plan(options: argparse.Namespace) -> str:
     """The plans of all transforms, each made after those before it were applied, and what they come to together."""
     import mlpreduce
-    from mlpreduce.edits.shown import costs_text
+    from mlpreduce.edits.plan import costs_text
     from mlpreduce.transforms import check_config
 
     settings, steps = read_words(options.words)

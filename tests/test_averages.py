@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlpreduce.records import summarize
-from mlpreduce.report.overview import cautions, overview
+from mlpreduce.report.summing import cautions, overview
 
 COUNTS = {"params": 10, "mlp_params": 5, "unique_mlps": 1, "macs_linear": 1, "macs": 1, "macs_with_attention": 1}
 

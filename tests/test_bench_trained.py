@@ -16,8 +16,8 @@ from mlpreduce.bench import trained
 from mlpreduce.bench.trained import subjects
 from mlpreduce.bench.trained.measures import Probe, cosine, rank_correlation, similarities
 from mlpreduce.bench.trained.page import page_of
-from mlpreduce.bench.trained.rows import ADVICE, CRITERIA, rows
 from mlpreduce.bench.trained.subjects import SUBJECTS, Subject
+from mlpreduce.bench.trained.ways import ADVICE, CRITERIA, rows
 from mlpreduce.criteria import list_criteria
 from mlpreduce.testing import tiny_vit
 

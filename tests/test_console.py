@@ -21,8 +21,8 @@ from mlpreduce.__main__ import main
 from mlpreduce.launch import LaunchSettings
 from mlpreduce.recipe.progress import Display, starting
 from mlpreduce.records import summarize
-from mlpreduce.report.overview import HEADERS
 from mlpreduce.report.search import console_table, front_table
+from mlpreduce.report.summing import HEADERS
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train.settings import Run, TrainSettings
 from mlpreduce.words.console import Column, Grid, command_line, from_here, run_command, wrapped

@@ -26,10 +26,10 @@ from mlpreduce.bench.layers import layers_text
 from mlpreduce.bench.trained.page import page_of as trained_page
 from mlpreduce.errors import ReductionError
 from mlpreduce.report import check_page, keep, lasting, results_text, with_results
-from mlpreduce.report.overview import variants_of
 from mlpreduce.report.power import detectable
 from mlpreduce.report.published import CELLS
 from mlpreduce.report.search import kept, kept_text
+from mlpreduce.report.summing import variants_of
 from mlpreduce.report.tables import few, mean_std, short
 from mlpreduce.search.comparison import comparison_text
 

@@ -19,7 +19,7 @@ from mlpreduce import recipe as recipes
 from mlpreduce.building.checkpoint import read_tensors
 from mlpreduce.errors import ReductionError
 from mlpreduce.recipe.describe import describe
-from mlpreduce.report.gather import differing
+from mlpreduce.report.gathering import differing
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import Runtime, build_model, fit
 from mlpreduce.train.distillation import as_teacher, blend

@@ -316,7 +316,7 @@ def test_an_interrupt_leaves_the_terminal_as_it_was(stop: type[BaseException], t
 
 def test_training_a_recipe_shows_no_second_line(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlpreduce import train
-    from mlpreduce.launch.execution import train_all
+    from mlpreduce.launch.here import train_all
 
     busy = []
     monkeypatch.setattr(train, "fit", lambda run, runtime: busy.append(waiting._busy))

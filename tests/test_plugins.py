@@ -681,7 +681,7 @@ def test_a_run_needs_no_file_in_another_process(toml: Path, mine: Path, tmp_path
     mine.unlink()
     script = (
         "import json\n"
-        "from mlpreduce.launch.execution import train_all\n"
+        "from mlpreduce.launch.here import train_all\n"
         "from mlpreduce.plugins import run_plugins\n"
         "from mlpreduce.train import Runtime\n"
         "from mlpreduce.train.names import check_known, names_of\n"

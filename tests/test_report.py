@@ -15,8 +15,8 @@ from rich.console import Console
 
 from mlpreduce import report
 from mlpreduce.errors import ReductionError
-from mlpreduce.report.overview import beyond_noise
 from mlpreduce.report.published import CELLS, SOURCE
+from mlpreduce.report.summing import beyond_noise
 
 TOPS = {"baseline": [81.16, 80.94], "grouped": [81.58, 81.36], "shallow": [81.30, 81.20]}
 

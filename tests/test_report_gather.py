@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.report.gather import gather
+from mlpreduce.report.gathering import gather
 
 
 def write_run(directory: Path, variant: str, seed: int, **changes: Any) -> None:

@@ -20,19 +20,17 @@ from mlpreduce import recipe as recipes
 from mlpreduce.errors import ReductionError
 from mlpreduce.search.choices import Walker, any_of
 from mlpreduce.search.driver import run
-from mlpreduce.search.front import dominates, front, hypervolume
+from mlpreduce.search.front import dominates, front, hypervolume, next_runs
 from mlpreduce.search.goals import COSTS, Budget, check_objectives, read_budgets
 from mlpreduce.search.jobs import nearest, pricer_of
 from mlpreduce.search.owner import Owner
 from mlpreduce.search.points import Point, Pricer
-from mlpreduce.search.racing import next_runs
 from mlpreduce.search.settings import StudySettings, changes
 from mlpreduce.search.spaces import Suggestion, list_spaces, load_space
 from mlpreduce.search.stopping import Halving
-from mlpreduce.search.storage import hidden
+from mlpreduce.search.storage import counts, hidden
 from mlpreduce.search.study import Study
 from mlpreduce.search.subjects import RecipeModel
-from mlpreduce.search.told import counts
 from mlpreduce.search.training import training_owner
 from mlpreduce.train import build_model
 from mlpreduce.transforms import is_construction

@@ -19,7 +19,7 @@ from mlpreduce.edits import Assign
 from mlpreduce.graph import find_mlps
 from mlpreduce.repair import repaired
 from mlpreduce.repair.fit import RIDGES
-from mlpreduce.repair.nearness import is_further, nearness
+from mlpreduce.repair.judging import is_further, nearness
 from mlpreduce.repair.sequential import _read, _split
 from mlpreduce.repair.streams import Cut, Joints
 from mlpreduce.repair.whole import Whole

@@ -16,7 +16,7 @@ import mlpreduce
 from mlpreduce import ReductionError, find_mlps
 from mlpreduce.budget import measure
 from mlpreduce.coverage.proofs import sliced_against_masked
-from mlpreduce.graph.record import read
+from mlpreduce.graph.recording import read
 from mlpreduce.graph.rules import operation
 
 D, H, N = 12, 40, 7

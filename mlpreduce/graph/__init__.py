@@ -19,9 +19,9 @@ from mlpreduce.graph.inputs import INPUTS, Inputs, call_with, example_inputs, ma
 from mlpreduce.graph.match import match_mlps
 from mlpreduce.graph.mlp import MLP, Leaf, chains, first_units, select, slice_edit
 from mlpreduce.graph.places import Place, locate
-from mlpreduce.graph.record import read, record
+from mlpreduce.graph.recording import read, record
 from mlpreduce.graph.rules import projection, says_mlp
-from mlpreduce.graph.trace import (
+from mlpreduce.graph.tracing import (
     PLAIN,
     below,
     forget,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mlpreduce.graph.rules import PARAMETRIZED, is_stock, projection
-from mlpreduce.graph.trace import structural_copy
+from mlpreduce.graph.tracing import structural_copy
 from mlpreduce.layers import StandIn, Wrapper
 
 __all__ = ["as_plain", "remedy"]

@@ -8,7 +8,7 @@ from torch import nn
 
 from mlpreduce.graph.mlp import MLP, Leaf
 from mlpreduce.graph.rules import projection
-from mlpreduce.graph.trace import is_leaf, module_at
+from mlpreduce.graph.tracing import is_leaf, module_at
 
 __all__ = ["block_leaves", "leaf_parameters"]
 

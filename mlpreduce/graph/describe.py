@@ -13,7 +13,7 @@ from mlpreduce.graph.match import Match
 from mlpreduce.graph.mlp import MLP, Leaf
 from mlpreduce.graph.places import Place
 from mlpreduce.graph.rules import Projection, is_depthwise, projection
-from mlpreduce.graph.trace import module_at
+from mlpreduce.graph.tracing import module_at
 from mlpreduce.layers import Wrapper
 
 __all__ = ["describe_mlp"]

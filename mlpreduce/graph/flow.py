@@ -21,7 +21,7 @@ from mlpreduce.graph.rules import (
     projection,
     tensors_of,
 )
-from mlpreduce.graph.trace import NORMS, module_at
+from mlpreduce.graph.tracing import NORMS, module_at
 
 __all__ = ["Flow"]
 

@@ -25,7 +25,7 @@ from mlpreduce.graph.rules import (
     operation,
     projection,
 )
-from mlpreduce.graph.trace import module_at
+from mlpreduce.graph.tracing import module_at
 from mlpreduce.graph.walk import Walk
 
 __all__ = ["Match", "match_mlps"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mlpreduce.graph.trace import module_at
+from mlpreduce.graph.tracing import module_at
 from mlpreduce.layers import Wrapper
 
 __all__ = ["Place", "locate"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mlpreduce.graph.trace import NORMS
+from mlpreduce.graph.tracing import NORMS
 from mlpreduce.layers import StandIn, Wrapper
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph.mlp import MLP
 from mlpreduce.graph.rules import projection
-from mlpreduce.graph.trace import module_at, structural_copy
+from mlpreduce.graph.tracing import module_at, structural_copy
 from mlpreduce.layers import Wrapper
 
 __all__ = ["token_grid", "whole_module"]

@@ -6,8 +6,9 @@ A search has a pool of workers instead, whose jobs are trials.
 
     settings     the `[launch]` section
     execution    what callers use: train all runs, here or on Ray
-    pool         jobs on warm workers, and one owner of what they report
-    team         workers that keep what they work with, and an owner in this process
+    here         training in this process, which is the driver or a worker
+    pools        jobs on warm workers, and one owner of what they report
+    teams        workers that keep what they work with, and an owner in this process
     cluster      the connection to Ray, and what it has
     group        the worker group: its trainer, its workers, its events
     sharing      how many workers of a group can share a batch
@@ -17,9 +18,10 @@ A search has a pool of workers instead, whose jobs are trials.
 
 from __future__ import annotations
 
-from mlpreduce.launch.execution import device_of, execute, train_all
-from mlpreduce.launch.pool import Call, Job, Lost, Pool, pool
+from mlpreduce.launch.execution import execute
+from mlpreduce.launch.here import device_of, train_all
+from mlpreduce.launch.pools import Call, Job, Lost, Pool, pool
 from mlpreduce.launch.settings import LaunchSettings
-from mlpreduce.launch.team import team
+from mlpreduce.launch.teams import team
 
 __all__ = ["Call", "Job", "LaunchSettings", "Lost", "Pool", "device_of", "execute", "pool", "team", "train_all"]

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mlpreduce.errors import ReductionError, require
+from mlpreduce.errors import require
+from mlpreduce.launch.here import in_process
 from mlpreduce.launch.interrupts import interrupts
 from mlpreduce.launch.locks import drive
 from mlpreduce.launch.settings import LaunchSettings
 from mlpreduce.launch.sharing import check_sharing
 from mlpreduce.train.settings import Run
-from mlpreduce.words.waiting import silent
 
-if TYPE_CHECKING:
-    import torch
-
-    from mlpreduce.train.runtime import Runtime
-
-__all__ = ["device_of", "execute", "train_all"]
+__all__ = ["execute"]
 
 Consume = Callable[[dict[str, Any]], None]
 
@@ -53,7 +47,7 @@ def execute(runs: Sequence[Run], launch: LaunchSettings, consume: Consume) -> No
                 consume(event)
 
         if launch.workers == 0:
-            _in_process(runs, launch, receive)
+            in_process(runs, launch, receive)
         else:
             require(f"launch.workers={launch.workers}", "ray")
             from mlpreduce.launch.group import on_ray
@@ -61,53 +55,3 @@ def execute(runs: Sequence[Run], launch: LaunchSettings, consume: Consume) -> No
 
             check_reach(runs)
             on_ray(runs, launch, text, receive)
-
-
-def train_all(
-    runs: Sequence[Run],
-    runtime: Runtime,
-    holding: Callable[[Run], AbstractContextManager[None]] = lambda run: nullcontext(),
-) -> None:
-    """Train runs one after the other in this process or worker; a run whose loss diverges is reported, the next one begins.
-
-    Args:
-        runs: what to train.
-        runtime: where.
-        holding: gives what is held while a run is trained.
-    """
-    from mlpreduce.train import TrainingStopped, fit
-
-    for run in runs:
-        try:
-            with holding(run), silent():  # whoever trains them shows progress
-                fit(run, runtime)
-        except TrainingStopped as stopped:
-            if runtime.rank == 0:
-                failed = {"event": "end", "status": "failed", "message": str(stopped)}
-                runtime.report({**failed, "variant": run.variant, "seed": run.seed, "epochs": run.train.epochs})
-
-
-def device_of(launch: LaunchSettings) -> torch.device:
-    """Where this process trains.
-
-    Raises:
-        ReductionError: a GPU is asked for, and there is none.
-    """
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if launch.device == "cuda" and not cuda:
-        raise ReductionError("launch.device='cuda': torch finds no GPU here; use launch.device='cpu'")
-    return torch.device("cuda" if cuda and launch.device != "cpu" else "cpu")
-
-
-def _in_process(runs: Sequence[Run], launch: LaunchSettings, receive: Consume) -> None:
-    import torch
-
-    from mlpreduce.train import Runtime
-
-    device, threads = device_of(launch), torch.get_num_threads()
-    try:
-        train_all(runs, Runtime(device=device, report=receive, threads=launch.threads))
-    finally:
-        torch.set_num_threads(threads)

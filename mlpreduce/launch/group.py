@@ -145,7 +145,7 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import get_device
 
-    from mlpreduce.launch.execution import train_all
+    from mlpreduce.launch.here import train_all
     from mlpreduce.plugins import run_plugins
     from mlpreduce.train import Runtime
     from mlpreduce.train.names import check_known

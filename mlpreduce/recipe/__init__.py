@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 from mlpreduce.recipe.cli import main
-from mlpreduce.recipe.plugged import with_plugins
-from mlpreduce.recipe.schema import Recipe, changed, differences, load, runs
+from mlpreduce.recipe.schema import Recipe, changed, differences, load, runs, with_plugins
 from mlpreduce.recipe.shelf import list_recipes
 
 __all__ = ["Recipe", "changed", "differences", "list_recipes", "load", "main", "runs", "with_plugins"]

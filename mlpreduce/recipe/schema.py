@@ -13,15 +13,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mlpreduce.data.settings import DataSettings, setting_problems
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.launch import LaunchSettings
-from mlpreduce.plugins import Plugin, read_plugin, run_plugins
-from mlpreduce.recipe.plugged import plugin_differences, read_key, together
+from mlpreduce.plugins import Plugin, load_plugins, read_plugin, run_plugins
 from mlpreduce.recipe.shelf import find
+from mlpreduce.registry import Origin
 from mlpreduce.train.settings import FREE, LATER, ModelSettings, Run, Step, TrainSettings
 from mlpreduce.words.complaints import complaint
 from mlpreduce.words.notation import with_steps
 from mlpreduce.words.values import flatten, parse_value
 
-__all__ = ["Recipe", "changed", "differences", "load", "points", "runs"]
+__all__ = ["Recipe", "changed", "differences", "load", "points", "runs", "with_plugins"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of variants and points, whose folders have their names
 _SWEPT = ("model", "data", "train", "variants")
@@ -100,7 +100,7 @@ def load(name: str, overrides: Sequence[str] = (), plugins: Sequence[str | Path]
             )
         _set(document, key.strip(), parse_value(value))
         base = Path() if key.strip() == "plugins" else base
-    own = together(read_key(document.get("plugins", ()), base), map(read_plugin, plugins))
+    own = _together(_read_key(document.get("plugins", ()), base), map(read_plugin, plugins))
     return _checked({**document, "plugins": own, "name": path.stem})
 
 
@@ -122,7 +122,7 @@ def changed(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
         return recipe
     document = recipe.model_dump(mode="json", exclude_unset=True)
     for key, value in settings.items():
-        _set(document, key, read_key(value, Path()) if key == "plugins" else value)
+        _set(document, key, _read_key(value, Path()) if key == "plugins" else value)
     return _checked({**document, "name": recipe.name})
 
 
@@ -195,7 +195,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     free = {f"{place}{key}" for place in ("", *swept) for key in _FREE}
     keys = sorted({*old, *new} - free)
     changes = [f"{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
-    return [*changes, *plugin_differences(before, now)]
+    return [*changes, *_plugin_differences(before, now)]
 
 
 def _set(document: dict[str, Any], key: str, value: Any) -> None:
@@ -332,3 +332,50 @@ def _problems(recipe: Recipe) -> Iterable[str]:
         yield str(error)
     else:
         yield from setting_problems(recipe.data, recipe.train, micro_batch=micro_batch, world=recipe.launch.world)
+
+
+def with_plugins(recipe: Recipe, paths: Sequence[str | Path]) -> Recipe:
+    """The recipe with further plug-ins, which are run.
+
+    Args:
+        recipe: is not changed itself.
+        paths: files, relative to the current directory.
+
+    Raises:
+        ReductionError: a file is missing or fails.
+    """
+    return recipe.model_copy(update={"plugins": _together(recipe.plugins, load_plugins(paths))})
+
+
+def _together(*groups: Iterable[Plugin]) -> tuple[Plugin, ...]:
+    """Plug-ins of several groups in order, each text once."""
+    return tuple({plugin.digest: plugin for group in groups for plugin in group}.values())
+
+
+def _read_key(paths: Any, base: Path) -> tuple[Plugin, ...]:
+    """Read the files that the key `plugins` of a recipe names.
+
+    Args:
+        paths: the value of the key, as written.
+        base: the folder that paths are relative to.
+
+    Raises:
+        ReductionError: it is not a list of paths, or a file cannot be read.
+    """
+    if not isinstance(paths, (list, tuple)) or not all(isinstance(path, str) for path in paths):
+        raise ReductionError(f'plugins={paths!r}: it must be a list of files, such as plugins = ["mine.py"]')
+    return tuple(read_plugin(path, base) for path in paths)
+
+
+def _plugin_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How the plug-ins of two resolved recipes differ. Texts are compared; where a file lies does not matter."""
+    was, is_now = ({p["digest"]: p["path"] for p in document.get("plugins", ())} for document in (before, now))
+    if set(was) == set(is_now):
+        return []
+    return [f"plugins: was {_files_of(was, is_now)}, is {_files_of(is_now, was)}"]
+
+
+def _files_of(some: Mapping[str, str], others: Mapping[str, str]) -> str:
+    """The files, by digest, that the others lack."""
+    found = [str(Origin("plug-in", path, digest)) for digest, path in some.items() if digest not in others]
+    return ", ".join(found) or "none"

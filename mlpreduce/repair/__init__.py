@@ -26,8 +26,8 @@ from mlpreduce.edits import Assign, Edit, Plan, Replace, Scale, Share, Slice
 from mlpreduce.errors import ReductionError, check_one_of
 from mlpreduce.graph import MLP, Leaf
 from mlpreduce.layers import wraps
+from mlpreduce.repair.judging import gathered, nearness
 from mlpreduce.repair.moments import Refits
-from mlpreduce.repair.nearness import gathered, nearness
 from mlpreduce.repair.outputs import output_of
 from mlpreduce.repair.parallel import Alone, repair_alone
 from mlpreduce.repair.sequential import repair_in_turn

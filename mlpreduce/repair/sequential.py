@@ -33,7 +33,7 @@ from mlpreduce.calibration.sums import live_rows
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP
 from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
-from mlpreduce.repair.nearness import Nearness, gathered, is_further, nearness
+from mlpreduce.repair.judging import Nearness, gathered, is_further, nearness
 from mlpreduce.repair.outputs import output_of
 from mlpreduce.repair.streams import Cut, Place, graph_from, stopping_at
 from mlpreduce.repair.uses import Model, Use, blocks_of, uses_of

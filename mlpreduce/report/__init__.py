@@ -13,12 +13,13 @@ from typing import Any
 from mlpreduce.errors import ReductionError, require
 from mlpreduce.records import SCHEMA, store, summarize
 from mlpreduce.report.content import Picture
-from mlpreduce.report.figure import CAPTION, as_png, draw
-from mlpreduce.report.gather import gather, gather_points
-from mlpreduce.report.overview import beyond_noise, cautions, overview
+from mlpreduce.report.figure import CAPTION, draw
+from mlpreduce.report.gathering import gather, gather_points
 from mlpreduce.report.pages import as_html, as_markdown, for_console
 from mlpreduce.report.plans import FILE, picture_of
+from mlpreduce.report.plotting import as_png
 from mlpreduce.report.stored import check_page, keep, lasting, results_text, with_results
+from mlpreduce.report.summing import beyond_noise, cautions, overview
 from mlpreduce.report.tables import NOTES, Part, compose
 from mlpreduce.words.console import Grid, screen
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mlpreduce.report.figure import as_png
+from mlpreduce.report.plotting import as_png
 
 __all__ = ["Drawing", "blank"]
 

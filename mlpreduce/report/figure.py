@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce.report import published
+from mlpreduce.report.plotting import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["CAPTION", "as_png", "draw", "plain"]
+__all__ = ["CAPTION", "draw"]
 
 CAPTION = "Validation top-1 and loss over the epochs: lines are means over seeds, bands their ranges"
 
@@ -83,15 +83,3 @@ def _draw_cost(figure: SubFigure, parts: Sequence[Sequence[dict[str, Any]]]) -> 
     axis.grid(alpha=0.3, which="both")
     axis.legend(loc="lower right")
     figure.suptitle("top-1 and parameters: mean and range over seeds")
-
-
-def as_png(figure: Figure) -> bytes:
-    """The figure as it stands in a report."""
-    image = BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
-
-
-def plain(text: str) -> str:
-    """Text in which matplotlib sees no formula."""
-    return text.replace("$", r"\$")

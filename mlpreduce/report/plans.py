@@ -12,7 +12,7 @@ from mlpreduce.errors import ReductionError, require
 from mlpreduce.graph import Inputs, mlps_or_raise, refuse_wrapped
 from mlpreduce.reduction.applying import history
 from mlpreduce.report.content import Picture
-from mlpreduce.report.figure import as_png
+from mlpreduce.report.plotting import as_png
 from mlpreduce.report.widths import Use, draw_widths
 from mlpreduce.words.markup import shortened
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlpreduce.report import search_points as points
 from mlpreduce.report.content import Picture
-from mlpreduce.report.figure import as_png, plain
+from mlpreduce.report.plotting import as_png, plain
 from mlpreduce.report.search_front import draw_front
 from mlpreduce.report.search_parallel import draw_parallel
 from mlpreduce.report.widths import draw_widths, uses_of_pattern

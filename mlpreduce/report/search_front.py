@@ -8,7 +8,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce.report import search_points as points
-from mlpreduce.report.figure import plain
+from mlpreduce.report.plotting import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from math import log10
 from typing import TYPE_CHECKING, Any
 
 from mlpreduce.report import search_points as points
-from mlpreduce.report.figure import plain
+from mlpreduce.report.plotting import plain
 from mlpreduce.words.markup import shortened
 
 if TYPE_CHECKING:

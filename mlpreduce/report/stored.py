@@ -11,9 +11,9 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.files import replacing
 from mlpreduce.records import as_json
 from mlpreduce.report.content import Table
-from mlpreduce.report.overview import beyond_noise, variants_of
 from mlpreduce.report.pages import markdown_table
 from mlpreduce.report.power import detectable
+from mlpreduce.report.summing import beyond_noise, variants_of
 from mlpreduce.report.tables import comparison, mean_std, short
 
 __all__ = ["check_page", "keep", "lasting", "results_text", "with_results"]

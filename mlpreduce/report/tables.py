@@ -11,7 +11,7 @@ from typing import Any
 from mlpreduce.records import baseline_of, conditions
 from mlpreduce.report import probes, published
 from mlpreduce.report.content import Content, Listing, Picture, Table
-from mlpreduce.report.gather import differing
+from mlpreduce.report.gathering import differing
 from mlpreduce.report.power import detectable
 from mlpreduce.words.values import short, unit_of
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlpreduce.report.figure import plain
+from mlpreduce.report.plotting import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,9 @@
     choices     walks through a space without training: checks it, finds its cheapest point
     goals       objectives and budgets
     settings    what a study is
-    storage     where it is kept, and that one process at a time owns it
+    storage     where it is kept, that one process at a time owns it, and what it tells of trials
+    front       points compared, and which are trained with further seeds
     study       Optuna's study: asks for points worth training, and is told what became of them
-    told        what the storage tells of trials
     results     what else a study knows: what it is, and what each job came to
     valuing     how points are valued, as the owner sees it
     training    by training them: runs of a recipe
@@ -18,7 +18,6 @@
     owner       decides what is valued next; a Ray actor where points are trained by Ray
     jobs        a point and a seed, as what a worker needs to train it
     stopping    which trials are ended early
-    racing      which points are trained with further seeds
     supernet    candidates for a supernet, and how well it ranks
     ranking     the supernet in a study
     trial       what a worker does
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
 
 __all__ = ["StudySettings", "Tuning", "list_spaces", "main", "run", "tune"]
 
-NEEDED = ("optuna", "mlflow", "matplotlib")  # to search; ray too, unless with workers=0
 _HOME = {
     "StudySettings": "settings",
     "Tuning": "tuning",
@@ -63,6 +61,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "run":
+        from mlpreduce.search.cli import NEEDED
+
         require("mlpreduce.search.run", *NEEDED)
     if name == "tune":
         require("mlpreduce.tune", "optuna", "scipy")

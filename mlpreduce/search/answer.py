@@ -18,7 +18,7 @@ from mlpreduce.search.goals import OBJECTIVES, read_budgets, value_of
 from mlpreduce.search.points import Point
 from mlpreduce.search.ranking import told_agreement
 from mlpreduce.search.settings import StudySettings
-from mlpreduce.search.told import counts, finished
+from mlpreduce.search.storage import counts, finished
 
 __all__ = ["SCHEMA", "describe", "history", "metrics_of", "reference_values"]
 

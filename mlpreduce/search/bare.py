@@ -19,8 +19,8 @@ from mlpreduce.launch import execute
 from mlpreduce.recipe import Recipe, changed, runs
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.spaces import Space, Suggestion
+from mlpreduce.search.storage import finished, point_of
 from mlpreduce.search.subjects import RecipeModel
-from mlpreduce.search.told import finished, point_of
 from mlpreduce.train.settings import Step
 
 __all__ = ["Clock", "clocks", "train_bare"]

@@ -11,13 +11,14 @@ from typing import Any
 
 from mlpreduce.errors import ReductionError, require
 from mlpreduce.plugins import add_option
-from mlpreduce.search import NEEDED
 from mlpreduce.words.addresses import hidden
 from mlpreduce.words.console import Column, Grid, screen, width
 from mlpreduce.words.notation import split_outside
 from mlpreduce.words.pulse import Pulse
 
-__all__ = ["main"]
+__all__ = ["NEEDED", "main"]
+
+NEEDED = ("optuna", "mlflow", "matplotlib")  # to search; ray too, unless with workers=0
 
 _EPILOG = """\
 examples:

@@ -12,7 +12,7 @@ from torch import nn
 from mlpreduce.calibration import Batch, Loss, Samples, in_all, quiet_copy, running, telling
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import Inputs, tensors_in
-from mlpreduce.repair.nearness import nearness
+from mlpreduce.repair.judging import nearness
 from mlpreduce.repair.outputs import output_of
 from mlpreduce.search.hand import digest
 from mlpreduce.search.scoring import Score

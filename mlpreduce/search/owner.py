@@ -16,9 +16,8 @@ from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.results import Results
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Space, Suggestion
-from mlpreduce.search.storage import claim_problem, opened
+from mlpreduce.search.storage import claim_problem, counts, finished, key_of, opened, point_of
 from mlpreduce.search.study import Study
-from mlpreduce.search.told import counts, finished, key_of, point_of
 from mlpreduce.search.valuing import Valuer
 
 __all__ = ["Owner"]

@@ -1,4 +1,4 @@
-"""Which trials are ended early, where there are several objectives and Optuna's pruners do not apply.
+"""Which trials are ended early: successive halving for several objectives, Optuna's own pruner for one.
 
 Source: asynchronous successive halving (Li et al., arXiv 1810.05934), for several objectives by the number of trials that
 dominate one (Schmucker et al., arXiv 2106.12639). Here the other objectives are costs and known exactly; only top-1 changes
@@ -9,9 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mlpreduce.launch import Job
+from mlpreduce.recipe import Recipe
+from mlpreduce.records import Recorder
 from mlpreduce.search.front import dominates
+from mlpreduce.search.points import Point
+from mlpreduce.search.results import Results
+from mlpreduce.search.settings import StudySettings
+from mlpreduce.search.storage import finished, key_of, point_of
+from mlpreduce.search.study import Study
 
-__all__ = ["Halving"]
+__all__ = ["Halving", "Rungs"]
 
 
 class Halving:
@@ -47,3 +55,52 @@ class Halving:
         above = {name: sum(dominates(other, mine) for other in reached.values()) for name, mine in reached.items()}
         better = sum(count < above[key] for count in above.values())
         return above[key] > 0 and better >= max(1, len(reached) // self._reduction)
+
+
+class Rungs:
+    """What trials reached at the epochs that decide, those of earlier processes too.
+
+    Args:
+        settings: of the study.
+        recipe: how a point is trained.
+        study: the trials.
+        results: what points cost.
+        recorder: the records of their epochs.
+    """
+
+    def __init__(
+        self, settings: StudySettings, recipe: Recipe, study: Study, results: Results, recorder: Recorder
+    ) -> None:
+        self._settings, self._epochs, self._study, self._results = settings, recipe.train.epochs, study, results
+        after = settings.rungs(recipe.train.epochs, recipe.train.warmup_epochs) if settings.pruner == "asha" else ()
+        self._halving = Halving((*((0,) if settings.screen else ()), *after), settings.reduction)
+        for trial in study.study.get_trials(deepcopy=False):
+            if "sensitivity" in trial.user_attrs:
+                self._add(key_of(trial), point_of(trial), 0, -trial.user_attrs["sensitivity"])
+        for trial in finished(study.study):
+            record = recorder.record(key_of(trial), settings.seeds[0])
+            for entry in record["epochs"] if record is not None else ():
+                self._add(key_of(trial), point_of(trial), entry["epoch"], entry["top1"])
+
+    def reached(self, job: Job, epoch: int, top1: float) -> None:
+        """Remember what a trial reached at an epoch; at epoch 0, by how little the edit raises the loss."""
+        if job["kind"] == "trial" and epoch in self._halving.rungs:
+            self._add(job["key"], Point.from_json(job["point"]), epoch, top1)
+
+    def stops_screened(self, job: Job) -> bool:
+        """Whether a trial that was screened ends before it is trained."""
+        return self._halving.stops(job["key"], 0) and not job["fixed"]
+
+    def stops(self, job: Job, epoch: int, top1: float) -> bool:
+        """Whether a run is to end now: a trial that others leave behind, but for those of the space's own points."""
+        if job["kind"] != "trial" or self._settings.pruner == "none":
+            return False
+        if len(self._settings.objectives) == 1:
+            stops = self._study.report(job["number"], epoch, top1)
+        else:
+            self.reached(job, epoch, top1)
+            stops = self._halving.stops(job["key"], epoch)
+        return stops and epoch < self._epochs and not job["fixed"]
+
+    def _add(self, key: str, point: Point, epoch: int, top1: float) -> None:
+        self._halving.add(key, epoch, self._results.early_losses(point, top1))

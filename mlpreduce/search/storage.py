@@ -1,4 +1,4 @@
-"""Where studies are kept, and that one process at a time owns one."""
+"""Where studies are kept, that one process at a time owns one, and what Optuna's storage tells of trials."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 import optuna
 import sqlalchemy
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from mlpreduce.errors import ReductionError, missing
+from mlpreduce.search.points import Point
 from mlpreduce.words.addresses import hidden, quoted
 
-__all__ = ["claim_problem", "folder_of", "hidden", "opened", "read_only"]
+__all__ = ["claim_problem", "counts", "finished", "folder_of", "hidden", "key_of", "opened", "point_of", "read_only"]
 
 _PATIENCE = 60  # seconds that SQLite waits for another process, such as a reader
 
@@ -152,3 +154,35 @@ def _held(place: sqlalchemy.URL, url: str, study: str) -> Iterator[None]:
     finally:
         connection.close()
         engine.dispose()
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that were trained, to their end or until they were ended early; none that is a reference."""
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    trials = study.get_trials(deepcopy=False, states=states)
+    return [trial for trial in trials if not {"reference", "screened"} & trial.user_attrs.keys()]
+
+
+def counts(study: optuna.Study) -> dict[str, int]:
+    """How many trials ended how."""
+    trained = finished(study)
+    trials = study.get_trials(deepcopy=False)
+    failed = [trial.user_attrs.get("why") for trial in trials if trial.state is TrialState.FAIL]
+    complete = sum(trial.state is TrialState.COMPLETE for trial in trained)
+    return {
+        "trained": len(trained),
+        "complete": complete,
+        "pruned": len(trained) - complete,
+        "screened": sum("screened" in trial.user_attrs for trial in trials),
+        **{why: failed.count(why) for why in ("infeasible", "duplicate", "failed", "lost")},
+    }
+
+
+def key_of(trial: FrozenTrial) -> str:
+    """The key of a trial's point; empty where it has none yet."""
+    return str(trial.user_attrs.get("key", ""))
+
+
+def point_of(trial: FrozenTrial) -> Point:
+    """The point of a trial."""
+    return Point.from_json(trial.user_attrs["point"])

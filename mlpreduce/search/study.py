@@ -22,7 +22,7 @@ from mlpreduce.search.goals import OBJECTIVES, Budget
 from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Space
-from mlpreduce.search.told import key_of
+from mlpreduce.search.storage import key_of
 
 __all__ = ["Asked", "Study", "create_sampler"]
 

@@ -12,18 +12,18 @@ from mlpreduce.launch import Job
 from mlpreduce.plugins import run_plugins
 from mlpreduce.recipe import Recipe, differences
 from mlpreduce.records import Recorder, summary
+from mlpreduce.search.front import next_runs, pooled_deviation
 from mlpreduce.search.goals import Budget
 from mlpreduce.search.jobs import job_of, nearest, pricer_of, references_of
 from mlpreduce.search.owner import Owner
 from mlpreduce.search.points import Point, Pricer
-from mlpreduce.search.racing import next_runs, pooled_deviation
 from mlpreduce.search.ranking import Ranking
 from mlpreduce.search.results import Results
-from mlpreduce.search.rungs import Rungs
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Space, load_space
+from mlpreduce.search.stopping import Rungs
+from mlpreduce.search.storage import finished, point_of
 from mlpreduce.search.study import Study
-from mlpreduce.search.told import finished, point_of
 from mlpreduce.train.names import Name, check_known
 from mlpreduce.train.settings import Run
 

@@ -21,12 +21,12 @@ import torch
 from mlpreduce.bench.rounds import at_least_one
 from mlpreduce.bench.stored_page import check_page_file, read_page, write_page
 from mlpreduce.bench.trained.page import figure_of, page_of
-from mlpreduce.bench.trained.rows import Row, rows
 from mlpreduce.bench.trained.subjects import SUBJECTS, Subject, add_options, subject
+from mlpreduce.bench.trained.ways import Row, rows
 from mlpreduce.budget import Cost
 from mlpreduce.errors import ReductionError, check_one_of
 from mlpreduce.records import SCHEMA, store
-from mlpreduce.report.figure import as_png
+from mlpreduce.report.plotting import as_png
 from mlpreduce.report.trained import draw as draw_trained
 from mlpreduce.words.waiting import silent
 

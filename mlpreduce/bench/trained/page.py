@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mlpreduce.bench.rounds import interval
-from mlpreduce.bench.trained.rows import ADVICE
+from mlpreduce.bench.trained.ways import ADVICE
 from mlpreduce.criteria import choose
 from mlpreduce.report.content import Table
 from mlpreduce.report.pages import markdown_table

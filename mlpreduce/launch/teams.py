@@ -10,7 +10,7 @@ from mlpreduce.errors import ReductionError, require
 from mlpreduce.launch.cluster import connection
 from mlpreduce.launch.interrupts import interrupts
 from mlpreduce.launch.locks import drive
-from mlpreduce.launch.pool import Here, Job, Lost, Pool, ended
+from mlpreduce.launch.pools import Here, Job, Lost, Pool, ended
 from mlpreduce.launch.settings import LaunchSettings
 
 __all__ = ["team"]

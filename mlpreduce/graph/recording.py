@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph.inputs import INPUTS, Inputs, call_with, example_inputs, map_tensors
 from mlpreduce.graph.rules import IDLE, is_of_library
-from mlpreduce.graph.trace import NORMS, below, is_one_node, path_below, structural_copy, trace
+from mlpreduce.graph.tracing import NORMS, below, is_one_node, path_below, structural_copy, trace
 
 __all__ = ["read", "record"]
 
