@@ -24,6 +24,7 @@ from mlpreduce.records import summarize
 from mlpreduce.report.search import console_table, front_table
 from mlpreduce.report.summing import HEADERS
 from mlpreduce.testing import tiny_vit
+from mlpreduce.train.events import Ended, Event, Progressed, Started
 from mlpreduce.train.settings import Run, TrainSettings
 from mlpreduce.words.console import Column, Grid, command_line, from_here, run_command, wrapped
 from mlpreduce.words.pulse import Pulse
@@ -268,22 +269,11 @@ class TestSignsOfLife:
             directory=str(tmp_path),
         )
         with Display(Console(file=file, width=200), [run], 1, starting(LaunchSettings(workers=2))) as display:
-            known = {"variant": "baseline", "seed": 1}
-            display.handle({**known, "event": "start", "history": [], "notes": ["a note"]})
+            display.handle(Event("baseline", 1, 2, Started({}, notes=["a note"])))
             assert display._pulse._text == "run 1 of 1: baseline, seed 1"
-            display.handle(
-                {
-                    **known,
-                    "event": "progress",
-                    "epoch": 1,
-                    "epochs": 2,
-                    "loss": 1.5,
-                    "images_per_s": 900.0,
-                    "fraction": 0.5,
-                }
-            )
+            display.handle(Event("baseline", 1, 2, Progressed(1, fraction=0.5, loss=1.5, images_per_s=900.0)))
             assert display._pulse._text == "run 1 of 1: baseline, seed 1, epoch 1/2, loss 1.500, 900 images/s"
-            display.handle({**known, "event": "end", "status": "finished"})
+            display.handle(Event("baseline", 1, 2, Ended("finished")))
             assert display._pulse._text == "ending the workers"
         assert file.getvalue().splitlines()[0] == "starting Ray and 2 workers"
         assert "run 1 of 1: baseline, seed 1: a note" in file.getvalue()

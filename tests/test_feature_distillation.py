@@ -243,13 +243,13 @@ def test_labels_are_not_looked_at(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("amp", slow_but(["none", "bfloat16"], "none"))
 def test_features_repair_a_reduced_model(trained: Path, tmp_path: Path, amp: str) -> None:
-    events: list[dict[str, Any]] = []
+    events: list[Any] = []
     settings: dict[str, Any] = {"epochs": 5, "lr": 3e-3, "amp": amp, "grad_checkpointing": amp != "none"}
     history = fit(taught(tmp_path, trained, **settings), Runtime(report=events.append))
     assert history[-1]["train_loss"] < 0.6 * history[0]["train_loss"]
     assert history[-1]["top1"] > 50
     known = mlpreduce.profile(mlpreduce.load(tmp_path / "model"))
-    assert events[0]["facts"]["profile"]["params"] == known.params
+    assert events[0].what.facts["profile"]["params"] == known.params
 
 
 def test_a_compiled_model_trains_the_same_module(

@@ -442,13 +442,13 @@ def test_a_teacher_with_a_random_head_is_refused(trained: Path, tmp_path: Path) 
 def test_a_reduced_trained_model_is_good_from_the_first_epoch(
     trained: Path, tmp_path: Path, step: dict[str, Any], kind: str
 ) -> None:
-    events: list[dict[str, Any]] = []
+    events: list[Any] = []
     (entry,) = fit(
         finetune(tmp_path / "run", trained, step, epochs=1, lr=1e-3, distillation=kind),
         Runtime(report=events.append),
     )
     assert entry["top1"] > 50
-    assert len(events[0]["facts"]["start_digest"]) == 16
+    assert len(events[0].what.facts["start_digest"]) == 16
     (scratch,) = fit(finetune(tmp_path / "scratch", "", step, epochs=1, lr=1e-3))
     assert scratch["top1"] < 40
 

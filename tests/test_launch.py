@@ -9,7 +9,6 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -35,6 +34,7 @@ from mlpreduce.launch import LaunchSettings, execute
 from mlpreduce.launch.locks import drive, work
 from mlpreduce.launch.sharing import check_sharing, regroup, sharers
 from mlpreduce.recipe.schema import runs as runs_of
+from mlpreduce.train.events import EpochEnded, Event
 from mlpreduce.train.settings import Run, TrainSettings
 
 # SQLAlchemy about mlflow's own tables
@@ -211,10 +211,10 @@ def test_interrupt_waits_for_the_record_that_is_being_written(tmp_path: Path) ->
     recipe = recipes.load("digits_tiny", ["launch.workers=0", "train.epochs=3", "model.kwargs.depth=2"])
     written = []
 
-    def consume(event: dict[str, Any]) -> None:
-        if event["event"] == "epoch":
+    def consume(event: Event) -> None:
+        if isinstance(event.what, EpochEnded):
             signal.raise_signal(signal.SIGINT)
-            written.append(event["epoch"])
+            written.append(event.what.entry["epoch"])
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

@@ -29,6 +29,7 @@ from mlpreduce.records import Recorder, read
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import Runtime, fit, loop
 from mlpreduce.train import probes as module
+from mlpreduce.train.events import EpochEnded, Event
 from mlpreduce.train.probes import NAMES, gradient_norms, layer_similarity, linear_cka, measure, sharpness
 from mlpreduce.train.setup import prepare
 
@@ -518,7 +519,7 @@ def test_records_have_the_probes_and_mlflow_their_numbers(tmp_path: Path, monkey
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = digits_run(tmp_path / "grouped" / "seed42", epochs=2, probes=NAMES, probe_images=8)
     recorder = Recorder(put_store(tmp_path), {"name": "toy"}, [run])
-    fit(run, Runtime(report=lambda event: None if event["event"] == "progress" else recorder.handle(event)))
+    fit(run, Runtime(report=recorder.handle))
     (record,) = read(tmp_path)
     assert "probes" not in record["epochs"][0]
     found = record["epochs"][1]["probes"]
@@ -535,7 +536,7 @@ def test_records_have_the_probes_and_mlflow_their_numbers(tmp_path: Path, monkey
     assert [m.step for m in client.get_metric_history(record["mlflow_run_id"], "probe/sam_gap")] == [2]
     # a name that MLflow refuses, and a number that JSON does not have
     odd = {**record["epochs"][1], "epoch": 3, "probes": PROBES}
-    recorder.handle({"event": "epoch", "variant": "grouped", "seed": 42, "epochs": 2, **odd})
+    recorder.handle(Event("grouped", 42, 2, EpochEnded(odd)))
     metrics = client.get_run(record["mlflow_run_id"]).data.metrics
     assert metrics["probe/gradient_norm/blocks.1.mlp_1"] == 0.25
     assert "probe/gradient_norm/blocks.9.mlp" not in metrics

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers.stores import put_store
@@ -10,6 +9,7 @@ from scipy.stats import ttest_rel
 from mlpreduce.errors import ReductionError
 from mlpreduce.records import Recorder, read, results, summarize, summary, tracking_uri
 from mlpreduce.train import Run
+from mlpreduce.train.events import Ended, EpochEnded, Event, Started
 
 # SQLAlchemy about mlflow's own tables
 pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy is deprecated:DeprecationWarning")
@@ -47,8 +47,8 @@ def make_runs(directory: Path, curves: dict[str, dict[int, list[float]]]) -> lis
     ]
 
 
-def event(run: Run, name: str, **content: Any) -> dict[str, Any]:
-    return {"event": name, "variant": run.variant, "seed": run.seed, "epochs": 3, **content}
+def event(run: Run, what: Started | EpochEnded | Ended) -> Event:
+    return Event(run.variant, run.seed, 3, what)
 
 
 def record_all(directory: Path, curves: dict[str, dict[int, list[float]]]) -> Recorder:
@@ -56,10 +56,10 @@ def record_all(directory: Path, curves: dict[str, dict[int, list[float]]]) -> Re
     runs = make_runs(directory, curves)
     recorder = Recorder(directory, {"name": "toy"}, runs)
     for run in runs:
-        recorder.handle(event(run, "start", history=[], facts=FACTS))
+        recorder.handle(event(run, Started(FACTS, [])))
         for number, top1 in enumerate(curves[run.variant][run.seed], 1):
-            recorder.handle(event(run, "epoch", **epoch(number, top1)))
-        recorder.handle(event(run, "end", status="finished"))
+            recorder.handle(event(run, EpochEnded(epoch(number, top1))))
+        recorder.handle(event(run, Ended("finished")))
     return recorder
 
 
@@ -182,8 +182,8 @@ def test_interrupted_run_goes_on_in_its_record_and_mlflow_run(tmp_path: Path) ->
 
     (run,) = make_runs(tmp_path, {"baseline": {1: []}})
     recorder = Recorder(tmp_path, {"name": "toy"}, [run])
-    recorder.handle(event(run, "start", history=[], facts=FACTS))
-    recorder.handle(event(run, "epoch", **epoch(1, 50.0)))
+    recorder.handle(event(run, Started(FACTS, [])))
+    recorder.handle(event(run, EpochEnded(epoch(1, 50.0))))
     recorder.interrupt()
     (record,) = read(tmp_path)
     client = MlflowClient(tracking_uri=tracking_uri(tmp_path))
@@ -193,9 +193,9 @@ def test_interrupted_run_goes_on_in_its_record_and_mlflow_run(tmp_path: Path) ->
 
     again = Recorder(tmp_path, {"name": "toy"}, [run])
     # The checkpoint is an epoch ahead of the record, as after a driver that was killed.
-    again.handle(event(run, "start", history=[epoch(1, 50.0), epoch(2, 55.0)], facts=FACTS))
-    again.handle(event(run, "epoch", **epoch(3, 60.0)))
-    again.handle(event(run, "end", status="finished"))
+    again.handle(event(run, Started(FACTS, [epoch(1, 50.0), epoch(2, 55.0)])))
+    again.handle(event(run, EpochEnded(epoch(3, 60.0))))
+    again.handle(event(run, Ended("finished")))
     (resumed,) = read(tmp_path)
     assert resumed["mlflow_run_id"] == record["mlflow_run_id"]
     assert [entry["top1"] for entry in resumed["epochs"]] == [50.0, 55.0, 60.0]
@@ -210,14 +210,14 @@ def test_another_tracking_store_gets_the_whole_history(tmp_path: Path, monkeypat
 
     (run,) = make_runs(tmp_path, {"baseline": {1: []}})
     recorder = Recorder(tmp_path, {"name": "toy"}, [run])
-    recorder.handle(event(run, "start", history=[], facts=FACTS))
-    recorder.handle(event(run, "epoch", **epoch(1, 50.0)))
+    recorder.handle(event(run, Started(FACTS, [])))
+    recorder.handle(event(run, EpochEnded(epoch(1, 50.0))))
     recorder.interrupt()
     uri = f"sqlite:///{tmp_path}/other.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.chdir(tmp_path)  # the store's own default for artifacts is relative
     again = Recorder(tmp_path, {"name": "toy"}, [run])
-    again.handle(event(run, "start", history=[epoch(1, 50.0)], facts=FACTS))
+    again.handle(event(run, Started(FACTS, [epoch(1, 50.0)])))
     (record,) = read(tmp_path)
     assert record["mlflow_tracking_uri"] == uri
     assert len(MlflowClient(tracking_uri=uri).get_metric_history(record["mlflow_run_id"], "top1")) == 1
@@ -227,9 +227,9 @@ def test_failed_run_keeps_its_epochs_and_leaves_the_results(tmp_path: Path) -> N
     runs = make_runs(tmp_path, {"baseline": {1: [], 2: []}})
     recorder = Recorder(tmp_path, {"name": "toy"}, runs)
     for run, status in zip(runs, ("failed", "finished"), strict=True):
-        recorder.handle(event(run, "start", history=[], facts=FACTS))
-        recorder.handle(event(run, "epoch", **epoch(1, 50.0)))
-        recorder.handle(event(run, "end", status=status, message="the loss is nan"))
+        recorder.handle(event(run, Started(FACTS, [])))
+        recorder.handle(event(run, EpochEnded(epoch(1, 50.0))))
+        recorder.handle(event(run, Ended(status, "the loss is nan")))
     first, _ = read(tmp_path)
     assert (first["status"], first["message"], len(first["epochs"])) == ("failed", "the loss is nan", 1)
     assert [run["seed"] for run in results(tmp_path)["variants"]["baseline"]["runs"]] == [2]
@@ -240,7 +240,7 @@ def test_variants_that_start_from_different_weights_are_refused(tmp_path: Path) 
     runs = make_runs(tmp_path, curves)
     recorder = Recorder(tmp_path, {"name": "toy"}, runs)
     for run, digest in zip(runs, ("a", "b", "a", "c"), strict=True):  # a head may be drawn from the seed
-        start = event(run, "start", history=[], facts={**FACTS, "start_digest": digest})
+        start = event(run, Started({**FACTS, "start_digest": digest}, []))
         if digest != "c":
             recorder.handle(start)
             continue

@@ -14,8 +14,10 @@ import pytest
 
 from mlpreduce import ReductionError
 from mlpreduce.records import Recorder, tracking_uri
+from mlpreduce.records.summaries import COUNTS
 from mlpreduce.search.cli import main
 from mlpreduce.search.storage import folder_of, opened, read_only
+from mlpreduce.train.events import Ended, Event, Started
 from mlpreduce.train.settings import Run
 from mlpreduce.words.addresses import credentials, hidden, quoted, without_credentials
 
@@ -183,13 +185,10 @@ def a_run(folder: Path) -> Run:
     )
 
 
-def events(run: Run) -> Iterator[dict[str, Any]]:
-    from mlpreduce.records.summaries import COUNTS
-
+def events(run: Run) -> Iterator[Event]:
     facts = {"plans": [], "profile": dict.fromkeys(COUNTS, 1), "versions": {}, "hardware": {}, "start_digest": None}
-    head = {"variant": run.variant, "seed": run.seed, "epochs": 1}
-    yield {**head, "event": "start", "facts": facts, "history": []}
-    yield {**head, "event": "end", "status": "failed", "message": "stopped here"}
+    for what in (Started(facts), Ended("failed", "stopped here")):
+        yield Event(run.variant, run.seed, 1, what)
 
 
 def test_the_password_of_a_tracking_server_is_used_and_not_recorded(
@@ -226,7 +225,7 @@ def test_a_record_with_a_password_of_before_is_known_again(
     recorder = Recorder(tmp_path, {"name": "x"}, [run])
     monkeypatch.setattr(recorder._mirror._client, "search_runs", lambda *_: [object()])
     known = {"mlflow_run_id": "r0", "mlflow_tracking_uri": address}
-    facts = next(events(run))["facts"]
+    facts = {"plans": [], "profile": dict.fromkeys(COUNTS, 1)}
     assert recorder._mlflow_run(run, facts, known) == "r0"
     assert recorder._mlflow_run(run, facts, {**known, "mlflow_tracking_uri": "http://elsewhere"}) == "r1"
 

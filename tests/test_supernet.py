@@ -30,6 +30,7 @@ from mlpreduce.search.supernet import Candidate, agreement, front_of, sample, su
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import Run, Runtime, evaluate, fit
 from mlpreduce.train.blocks import Remembering
+from mlpreduce.train.events import EpochEnded, Event
 from mlpreduce.train.settings import Step, SupernetSettings
 from mlpreduce.train.setup import Setup, prepare
 from mlpreduce.train.state import checkpoints
@@ -290,8 +291,8 @@ class TestTraining:
         class Interrupted(Exception):
             pass
 
-        def report(event: dict[str, Any]) -> None:
-            if event["event"] == "epoch":
+        def report(event: Event) -> None:
+            if isinstance(event.what, EpochEnded):
                 raise Interrupted
 
         parted = trained.model_copy(update={"directory": str(tmp_path)})

@@ -32,6 +32,7 @@ from mlpreduce.data import load
 from mlpreduce.errors import ReductionError
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import Run, Runtime, TrainingStopped, build_model, create_ema, evaluate, fit, learning_rates
+from mlpreduce.train.events import Ended, EpochEnded, Event, Progressed, Started
 from mlpreduce.train.parts import create_optimizer, images_of
 from mlpreduce.train.settings import ModelSettings, TrainSettings
 from mlpreduce.train.state import checkpoints, seed_everything
@@ -190,18 +191,24 @@ def test_published_learning_rates() -> None:
 # --- one run ------------------------------------------------------------------------------------------------------------
 
 
+def started(events: list[Event]) -> Started:
+    assert isinstance(events[0].what, Started)
+    return events[0].what
+
+
 def test_fit_learns_and_reports(tmp_path: Path) -> None:
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     run = digits_run(tmp_path, epochs=4, mixup=0.0, label_smoothing=0.1)
     history = fit(run, Runtime(report=events.append))
-    assert [event["event"] for event in events if event["event"] != "progress"] == ["start", *["epoch"] * 4, "end"]
+    kinds = [type(event.what) for event in events if not isinstance(event.what, Progressed)]
+    assert kinds == [Started, *[EpochEnded] * 4, Ended]
     assert history[-1]["top1"] > 50
     assert history[-1]["train_loss"] < history[0]["train_loss"]
     assert all(entry["top5"] >= entry["top1"] and 0 <= entry["raw_top1"] <= 100 for entry in history)
     assert history[-1]["top1"] * 3.6 == pytest.approx(
         round(history[-1]["top1"] * 3.6), abs=1e-6
     )  # counts of 360 images
-    facts = events[0]["facts"]
+    facts = started(events).facts
     assert facts["profile"]["unique_mlps"] == 2
     assert json.loads(facts["plans"][0])
     assert facts["updates_per_epoch"] == 22
@@ -445,8 +452,8 @@ def test_two_processes_give_the_gradient_of_one(together: Together, tmp_path: Pa
 
 
 def _fit_pair(rank: int, folder: str, name: str, stop_after: int) -> None:
-    def report(event: dict[str, Any]) -> None:
-        if event["event"] == "epoch" and event["epoch"] == stop_after:
+    def report(event: Event) -> None:
+        if isinstance(event.what, EpochEnded) and event.what.entry["epoch"] == stop_after:
             raise Interrupted
 
     run = digits_run(Path(folder) / name, epochs=2, accum_steps=2).model_copy(update={"workers": 2})
@@ -525,9 +532,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     else:
         rest = b"" if harm == "cut" else bytes([data[position] ^ 1]) + data[position + 1 :]
         path.write_bytes(data[:position] + rest)
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     fit(parted, Runtime(report=events.append))
-    (note,) = events[0]["notes"]
+    (note,) = started(events).notes
     assert name in note
     assert "going on after epoch 1" in note
     same(state(whole), state(tmp_path / "parted"))
@@ -550,9 +557,10 @@ from pathlib import Path
 from helpers.runs import digits_run
 from mlpreduce import ReductionError
 from mlpreduce.train import Runtime, fit
+from mlpreduce.train.events import EpochEnded
 run = digits_run(Path({folder!r}), epochs=3, keep_checkpoints=1)
 def report(event):
-    if event["event"] == "epoch" and event["epoch"] == 1:
+    if isinstance(event.what, EpochEnded) and event.what.entry["epoch"] == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # the system refuses larger files
 try:
     fit(run, Runtime(report=report, threads=1))
@@ -596,9 +604,9 @@ def test_a_device_out_of_memory_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ReductionError, match=r"64 images do not fit .*2.00 GiB.*train.accum_steps=2 takes half"):
         fit(run)
     advised = {"accum_steps": 2, "grad_checkpointing": True}
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     assert len(fit(digits_run(tmp_path, **advised), Runtime(report=events.append))) == 3
-    assert "it began with 64 images at a time, and goes on with 32" in events[0]["notes"][0]
+    assert "it began with 64 images at a time, and goes on with 32" in started(events).notes[0]
 
 
 # --- options and fidelity ---------------------------------------------------------------------------------------------------
@@ -632,9 +640,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def facts_of(run: Run) -> tuple[str, list[tuple[str, str]]]:
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     history = fit(run, Runtime(report=events.append))
-    return events[0]["facts"]["weights_digest"], [(e["batch_digest"], e["random_digest"]) for e in history]
+    return started(events).facts["weights_digest"], [(e["batch_digest"], e["random_digest"]) for e in history]
 
 
 @pytest.mark.parametrize("fidelity", ["corrected", "published"])

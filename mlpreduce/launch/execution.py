@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from mlpreduce.errors import require
 from mlpreduce.launch.here import in_process
@@ -11,11 +10,12 @@ from mlpreduce.launch.interrupts import interrupts
 from mlpreduce.launch.locks import drive
 from mlpreduce.launch.settings import LaunchSettings
 from mlpreduce.launch.sharing import check_sharing
+from mlpreduce.train.events import Event
 from mlpreduce.train.settings import Run
 
 __all__ = ["execute"]
 
-Consume = Callable[[dict[str, Any]], None]
+Consume = Callable[[Event], None]
 
 
 def execute(runs: Sequence[Run], launch: LaunchSettings, consume: Consume) -> None:
@@ -42,7 +42,7 @@ def execute(runs: Sequence[Run], launch: LaunchSettings, consume: Consume) -> No
     check_sharing(runs[0], launch.fewest or 1, launch.world)
     with drive([run.directory for run in runs]) as text, interrupts() as shielded:
 
-        def receive(event: dict[str, Any]) -> None:
+        def receive(event: Event) -> None:
             with shielded():
                 consume(event)
 

@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from mlpreduce.launch.cluster import connection, resources
 from mlpreduce.launch.locks import work
 from mlpreduce.launch.settings import LaunchSettings
 from mlpreduce.launch.sharing import regroup, sharers
+from mlpreduce.train.events import Event, Started
 from mlpreduce.train.settings import Run
 
 if TYPE_CHECKING:
@@ -22,9 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = ["on_ray"]
 
-Consume = Callable[[dict[str, Any]], None]
+Consume = Callable[[Event], None]
 
 _PATIENCE = 10.0  # seconds
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """What a worker found that no restart would help."""
+
+    message: str
 
 
 def on_ray(runs: Sequence[Run], launch: LaunchSettings, text: str, receive: Consume) -> None:
@@ -68,8 +77,8 @@ def on_ray(runs: Sequence[Run], launch: LaunchSettings, text: str, receive: Cons
                 except ray.exceptions.RayActorError:  # Ray went down; the trainer tells why
                     fitting.join()
                     break
-                if event["event"] == "refused":
-                    message = event["message"]
+                if isinstance(event, _Refused):
+                    message = event.message
                     break  # the other workers may wait for the one that refused; they end with the connection
                 receive(event)
         if message is not None:
@@ -160,8 +169,10 @@ def _worker(config: dict[str, Any]) -> None:
         if not regroup(rank, world, team, config["backend"]):
             return
 
-    def report(event: dict[str, Any]) -> None:
-        queue.put({**event, "notes": [*event["notes"], *notes]} if event["event"] == "start" else event)
+    def report(event: Event) -> None:
+        if isinstance(event.what, Started):
+            event = replace(event, what=replace(event.what, notes=[*event.what.notes, *notes]))
+        queue.put(event)
 
     runtime = Runtime(rank=rank, world=team, device=get_device(), report=report, threads=config["threads"])
     try:
@@ -170,7 +181,7 @@ def _worker(config: dict[str, Any]) -> None:
         check_known(config["names"])
         train_all(runs, runtime, lambda run: _hold(run, runtime, config["lock"]))
     except ReductionError as error:  # no restart would help
-        queue.put({"event": "refused", "message": str(error)})
+        queue.put(_Refused(str(error)))
 
 
 @contextmanager

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.launch.settings import LaunchSettings
+from mlpreduce.train.events import Ended, Event
 from mlpreduce.train.settings import Run
 from mlpreduce.words.waiting import silent
 
@@ -39,8 +40,8 @@ def train_all(
                 fit(run, runtime)
         except TrainingStopped as stopped:
             if runtime.rank == 0:
-                failed = {"event": "end", "status": "failed", "message": str(stopped)}
-                runtime.report({**failed, "variant": run.variant, "seed": run.seed, "epochs": run.train.epochs})
+                ended = Ended("failed", str(stopped))
+                runtime.report(Event(run.variant, run.seed, run.train.epochs, ended))
 
 
 def device_of(launch: LaunchSettings) -> torch.device:
@@ -57,7 +58,7 @@ def device_of(launch: LaunchSettings) -> torch.device:
     return torch.device("cuda" if cuda and launch.device != "cpu" else "cpu")
 
 
-def in_process(runs: Sequence[Run], launch: LaunchSettings, receive: Callable[[dict[str, Any]], None]) -> None:
+def in_process(runs: Sequence[Run], launch: LaunchSettings, receive: Callable[[Event], None]) -> None:
     import torch
 
     from mlpreduce.train import Runtime

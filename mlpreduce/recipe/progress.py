@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mlpreduce.launch import LaunchSettings
+from mlpreduce.train.events import Ended, Entry, EpochEnded, Event, Progressed, Started
 from mlpreduce.train.settings import Run
 from mlpreduce.words.pulse import Pulse
 
@@ -62,25 +62,24 @@ class Display:
     def __exit__(self, *exception: object) -> None:
         self._pulse.__exit__(*exception)
 
-    def handle(self, event: dict[str, Any]) -> None:
+    def handle(self, event: Event) -> None:
         """Show an event."""
-        key = (event["variant"], event["seed"])
+        key = (event.variant, event.seed)
         name = f"run {self._number[key]} of {self._total}: {key[0]}, seed {key[1]}"
-        if event["event"] == "start":
-            self._start(key, name, len(event["history"]), event.get("notes", ()))
-        elif event["event"] == "epoch":
-            self._done[key], self._top1[key] = event["epoch"], event["top1"]
-            self._epoch(name, event)
-        elif event["event"] == "progress":
-            self._describe(
-                name, event["epoch"], event["epochs"], event["loss"], self._top1.get(key), event["images_per_s"]
-            )
-            self._progress.update(self._all, completed=sum(self._done.values()) + event["fraction"])
-        else:
-            if event["status"] == "failed":
-                self._pulse.line(f"{name}: {event['message']}", "red")
-            last = self._number[key] == self._total
-            self._pulse.now("ending the workers" if last else f"{name}: ended; the next one begins")
+        match event.what:
+            case Started(_, history, notes):
+                self._start(key, name, len(history), notes)
+            case EpochEnded(entry):
+                self._done[key], self._top1[key] = entry["epoch"], entry["top1"]
+                self._epoch(name, event.epochs, entry)
+            case Progressed(epoch, fraction, loss, rate):
+                self._describe(name, epoch, event.epochs, loss, self._top1.get(key), rate)
+                self._progress.update(self._all, completed=sum(self._done.values()) + fraction)
+            case Ended(status, message):
+                if status == "failed":
+                    self._pulse.line(f"{name}: {message}", "red")
+                last = self._number[key] == self._total
+                self._pulse.now("ending the workers" if last else f"{name}: ended; the next one begins")
 
     def _start(self, key: tuple[str, int], name: str, done: int, notes: Sequence[str]) -> None:
         if not self._started:
@@ -96,9 +95,9 @@ class Display:
         self._progress.update(self._all, completed=sum(self._done.values()))
         self._pulse.now(name)
 
-    def _epoch(self, name: str, event: dict[str, Any]) -> None:
-        epoch, epochs = event["epoch"], event["epochs"]
-        line = self._describe(name, epoch, epochs, event["train_loss"], event["top1"], event["images_per_s"])
+    def _epoch(self, name: str, epochs: int, entry: Entry) -> None:
+        epoch = entry["epoch"]
+        line = self._describe(name, epoch, epochs, entry["train_loss"], entry["top1"], entry["images_per_s"])
         done = sum(self._done.values())
         self._progress.update(self._all, completed=done)
         if self._console.is_terminal:

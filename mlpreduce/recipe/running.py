@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlpreduce.errors import ReductionError, require
 from mlpreduce.recipe.schema import Recipe, differences, points, runs
+from mlpreduce.train.events import Event, Started
 from mlpreduce.words.console import command_line, from_here, screen, wrapped
 
 if TYPE_CHECKING:
@@ -117,11 +118,10 @@ def _train(recipe: Recipe, place: Path, home: Path, console: Console) -> tuple[d
     try:
         with Display(console, todo, len(every), starting(recipe.launch)) as display:
 
-            def consume(event: dict[str, Any]) -> None:
-                if event["event"] == "start":
-                    _warn(event["facts"].get("warnings", ()), told, console)
-                if event["event"] != "progress":
-                    recorder.handle(event)
+            def consume(event: Event) -> None:
+                if isinstance(event.what, Started):
+                    _warn(event.what.facts.get("warnings", ()), told, console)
+                recorder.handle(event)
                 display.handle(event)
 
             execute(todo, recipe.launch, consume)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,6 +14,7 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.records.files import SCHEMA, read, store
 from mlpreduce.records.mirror import Mirror
 from mlpreduce.records.summaries import COUNTS, summary
+from mlpreduce.train.events import Ended, EpochEnded, Event, Started
 from mlpreduce.train.settings import DENSITY_THRESHOLDS, Run
 from mlpreduce.words.addresses import hidden
 from mlpreduce.words.values import flatten
@@ -105,17 +107,17 @@ class Recorder:
         """Whether a run has been trained to its end."""
         return self._records.get((run.variant, run.seed), {}).get("status") == "finished"
 
-    def handle(self, event: dict[str, Any]) -> None:
-        """Record an event of `mlpreduce.train.fit`."""
-        key = (event["variant"], event["seed"])
-        if event["event"] == "start":
-            self._start(key, event)
-        elif event["event"] == "epoch":
-            entry = {name: value for name, value in event.items() if name not in ("event", "variant", "seed", "epochs")}
-            self._add(self._records[key], entry)
-            self._store(key)
-        elif event["event"] == "end":
-            self._end(key, event["status"], event.get("message", ""))
+    def handle(self, event: Event) -> None:
+        """Record an event of `mlpreduce.train.fit`; what is told within an epoch is not kept."""
+        key = (event.variant, event.seed)
+        match event.what:
+            case Started() as started:
+                self._start(key, event.epochs, started)
+            case EpochEnded(entry):
+                self._add(self._records[key], dict(entry))
+                self._store(key)
+            case Ended(status, message):
+                self._end(key, status, message)
 
     def interrupt(self) -> None:
         """Mark the run that was being trained, if any: it can be resumed."""
@@ -123,17 +125,17 @@ class Recorder:
             if self._records[key]["status"] == "running":
                 self._end(key, "interrupted", "")
 
-    def _start(self, key: tuple[str, int], event: dict[str, Any]) -> None:
+    def _start(self, key: tuple[str, int], epochs: int, started: Started) -> None:
         run = self._runs[key]
         self._started.add(key)
         record = self._records.get(key, {})
-        facts = event["facts"]
+        facts = started.facts
         self._check_start(run, facts)
         mlflow_run = self._mlflow_run(run, facts, record)
         # The checkpoint decides what has been trained: it may be an epoch ahead of the record, if the driver was killed.
         # A new MLflow run gets all epochs again.
         same = mlflow_run == record.get("mlflow_run_id")
-        known = record["epochs"][: len(event["history"])] if same else []
+        known = record["epochs"][: len(started.history)] if same else []
         record = {
             "schema": SCHEMA,
             "recipe": self._recipe,
@@ -144,9 +146,9 @@ class Recorder:
             "config_hash": run.config_hash,
             "status": "running",
             "message": "",
-            "notes": [*record.get("notes", []), *event.get("notes", [])],
+            "notes": [*record.get("notes", []), *started.notes],
             "started": record.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
-            "epochs_planned": event["epochs"],
+            "epochs_planned": epochs,
             **facts,
             "plans": [json.loads(plan) for plan in facts["plans"]],
             "mlflow_tracking_uri": self._mirror.uri,
@@ -154,11 +156,11 @@ class Recorder:
             "epochs": known,
         }
         self._records[key] = record
-        for entry in event["history"][len(known) :]:
-            self._add(record, entry)
+        for entry in started.history[len(known) :]:
+            self._add(record, dict(entry))
         self._store(key)
 
-    def _check_start(self, run: Run, facts: dict[str, Any]) -> None:
+    def _check_start(self, run: Run, facts: Mapping[str, Any]) -> None:
         """Whether all variants of a seed start from the same given weights.
 
         Raises:
@@ -191,7 +193,7 @@ class Recorder:
     def _store(self, key: tuple[str, int]) -> None:
         store(Path(self._runs[key].directory), "record.json", self._records[key])
 
-    def _mlflow_run(self, run: Run, facts: dict[str, Any], record: dict[str, Any]) -> str:
+    def _mlflow_run(self, run: Run, facts: Mapping[str, Any], record: dict[str, Any]) -> str:
         """The MLflow run of a run: the one it had, or a new one."""
         known = (
             record.get("mlflow_run_id") if hidden(record.get("mlflow_tracking_uri", "")) == self._mirror.uri else None

@@ -21,6 +21,7 @@ from mlpreduce.search.points import Pricer
 from mlpreduce.search.spaces import Space, Suggestion
 from mlpreduce.search.storage import finished, point_of
 from mlpreduce.search.subjects import RecipeModel
+from mlpreduce.train.events import Ended, EpochEnded, Event, Started
 from mlpreduce.train.settings import Step
 
 __all__ = ["Clock", "clocks", "train_bare"]
@@ -128,9 +129,10 @@ def _train(suggestion: Suggestion, recipe: Recipe, folder: Path) -> tuple[float,
     launch = recipe.launch.model_copy(update={"workers": 0, "min_workers": 0})
     one = {"variants": {"point": suggestion.steps}, "seeds": recipe.seeds[:1], "launch": launch}
     (run,) = runs(recipe.model_copy(update=one), folder)
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     execute([run], launch, events.append)
-    if events[-1].get("status") != "finished":
-        raise ReductionError(f"bench search: Optuna alone: {events[-1].get('message', 'the training did not end')}")
-    params = next(event["facts"]["profile"]["params"] for event in events if event["event"] == "start")
-    return max(event["top1"] for event in events if event["event"] == "epoch"), float(params)
+    told = [event.what for event in events]
+    if not isinstance(told[-1], Ended) or told[-1].status != "finished":
+        raise ReductionError(f"bench search: Optuna alone: {getattr(told[-1], 'message', 'the training did not end')}")
+    params = next(what.facts["profile"]["params"] for what in told if isinstance(what, Started))
+    return max(what.entry["top1"] for what in told if isinstance(what, EpochEnded)), float(params)

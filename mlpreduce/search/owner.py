@@ -19,6 +19,7 @@ from mlpreduce.search.spaces import Space, Suggestion
 from mlpreduce.search.storage import claim_problem, counts, finished, key_of, opened, point_of
 from mlpreduce.search.study import Study
 from mlpreduce.search.valuing import Valuer
+from mlpreduce.train.events import Event
 
 __all__ = ["Owner"]
 
@@ -78,7 +79,7 @@ class Owner:
             self._valuer.begin(job)
         return job
 
-    def report(self, job_id: int, event: dict[str, Any]) -> bool:
+    def report(self, job_id: int, event: Event) -> bool:
         """Take an event of a job; whether it is to end now."""
         job = self._running.get(job_id)
         return job is not None and not self._closed and self._valuer.report(job, event)

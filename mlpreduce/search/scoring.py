@@ -23,6 +23,7 @@ from mlpreduce.search.results import Results
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Space
 from mlpreduce.search.study import Study
+from mlpreduce.train.events import Event
 from mlpreduce.words.values import flatten
 
 __all__ = ["QUICK", "WHOLE", "Score", "Scorer", "Scoring"]
@@ -166,7 +167,7 @@ class Scoring:
     def begin(self, job: Job) -> None:
         """Nothing is written before a score is there."""
 
-    def report(self, job: Job, event: dict[str, Any]) -> bool:
+    def report(self, job: Job, event: Event) -> bool:
         """There are no epochs."""
         return False
 

@@ -24,6 +24,7 @@ from mlpreduce.search.spaces import Space, load_space
 from mlpreduce.search.stopping import Rungs
 from mlpreduce.search.storage import finished, point_of
 from mlpreduce.search.study import Study
+from mlpreduce.train.events import EpochEnded, Event, Started
 from mlpreduce.train.names import Name, check_known
 from mlpreduce.train.settings import Run
 
@@ -72,7 +73,7 @@ class Training:
         self.parts = settings.seeds
         self.rungs = settings.rungs(recipe.train.epochs, recipe.train.warmup_epochs)
         self._references = references_of(settings, recipe, pricer)
-        self._pending: deque[dict[str, Any]] = deque()  # events that are not recorded yet
+        self._pending: deque[Event] = deque()  # events that are not recorded yet
         self._published = False
 
     def parts_of(self, point: Point) -> Sequence[int]:
@@ -139,13 +140,16 @@ class Training:
         tags = {"mlflow.runName": f"{job['name']}-seed{run.seed}", "kind": kind, "point": job["key"]}
         self._recorder.add(run, tags | ({} if job["number"] is None else {"trial": str(job["number"])}))
 
-    def report(self, job: Job, event: dict[str, Any]) -> bool:
+    def report(self, job: Job, event: Event) -> bool:
         """Take an event of a run; whether it is to end now."""
         self._pending.append(event)
-        if event["event"] == "start":
-            for entry in event["history"]:  # a trial that is gone on with
-                self._rungs.reached(job, entry["epoch"], entry["top1"])
-        return event["event"] == "epoch" and self._rungs.stops(job, event["epoch"], event["top1"])
+        match event.what:
+            case Started(_, history):
+                for entry in history:  # a trial that is gone on with
+                    self._rungs.reached(job, entry["epoch"], entry["top1"])
+            case EpochEnded(entry):
+                return self._rungs.stops(job, entry["epoch"], entry["top1"])
+        return False
 
     def screened(self, job: Job, change: float) -> bool:
         """Take by how much an edit raises the loss of trained weights; whether the trial ends before it is trained."""

@@ -9,6 +9,7 @@ from typing import Any
 from mlpreduce.errors import ReductionError
 from mlpreduce.launch import Call, Job, LaunchSettings
 from mlpreduce.plugins import run_plugins
+from mlpreduce.train.events import Ended, Event, Progressed
 from mlpreduce.train.settings import Run, Step
 
 __all__ = ["carry_out"]
@@ -33,11 +34,12 @@ def carry_out(call: Call, job: Job) -> dict[str, Any]:
     run, launch = Run.model_validate(job["run"]), LaunchSettings.model_validate(job["launch"])
     outcome: dict[str, Any] = {"status": "finished", "message": ""}
 
-    def receive(event: dict[str, Any]) -> None:
-        if event["event"] == "progress":
-            return
-        if event["event"] == "end" and event["status"] == "failed":
-            outcome.update(status="failed", message=event["message"])
+    def receive(event: Event) -> None:
+        match event.what:
+            case Progressed():
+                return
+            case Ended("failed", message):
+                outcome.update(status="failed", message=message)
         if call("report", job["id"], event):
             raise _Ended
 

@@ -12,6 +12,7 @@ from mlpreduce.search.points import Point
 from mlpreduce.search.results import Results
 from mlpreduce.search.spaces import Space
 from mlpreduce.search.study import Study
+from mlpreduce.train.events import Event
 
 __all__ = ["Valuer"]
 
@@ -54,7 +55,7 @@ class Valuer(Protocol):
     def begin(self, job: Job) -> None:
         """A job goes to a worker."""
 
-    def report(self, job: Job, event: dict[str, Any]) -> bool:
+    def report(self, job: Job, event: Event) -> bool:
         """Take an event of a job; whether it is to end now."""
 
     def screened(self, job: Job, change: float) -> bool:

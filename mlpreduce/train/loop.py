@@ -20,6 +20,7 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.plugins import run_plugins
 from mlpreduce.train import digests, probes
 from mlpreduce.train.curvature import CHUNK
+from mlpreduce.train.events import Ended, EpochEnded, Event, Progressed, Started
 from mlpreduce.train.runtime import Runtime, precision
 from mlpreduce.train.sam import random_states, second_pass
 from mlpreduce.train.settings import Run
@@ -66,8 +67,8 @@ def fit(run: Run, runtime: Runtime | None = None) -> list[dict[str, Any]]:
     saved = read_checkpoint(run, runtime)
     notes = [] if saved is None else list(saved.notes)
     if saved is not None and saved.epoch >= run.train.epochs:
-        _report(run, runtime, "start", history=saved.state["history"], facts=saved.state["facts"], notes=notes)
-        _report(run, runtime, "end", status="finished")
+        _report(run, runtime, Started(saved.state["facts"], saved.state["history"], notes))
+        _report(run, runtime, Ended("finished"))
         return list(saved.state["history"])
     with precision(run.train):
         return _fit(run, runtime, saved, notes)
@@ -86,7 +87,7 @@ def _fit(run: Run, runtime: Runtime, saved: Saved | None, notes: list[str]) -> l
             f"it began with {parts.facts['micro_batch']} images at a time, and goes on with {run.micro_batch}: the batch is "
             f"the same, how it is mixed is not, so the run is no longer exact"
         )
-    _report(run, runtime, "start", history=list(parts.history), facts=parts.facts, notes=notes)
+    _report(run, runtime, Started(parts.facts, list(parts.history), notes))
     order = run.seed if run.train.fidelity == "corrected" else 0  # as published, the epoch alone decides
     for epoch in range(len(parts.history), run.train.epochs):
         parts.loaders.set_epoch(order, epoch)
@@ -104,8 +105,8 @@ def _fit(run: Run, runtime: Runtime, saved: Saved | None, notes: list[str]) -> l
         if entry["top1"] > best:
             all_do(run, runtime, "save the best model", (lambda: _save_model(parts)) if runtime.rank == 0 else None)
         _save(parts, epoch + 1)
-        _report(run, runtime, "epoch", **entry)
-    _report(run, runtime, "end", status="finished")
+        _report(run, runtime, EpochEnded(entry))
+    _report(run, runtime, Ended("finished"))
     return parts.history
 
 
@@ -166,15 +167,7 @@ def _train_epoch(parts: Setup, epoch: int) -> dict[str, Any]:
         if runtime.rank == 0 and time.perf_counter() - told > _REPORT_EVERY:
             told = time.perf_counter()
             rate = (number + 1) * run.micro_batch * runtime.world / (told - started)
-            _report(
-                run,
-                runtime,
-                "progress",
-                epoch=epoch + 1,
-                fraction=(number + 1) / batches,
-                loss=loss.detach().item(),
-                images_per_s=rate,
-            )
+            _report(run, runtime, Progressed(epoch + 1, (number + 1) / batches, loss.detach().item(), rate))
     mean = _mean_loss(parts, total, seen, epoch)
     seconds = time.perf_counter() - started
     return {
@@ -322,8 +315,6 @@ def _save_model(parts: Setup) -> None:
     mlpreduce.save(parts.core if parts.ema is None else parts.ema.module, Path(parts.run.directory) / "model")
 
 
-def _report(run: Run, runtime: Runtime, event: str, **content: Any) -> None:
+def _report(run: Run, runtime: Runtime, what: Started | Progressed | EpochEnded | Ended) -> None:
     if runtime.rank == 0:
-        runtime.report(
-            {"event": event, "variant": run.variant, "seed": run.seed, "epochs": run.train.epochs, **content}
-        )
+        runtime.report(Event(run.variant, run.seed, run.train.epochs, what))

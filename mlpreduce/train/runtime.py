@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 import mlpreduce
+from mlpreduce.train.events import Event
 from mlpreduce.train.settings import TrainSettings
 
-__all__ = ["Event", "Runtime", "environment", "precision"]
-
-Event = dict[str, Any]
+__all__ = ["Runtime", "environment", "precision"]
 
 _PACKAGES = ("torch", "timm", "numpy", "ray", "mlflow")
 
@@ -34,7 +33,7 @@ class Runtime:
         rank: number of this worker.
         world: number of workers that train together.
         device: what this worker computes on.
-        report: receives events (plain dictionaries) on worker 0: "start", "progress", "epoch", "end".
+        report: receives events on worker 0.
         threads: CPU threads of torch in this worker; 0 leaves torch's choice.
     """
 

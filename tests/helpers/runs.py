@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mlpreduce.train import Run, Runtime, fit
+from mlpreduce.train.events import EpochEnded, Event
 from mlpreduce.train.state import checkpoints
 
 SMALL_VIT = {
@@ -92,8 +93,8 @@ class Interrupted(Exception):
 
 
 def interrupt_after(run: Run, epochs: int, **runtime: Any) -> None:
-    def report(event: dict[str, Any]) -> None:
-        if event["event"] == "epoch" and event["epoch"] == epochs:
+    def report(event: Event) -> None:
+        if isinstance(event.what, EpochEnded) and event.what.entry["epoch"] == epochs:
             raise Interrupted
 
     with pytest.raises(Interrupted):
