@@ -567,12 +567,12 @@ class TestOwner:
         first = owner.next_job()
         assert first is not None
         assert owner.next_job() is None  # there is no other
-        owner.lost(first["id"], "the worker died")
+        owner.lost(first.id, "the worker died")
         again = owner.next_job()
         assert again is not None
-        assert again["key"] == first["key"]
+        assert again.key == first.key
         for _ in range(2):  # a third loss is one too many
-            owner.lost(again["id"], "the worker died")
+            owner.lost(again.id, "the worker died")
             again = owner.next_job() or again
         assert owner.next_job() is None
         assert owner.counts()["failed"] == 1
@@ -601,7 +601,7 @@ def test_lost_workers_end_a_study_that_only_loses(tmp_path: Path) -> None:
     def lose() -> None:
         job = owner.next_job()
         assert job is not None
-        owner.lost(job["id"], "no memory")
+        owner.lost(job.id, "no memory")
 
     for _ in range(4):
         lose()

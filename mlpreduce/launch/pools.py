@@ -15,7 +15,7 @@ from mlpreduce.launch.settings import LaunchSettings
 
 __all__ = ["Call", "Here", "Job", "Lost", "Pool", "ended", "pool"]
 
-Job = dict[str, Any]
+Job = Any  # the caller's: the pool hands it on
 Call = Callable[..., Any]  # (method of the owner, *arguments) -> what it returns
 Work = Callable[[Call, Job], Any]  # carries out a job; top level, so that a worker can import it
 
@@ -129,9 +129,9 @@ class _Owner:
             return error  # raised by the caller: Ray would wrap it
 
 
-def _task(owner: Any, carry_out: Work, directory: str, text: str, job: Job) -> Any:
-    """What a worker runs."""
-    with work(directory, job["slot"], text):
+def _task(owner: Any, carry_out: Work, directory: str, text: str, slot: int, job: Job) -> Any:
+    """What a worker runs; it holds a part of the directory's lock, of its own number."""
+    with work(directory, slot, text):
         return carry_out(_caller(owner), job)
 
 
@@ -150,14 +150,14 @@ def _caller(owner: Any) -> Call:
 class _OnRay:
     """Jobs as Ray tasks."""
 
-    def __init__(self, size: int, call: Call, submit: Callable[[Job], Any]) -> None:
+    def __init__(self, size: int, call: Call, submit: Callable[[int, Job], Any]) -> None:
         self.size, self.call, self._submit = size, call, submit
         self._running: dict[Any, Job] = {}
         self._slot = 0
 
     def start(self, job: Job) -> None:
         self._slot += 1
-        self._running[self._submit({**job, "slot": self._slot})] = job
+        self._running[self._submit(self._slot, job)] = job
 
     def wait(self) -> list[tuple[Job, Any]]:
         return [(self._running.pop(reference), outcome) for reference, outcome in ended(list(self._running))]
@@ -211,7 +211,7 @@ def _on_ray(
             ) from error
 
     try:
-        yield _OnRay(workers, guarded, lambda job: remote.remote(made, carry_out, directory, text, job))
+        yield _OnRay(workers, guarded, lambda slot, job: remote.remote(made, carry_out, directory, text, slot, job))
     finally:
         with suppress(ray.exceptions.RayError, ReductionError):  # it is gone, or never began; what it kept is on disk
             call("close")

@@ -19,7 +19,7 @@ from mlpreduce.search.answer import metrics_of
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.export import write_best
 from mlpreduce.search.goals import Budget, check_objectives, read_budgets
-from mlpreduce.search.jobs import pricer_of, references_of, runs_of
+from mlpreduce.search.jobs import Told, pricer_of, references_of, runs_of
 from mlpreduce.search.ranking import Ranking, check_space
 from mlpreduce.search.settings import StudySettings, make_settings
 from mlpreduce.search.spaces import Space, Suggestion, load_space
@@ -262,7 +262,7 @@ def drive(
             late = True
             workers.call("ask_no_more")
         while len(running) < workers.size and (job := workers.call("next_job")) is not None:
-            running[job["id"]] = f"{job['name']}, {job['label']}"
+            running[job.id] = f"{job.name}, {job.label}"
             pulse.now(f"[{counts['trained']}/{trials}] {doing} {'; '.join(running.values())}")
             workers.start(job)
         if not running:
@@ -273,11 +273,11 @@ def drive(
         if not ended:
             workers.call("flush")  # so that MLflow shows what is being trained
         for job, outcome in ended:
-            running.pop(job["id"], None)
+            running.pop(job.id, None)
             if isinstance(outcome, Lost):
-                told = workers.call("lost", job["id"], outcome.message)
+                told = workers.call("lost", job.id, outcome.message)
             else:
-                told = workers.call("done", job["id"], outcome)
+                told = workers.call("done", job.id, outcome)
             counts = workers.call("counts")
             advance(counts["trained"])
             pulse.line(_line(told, counts, trials, shown))
@@ -287,9 +287,9 @@ def _top1(value: float) -> str:
     return f"top-1 {value:.2f} %"
 
 
-def _line(told: dict[str, Any], counts: dict[str, int], trials: int, shown: Callable[[float], str]) -> str:
+def _line(told: Told, counts: dict[str, int], trials: int, shown: Callable[[float], str]) -> str:
     """What became of a job, in one line."""
-    value = "" if told["value"] is None else f", {shown(told['value'])}"
+    job, value = told.job, "" if told.value is None else f", {shown(told.value)}"
     how = {
         "finished": "",
         "stopped": ", ended early",
@@ -297,10 +297,11 @@ def _line(told: dict[str, Any], counts: dict[str, int], trials: int, shown: Call
         "failed": ", failed",
         "lost": ", its worker was lost; once more",
     }
-    what = f": {shortened(_text(told['steps']), _LONG)}" if "steps" in told and told["kind"] != "first" else ""
-    part = f", {told['label']}" if told["kind"] != "trial" and "label" in told else ""
-    message = f" ({told['message']})" if told["message"] else ""
-    return f"[{counts['trained']}/{trials}] {told['name']}{part}{what}{value}{how[told['status']]}{message}"
+    known = told.status != "lost"
+    what = f": {shortened(_text(job.point.steps), _LONG)}" if known and job.kind != "first" else ""
+    part = f", {job.label}" if known and job.kind != "trial" else ""
+    message = f" ({told.message})" if told.message else ""
+    return f"[{counts['trained']}/{trials}] {job.name}{part}{what}{value}{how[told.status]}{message}"
 
 
 def _text(steps: Sequence[dict[str, Any]]) -> str:

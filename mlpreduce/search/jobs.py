@@ -1,21 +1,116 @@
-"""Jobs: a point and a seed, as what a worker needs to train it."""
+"""Jobs: a point and a part of it, such as a seed, as what a worker needs to value it; and what they came to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.launch import Job
+from mlpreduce.launch import LaunchSettings
 from mlpreduce.recipe import Recipe, changed, runs
 from mlpreduce.search.points import Point, Pricer, distance
 from mlpreduce.search.settings import REFERENCES, StudySettings
 from mlpreduce.search.spaces import Suggestion
 from mlpreduce.search.subjects import RecipeModel
-from mlpreduce.train.settings import Run
+from mlpreduce.train.settings import Run, Step
 from mlpreduce.words.notation import as_steps, is_call
 
-__all__ = ["job_of", "nearest", "pricer_of", "references_of", "runs_of"]
+__all__ = [
+    "Job",
+    "Kind",
+    "Outcome",
+    "Told",
+    "Work",
+    "job_of",
+    "nearest",
+    "pricer_of",
+    "references_of",
+    "runs_of",
+    "work_of",
+]
+
+Kind = Literal["first", "reference", "trial", "further"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """How a point is trained.
+
+    Attributes:
+        run: with its seed.
+        launch: on how many processes.
+        screen: images on which it is tried before, or 0.
+        estimate: of a supernet, steps of the points that it estimates.
+    """
+
+    run: Run
+    launch: LaunchSettings
+    screen: int = 0
+    estimate: tuple[tuple[Step, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part of a point, to be valued.
+
+    Attributes:
+        kind: why.
+        name: as it is shown.
+        point: what is valued.
+        part: a seed, or how it is repaired.
+        label: what is shown of the part.
+        key: of the point; "supernet" of that.
+        work: how it is trained; None where it is scored.
+        id: given by the owner, anew for each try.
+        number: of the trial, if it is one's.
+        fixed: whether it is never ended early.
+        retries: how often its worker was lost.
+    """
+
+    kind: Kind
+    name: str
+    point: Point
+    part: int
+    label: str
+    key: str
+    work: Work | None = None
+    id: int = 0
+    number: int | None = None
+    fixed: bool = False
+    retries: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker made of a job.
+
+    Attributes:
+        status: "finished", "screened", "stopped" or "failed".
+        message: why.
+        run: the score, JSON values, where a point is scored.
+        training: when training began and ended, in seconds since 1970.
+        estimates: of all points of a supernet.
+        seconds: that these took.
+    """
+
+    status: str = "finished"
+    message: str = ""
+    run: Mapping[str, Any] | None = None
+    training: tuple[float, float] | None = None
+    estimates: Sequence[Mapping[str, float]] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is shown of a job that has ended: also "lost" is a status."""
+
+    job: Job
+    status: str
+    message: str
+    value: float | None = None
 
 
 def pricer_of(settings: StudySettings, recipe: Recipe) -> Pricer:
@@ -61,7 +156,7 @@ def runs_of(recipe: Recipe, points: Iterable[Point]) -> list[Run]:
 
 
 def job_of(
-    kind: str,
+    kind: Kind,
     name: str,
     point: Point,
     seed: int,
@@ -72,7 +167,7 @@ def job_of(
     weights: str = "",
     inherit: str = "",
 ) -> Job:
-    """A job: JSON values.
+    """A job that trains a point.
 
     Args:
         kind: "first", "reference", "trial" or "further".
@@ -91,20 +186,16 @@ def job_of(
     model = changed_recipe.model.model_copy(update={"weights": weights} if weights else {})
     update = {"variants": {point.key: point.steps}, "seeds": (seed,), "launch": launch, "model": model}
     (run,) = runs(changed_recipe.model_copy(update=update), folder)
-    return {
-        "kind": kind,
-        "name": name,
-        "number": None,
-        "fixed": False,
-        "key": point.key,
-        "part": seed,
-        "label": f"seed {seed}",
-        "point": point.to_json(),
-        "run": run.model_copy(update={"inherit": inherit}).model_dump(mode="json"),
-        "launch": launch.model_dump(mode="json"),
-        "screen": settings.screen if kind == "trial" else 0,
-        "retries": 0,
-    }
+    screen = settings.screen if kind == "trial" else 0
+    work = Work(run.model_copy(update={"inherit": inherit}), launch, screen)
+    return Job(kind, name, point, seed, f"seed {seed}", point.key, work)
+
+
+def work_of(job: Job) -> Work:
+    """How the point of a job is trained."""
+    if job.work is None:
+        raise TypeError(f"{job.name} is scored, not trained")
+    return job.work
 
 
 def nearest(point: Point, others: Iterable[Point]) -> Point | None:

@@ -6,12 +6,13 @@ All it knows can be read again from the storage and from what its valuer keeps, 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.launch import Job
 from mlpreduce.search.goals import read_budgets
+from mlpreduce.search.jobs import Job, Kind, Outcome, Told
 from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.results import Results
 from mlpreduce.search.settings import StudySettings
@@ -75,7 +76,7 @@ class Owner:
             self._again.pop() if self._again else self._first() or self._reference() or self._trial() or self._further()
         )
         if job is not None:
-            self._running[job["id"]] = job
+            self._running[job.id] = job
             self._valuer.begin(job)
         return job
 
@@ -89,39 +90,39 @@ class Owner:
         job = self._running.get(job_id)
         if job is None or self._closed:
             return False
-        self._study.note(job["number"], "sensitivity", change)
+        if job.number is not None:
+            self._study.note(job.number, "sensitivity", change)
         return self._valuer.screened(job, change)
 
-    def done(self, job_id: int, outcome: dict[str, Any]) -> dict[str, Any]:
-        """A job has ended; tells what it came to: "name", "status", "value", "message"."""
+    def done(self, job_id: int, outcome: Outcome) -> Told:
+        """A job has ended; tells what it came to."""
         self.flush()
         job = self._running.pop(job_id)
         found = self._valuer.end(job, outcome)
-        value = None if found is None else self._results.add(job["key"], job["part"], found)
-        if job["kind"] == "trial":
-            self._end_trial(job, outcome, value)
+        value = None if found is None else self._results.add(job.key, job.part, found)
+        if job.number is not None and job.kind == "trial":
+            self._end_trial(job.number, job, outcome, value)
         elif value is None:
-            self._give_up(job, outcome["message"])
-        elif job["kind"] == "first":
+            self._give_up(job, outcome.message)
+        elif job.kind == "first":
             self._valuer.took(job, outcome)
-        elif job["key"] in self._aliases and job["part"] == self._valuer.parts[0]:
-            self._study.tell(self._aliases.pop(job["key"]), self._results.values(Point.from_json(job["point"])))
-        shown = {"name": job["name"], "kind": job["kind"], "label": job["label"], "steps": job["point"]["steps"]}
-        return {**shown, "status": outcome["status"], "message": outcome["message"], "value": value}
+        elif job.key in self._aliases and job.part == self._valuer.parts[0]:
+            self._study.tell(self._aliases.pop(job.key), self._results.values(job.point))
+        return Told(job, outcome.status, outcome.message, value)
 
-    def lost(self, job_id: int, message: str) -> dict[str, Any]:
+    def lost(self, job_id: int, message: str) -> Told:
         """The worker of a job ended; it is tried again, from where it was."""
         self.flush()
         job = self._running.pop(job_id)
-        if job["kind"] == "trial":
-            self._study.fail(job["number"], message, lost=True)
+        if job.number is not None and job.kind == "trial":
+            self._study.fail(job.number, message, lost=True)
             self._exhausted = False  # its point is tried again
             self._fails(message)
-        elif job["retries"] < _RETRIES:
-            self._again.append({**job, "id": self._number(), "retries": job["retries"] + 1})
+        elif job.retries < _RETRIES:
+            self._again.append(replace(job, id=self._number(), retries=job.retries + 1))
         else:
             self._give_up(job, message)
-        return {"name": job["name"], "kind": job["kind"], "status": "lost", "message": message, "value": None}
+        return Told(job, "lost", message)
 
     def ask_no_more(self) -> None:
         """Begin no further trial."""
@@ -161,7 +162,7 @@ class Owner:
     def _first(self) -> Job | None:
         """What goes before all others, if it is missing."""
         job = self._valuer.first()
-        return None if job is None or self._is_busy(job["key"], job["part"]) else {**job, "id": self._number()}
+        return None if job is None or self._is_busy(job.key, job.part) else replace(job, id=self._number())
 
     def _reference(self) -> Job | None:
         """A part of a reference that is missing."""
@@ -177,7 +178,7 @@ class Owner:
         """A trial, if there are not enough yet."""
         names, first = {point.key: name for name, point in self._references.items()}, self._valuer.parts[0]
         while not (self._exhausted or self._valuer.waits(None)):
-            running = sum(job["kind"] == "trial" for job in self._running.values())
+            running = sum(job.kind == "trial" for job in self._running.values())
             if len(finished(self._study.study)) + running >= self._settings.trials:
                 return None
             asked = self._study.ask(names)
@@ -194,7 +195,7 @@ class Owner:
 
     def _further(self) -> Job | None:
         """A further part of a point, when all trials have ended."""
-        if any(job["kind"] == "trial" for job in self._running.values()):
+        if any(job.kind == "trial" for job in self._running.values()):
             return None
         trials = {key_of(trial): trial for trial in finished(self._study.study) if trial.values}
         points = {key: point_of(trial) for key, trial in trials.items()}
@@ -204,18 +205,18 @@ class Owner:
         return None
 
     def _job(
-        self, kind: str, name: str, point: Point, part: int, number: int | None = None, fixed: bool = False
+        self, kind: Kind, name: str, point: Point, part: int, number: int | None = None, fixed: bool = False
     ) -> Job:
-        return {**self._valuer.job(kind, name, point, part), "id": self._number(), "number": number, "fixed": fixed}
+        return replace(self._valuer.job(kind, name, point, part), id=self._number(), number=number, fixed=fixed)
 
     def _number(self) -> int:
         self._jobs += 1
         return self._jobs
 
-    def _end_trial(self, job: Job, outcome: dict[str, Any], value: float | None) -> None:
-        number, status, message = job["number"], outcome["status"], outcome["message"]
-        if "training" in outcome:
-            self._study.note(number, "training", outcome["training"])
+    def _end_trial(self, number: int, job: Job, outcome: Outcome, value: float | None) -> None:
+        status, message = outcome.status, outcome.message
+        if outcome.training is not None:
+            self._study.note(number, "training", list(outcome.training))
         if status == "screened":
             self._study.screened(number, message)
         elif value is None:
@@ -224,9 +225,7 @@ class Owner:
             self._fails(message)
         else:
             self._failures = 0
-            self._study.tell(
-                number, None if status == "stopped" else self._results.values(Point.from_json(job["point"]))
-            )
+            self._study.tell(number, None if status == "stopped" else self._results.values(job.point))
 
     def _fails(self, message: str) -> None:
         self._failures += 1
@@ -239,12 +238,12 @@ class Owner:
         Raises:
             ReductionError: others need what it gives.
         """
-        self._failed.add((job["key"], job["part"]))
-        if job["key"] in self._aliases and job["part"] == self._valuer.parts[0]:
-            self._study.fail(self._aliases.pop(job["key"]), message)
+        self._failed.add((job.key, job.part))
+        if job.key in self._aliases and job.part == self._valuer.parts[0]:
+            self._study.fail(self._aliases.pop(job.key), message)
         self._valuer.give_up(job, message)
 
     def _is_busy(self, key: str, part: int) -> bool:
         """Whether a part is being valued, or is to be tried again, or failed."""
         waiting = [*self._running.values(), *self._again]
-        return (key, part) in self._failed or any(job["key"] == key and job["part"] == part for job in waiting)
+        return (key, part) in self._failed or any(job.key == key and job.part == part for job in waiting)

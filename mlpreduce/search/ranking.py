@@ -7,21 +7,20 @@ estimates rank; without them nothing is known of that. Then up to half of the tr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlpreduce.launch import Job
 from mlpreduce.recipe import Recipe
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.goals import Budget
-from mlpreduce.search.jobs import job_of
+from mlpreduce.search.jobs import Job, job_of, work_of
 from mlpreduce.search.points import Pricer
 from mlpreduce.search.settings import StudySettings
 from mlpreduce.search.spaces import Space, Suggestion
 from mlpreduce.search.study import Study
 from mlpreduce.search.supernet import Candidate, agreement, front_of, sample, supernet_of
-from mlpreduce.train.settings import Run
 
 __all__ = ["Ranking", "check_space", "told_agreement"]
 
@@ -79,13 +78,9 @@ class Ranking:
         supernet = supernet_of(self._walker, self.candidates)
         directory = self._folder / "supernet" / f"seed{self._settings.seeds[0]}"
         changes = {"variant": "supernet", "supernet": supernet, "directory": str(directory)}
-        run = Run.model_validate(job["run"]).model_copy(update=changes)
-        return {
-            **job,
-            "key": "supernet",
-            "run": run.model_dump(mode="json"),
-            "estimate": [candidate.point.steps for candidate in self.candidates],
-        }
+        points = tuple(candidate.point.steps for candidate in self.candidates)
+        work = replace(work_of(job), run=work_of(job).run.model_copy(update=changes), estimate=points)
+        return replace(job, key="supernet", work=work)
 
     def enqueue(self, estimates: Sequence[Mapping[str, float]], study: Study) -> None:
         """Let a study begin with random points, then with the estimated front."""
@@ -108,7 +103,7 @@ def check_space(ranking: Ranking) -> None:
     """
     from mlpreduce.train.supernet import check_points
 
-    check_points(Run.model_validate(ranking.job()["run"]))
+    check_points(work_of(ranking.job()).run)
 
 
 def told_agreement(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.launch import Call, Job
+from mlpreduce.launch import Call
 from mlpreduce.records import Mirror
 from mlpreduce.search.goals import Budget
 from mlpreduce.search.hand import ModelInHand
+from mlpreduce.search.jobs import Job, Kind, Outcome
 from mlpreduce.search.points import Point
 from mlpreduce.search.results import Results
 from mlpreduce.search.settings import StudySettings
@@ -44,21 +46,21 @@ class Scorer:
     def __init__(self, hand: ModelInHand, score: Score) -> None:
         self._hand, self._score = hand, score
 
-    def __call__(self, call: Call, job: Job) -> dict[str, Any]:
-        """Score the point of a job: "status", "message", and what was found as "run"."""
+    def __call__(self, call: Call, job: Job) -> Outcome:
+        """Score the point of a job."""
         began = time.monotonic()
         before = _state(self._hand.model)
         try:
-            tree, _ = self._hand.reduced(job["point"]["steps"], quick=job["part"] == QUICK)
+            tree, _ = self._hand.reduced(job.point.steps, quick=job.part == QUICK)
             value = self._valued(tree)
             if _state(self._hand.model) != before:
                 raise ReductionError(
                     "score: it changed the model that was given to tune; let it work on what it is given"
                 )
         except ReductionError as error:
-            return {"status": "failed", "message": str(error)}
-        run = {"seed": job["part"], "score": value, "epochs": 0, "seconds": time.monotonic() - began, "latency": None}
-        return {"status": "finished", "message": "", "run": run}
+            return Outcome("failed", str(error))
+        run = {"seed": job.part, "score": value, "epochs": 0, "seconds": time.monotonic() - began, "latency": None}
+        return Outcome(run=run)
 
     def _valued(self, tree: nn.Module) -> float:
         before = _state(tree)
@@ -150,19 +152,10 @@ class Scoring:
         """Nothing waits."""
         return False
 
-    def job(self, kind: str, name: str, point: Point, part: int) -> Job:
+    def job(self, kind: Kind, name: str, point: Point, part: int) -> Job:
         """A part of a point."""
-        return {
-            "kind": kind,
-            "name": name,
-            "number": None,
-            "fixed": False,
-            "key": point.key,
-            "part": part,
-            "label": "repaired in turn" if part == WHOLE else "repaired at once",
-            "point": point.to_json(),
-            "retries": 0,
-        }
+        label = "repaired in turn" if part == WHOLE else "repaired at once"
+        return Job(kind, name, point, part, label, point.key)
 
     def begin(self, job: Job) -> None:
         """Nothing is written before a score is there."""
@@ -175,18 +168,18 @@ class Scoring:
         """Nothing is screened."""
         return False
 
-    def end(self, job: Job, outcome: dict[str, Any]) -> dict[str, Any] | None:
+    def end(self, job: Job, outcome: Outcome) -> dict[str, Any] | None:
         """The score, if there is one."""
-        found: dict[str, Any] | None = outcome.get("run")
+        found = None if outcome.run is None else dict(outcome.run)
         if found is not None:
-            found = {**found, "final": job["part"] == self.parts_of(Point.from_json(job["point"]))[-1]}
-        if found is not None and job["part"] == QUICK and (estimate := self._hand.estimate(job["point"]["steps"])):
+            found = {**found, "final": job.part == self.parts_of(job.point)[-1]}
+        if found is not None and job.part == QUICK and (estimate := self._hand.estimate(job.point.steps)):
             found = {**found, "estimate": estimate}
         if self._mirror is not None:
             self._track(self._mirror, job, outcome, found)
         return found
 
-    def took(self, job: Job, outcome: dict[str, Any]) -> None:
+    def took(self, job: Job, outcome: Outcome) -> None:
         """Nothing goes before."""
 
     def give_up(self, job: Job, message: str) -> None:
@@ -195,7 +188,7 @@ class Scoring:
         Raises:
             ReductionError: it was the whole model.
         """
-        if not job["point"]["steps"]:
+        if not job.point.steps:
             raise ReductionError(f"tune: the whole model cannot be scored: {message}")
 
     def further(
@@ -237,11 +230,11 @@ class Scoring:
         if self._mirror is not None and self._parent:
             self._mirror.end(self._parent, "KILLED")
 
-    def _track(self, mirror: Mirror, job: Job, outcome: Mapping[str, Any], found: Mapping[str, Any] | None) -> None:
+    def _track(self, mirror: Mirror, job: Job, outcome: Outcome, found: Mapping[str, Any] | None) -> None:
         """A run for a part of a point: its steps, what it costs, its score."""
-        tags = {"mlflow.parentRunId": self._parent, "kind": job["kind"], "point": job["key"], "part": job["label"]}
-        run_id = mirror.begin({**tags, "mlflow.runName": f"{job['name']}, {job['label']}"})
-        mirror.log_params(run_id, {"steps": json.dumps(job["point"]["steps"]), "message": outcome["message"]})
-        costs = {f"model/{name}": float(value) for name, value in job["point"]["cost"].items()}
+        tags = {"mlflow.parentRunId": self._parent, "kind": job.kind, "point": job.key, "part": job.label}
+        run_id = mirror.begin({**tags, "mlflow.runName": f"{job.name}, {job.label}"})
+        mirror.log_params(run_id, {"steps": json.dumps(job.point.steps), "message": outcome.message})
+        costs = {f"model/{name}": float(value) for name, value in asdict(job.point.cost).items()}
         mirror.log_metrics(run_id, costs | ({} if found is None else {"score": found["score"]}))
         mirror.end(run_id, "FAILED" if found is None else "FINISHED")

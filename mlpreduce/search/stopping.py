@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlpreduce.launch import Job
 from mlpreduce.recipe import Recipe
 from mlpreduce.records import Recorder
 from mlpreduce.search.front import dominates
+from mlpreduce.search.jobs import Job
 from mlpreduce.search.points import Point
 from mlpreduce.search.results import Results
 from mlpreduce.search.settings import StudySettings
@@ -84,23 +84,23 @@ class Rungs:
 
     def reached(self, job: Job, epoch: int, top1: float) -> None:
         """Remember what a trial reached at an epoch; at epoch 0, by how little the edit raises the loss."""
-        if job["kind"] == "trial" and epoch in self._halving.rungs:
-            self._add(job["key"], Point.from_json(job["point"]), epoch, top1)
+        if job.kind == "trial" and epoch in self._halving.rungs:
+            self._add(job.key, job.point, epoch, top1)
 
     def stops_screened(self, job: Job) -> bool:
         """Whether a trial that was screened ends before it is trained."""
-        return self._halving.stops(job["key"], 0) and not job["fixed"]
+        return self._halving.stops(job.key, 0) and not job.fixed
 
     def stops(self, job: Job, epoch: int, top1: float) -> bool:
         """Whether a run is to end now: a trial that others leave behind, but for those of the space's own points."""
-        if job["kind"] != "trial" or self._settings.pruner == "none":
+        if job.kind != "trial" or job.number is None or self._settings.pruner == "none":
             return False
         if len(self._settings.objectives) == 1:
-            stops = self._study.report(job["number"], epoch, top1)
+            stops = self._study.report(job.number, epoch, top1)
         else:
             self.reached(job, epoch, top1)
-            stops = self._halving.stops(job["key"], epoch)
-        return stops and epoch < self._epochs and not job["fixed"]
+            stops = self._halving.stops(job.key, epoch)
+        return stops and epoch < self._epochs and not job.fixed
 
     def _add(self, key: str, point: Point, epoch: int, top1: float) -> None:
         self._halving.add(key, epoch, self._results.early_losses(point, top1))

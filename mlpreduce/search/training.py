@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.launch import Job
 from mlpreduce.plugins import run_plugins
 from mlpreduce.recipe import Recipe, differences
 from mlpreduce.records import Recorder, summary
 from mlpreduce.search.front import next_runs, pooled_deviation
 from mlpreduce.search.goals import Budget
-from mlpreduce.search.jobs import job_of, nearest, pricer_of, references_of
+from mlpreduce.search.jobs import Job, Kind, Outcome, job_of, nearest, pricer_of, references_of, work_of
 from mlpreduce.search.owner import Owner
 from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.ranking import Ranking
@@ -26,7 +25,6 @@ from mlpreduce.search.storage import finished, point_of
 from mlpreduce.search.study import Study
 from mlpreduce.train.events import EpochEnded, Event, Started
 from mlpreduce.train.names import Name, check_known
-from mlpreduce.train.settings import Run
 
 __all__ = ["Training", "training_owner"]
 
@@ -113,7 +111,7 @@ class Training:
             return reference != "baseline" and self._lacks_baseline()
         return self._lacks_baseline() or self._lacks_estimates()
 
-    def job(self, kind: str, name: str, point: Point, part: int) -> Job:
+    def job(self, kind: Kind, name: str, point: Point, part: int) -> Job:
         """A run with a seed."""
         folder, first = self._output / "points", f"seed{self.parts[0]}"
         weights = inherit = ""
@@ -135,10 +133,10 @@ class Training:
 
     def begin(self, job: Job) -> None:
         """Expect a record."""
-        run = Run.model_validate(job["run"])
-        kind = "supernet" if job["kind"] == "first" else job["kind"]
-        tags = {"mlflow.runName": f"{job['name']}-seed{run.seed}", "kind": kind, "point": job["key"]}
-        self._recorder.add(run, tags | ({} if job["number"] is None else {"trial": str(job["number"])}))
+        run = work_of(job).run
+        kind = "supernet" if job.kind == "first" else job.kind
+        tags = {"mlflow.runName": f"{job.name}-seed{run.seed}", "kind": kind, "point": job.key}
+        self._recorder.add(run, tags | ({} if job.number is None else {"trial": str(job.number)}))
 
     def report(self, job: Job, event: Event) -> bool:
         """Take an event of a run; whether it is to end now."""
@@ -156,21 +154,21 @@ class Training:
         self._rungs.reached(job, 0, -change)
         return self._rungs.stops_screened(job)
 
-    def end(self, job: Job, outcome: dict[str, Any]) -> dict[str, Any] | None:
+    def end(self, job: Job, outcome: Outcome) -> dict[str, Any] | None:
         """What the run's record comes to."""
-        run = Run.model_validate(job["run"])
+        run = work_of(job).run
         record = self._recorder.record(run.variant, run.seed)
-        if outcome["status"] == "stopped":
+        if outcome.status == "stopped":
             self._recorder.stopped(run, "ended early: others of no more cost were better")
-        if outcome["status"] == "failed" or record is None or not record["epochs"]:
+        if outcome.status == "failed" or record is None or not record["epochs"]:
             return None
         latency = record["profile"].get("latency")
         return {**summary(dict(record)), "latency": latency, "mlflow_run_id": record["mlflow_run_id"]}
 
-    def took(self, job: Job, outcome: dict[str, Any]) -> None:
+    def took(self, job: Job, outcome: Outcome) -> None:
         """Let the supernet's estimates say which points are trained."""
-        self._ranking.enqueue(outcome["estimates"], self._study)
-        self._results.set("supernet", {"points": len(outcome["estimates"]), "seconds": outcome["seconds"]})
+        self._ranking.enqueue(outcome.estimates, self._study)
+        self._results.set("supernet", {"points": len(outcome.estimates), "seconds": outcome.seconds})
 
     def give_up(self, job: Job, message: str) -> None:
         """A run that is no trial has failed; a resumed study tries it again.
@@ -178,9 +176,9 @@ class Training:
         Raises:
             ReductionError: trials need what it gives.
         """
-        if job["name"] == "baseline" and self._lacks_baseline():
+        if job.name == "baseline" and self._lacks_baseline():
             raise ReductionError(f"--inherit baseline: the baseline failed: {message}")
-        if job["kind"] == "first":
+        if job.kind == "first":
             raise ReductionError(f"--supernet {self._settings.supernet}: it failed: {message}")
 
     def further(

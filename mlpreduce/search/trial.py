@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.launch import Call, Job, LaunchSettings
+from mlpreduce.launch import Call, LaunchSettings
 from mlpreduce.plugins import run_plugins
+from mlpreduce.search.jobs import Job, Outcome, Work, work_of
 from mlpreduce.train.events import Ended, Event, Progressed
-from mlpreduce.train.settings import Run, Step
+from mlpreduce.train.settings import Run
 
 __all__ = ["carry_out"]
 
@@ -19,63 +20,59 @@ class _Ended(Exception):
     """The owner ends the run after an epoch; its checkpoint is kept."""
 
 
-def carry_out(call: Call, job: Job) -> dict[str, Any]:
+def carry_out(call: Call, job: Job) -> Outcome:
     """Train the run of a job.
 
     Args:
         call: calls the owner.
-        job: its `run`; `launch`: how it is trained; `screen`: images on which it is tried before, or 0; of a supernet,
-            `estimate`: the points that it estimates.
-
-    Returns:
-        "status" ("finished", "screened", "stopped" or "failed"), "message"; where it was trained "training": when that began
-        and ended, in seconds since 1970; of a supernet "estimates" of all points, and the "seconds" that these took.
+        job: what is trained, and how.
     """
-    run, launch = Run.model_validate(job["run"]), LaunchSettings.model_validate(job["launch"])
-    outcome: dict[str, Any] = {"status": "finished", "message": ""}
+    work = work_of(job)
+    failed: list[str] = []
 
     def receive(event: Event) -> None:
         match event.what:
             case Progressed():
                 return
             case Ended("failed", message):
-                outcome.update(status="failed", message=message)
-        if call("report", job["id"], event):
+                failed.append(message)
+        if call("report", job.id, event):
             raise _Ended
 
+    began = 0.0
     try:
-        run_plugins(run.plugins)
-        if job["screen"]:
+        run_plugins(work.run.plugins)
+        if work.screen:
             from mlpreduce.launch import device_of
             from mlpreduce.train import Runtime
             from mlpreduce.train.sensitivity import sensitivity
 
-            runtime = Runtime(device=device_of(launch), threads=launch.threads)
-            change = sensitivity(run, job["screen"], runtime)
-            if call("screened", job["id"], change):
-                return {"status": "screened", "message": f"the edit raises the loss by {change:.3g}"}
+            runtime = Runtime(device=device_of(work.launch), threads=work.launch.threads)
+            change = sensitivity(work.run, work.screen, runtime)
+            if call("screened", job.id, change):
+                return Outcome("screened", f"the edit raises the loss by {change:.3g}")
         began = time.time()
-        try:
-            _train(run, launch, receive)
-        finally:
-            outcome["training"] = [began, time.time()]
-        if "estimate" in job and outcome["status"] == "finished":
-            outcome |= _estimates(run, launch, job["estimate"])
+        _train(work.run, work.launch, receive)
+        outcome = Outcome("failed", failed[-1]) if failed else Outcome()
+        outcome = replace(outcome, training=(began, time.time()))
+        if work.estimate and not failed:
+            outcome = _estimated(outcome, work)
+        return outcome
     except _Ended:
-        outcome.update(status="stopped")
+        return Outcome("stopped", training=(began, time.time()))
     except ReductionError as error:
-        outcome.update(status="failed", message=str(error))
-    return outcome
+        return Outcome("failed", str(error), training=(began, time.time()) if began else None)
 
 
-def _estimates(run: Run, launch: LaunchSettings, points: Sequence[Sequence[Step]]) -> dict[str, Any]:
+def _estimated(outcome: Outcome, work: Work) -> Outcome:
     from mlpreduce.launch import device_of
     from mlpreduce.train import Runtime
     from mlpreduce.train.supernet import estimate
 
     began = time.perf_counter()
-    found = estimate(run, points, runtime=Runtime(device=device_of(launch), threads=launch.threads))
-    return {"estimates": found, "seconds": time.perf_counter() - began}
+    runtime = Runtime(device=device_of(work.launch), threads=work.launch.threads)
+    found = estimate(work.run, work.estimate, runtime=runtime)
+    return replace(outcome, estimates=found, seconds=time.perf_counter() - began)
 
 
 def _train(run: Run, launch: LaunchSettings, receive: Any) -> None:

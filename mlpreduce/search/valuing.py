@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlpreduce.launch import Job
 from mlpreduce.search.goals import Budget
+from mlpreduce.search.jobs import Job, Kind, Outcome
 from mlpreduce.search.points import Point
 from mlpreduce.search.results import Results
 from mlpreduce.search.spaces import Space
@@ -49,8 +49,8 @@ class Valuer(Protocol):
     def waits(self, reference: str | None) -> bool:
         """Whether a reference, or trials, must wait for what another job comes to."""
 
-    def job(self, kind: str, name: str, point: Point, part: int) -> Job:
-        """A job: JSON values, `part` and `label` among them, what is shown of the part."""
+    def job(self, kind: Kind, name: str, point: Point, part: int) -> Job:
+        """A job, without what the owner adds: its number, and that of its trial."""
 
     def begin(self, job: Job) -> None:
         """A job goes to a worker."""
@@ -61,10 +61,10 @@ class Valuer(Protocol):
     def screened(self, job: Job, change: float) -> bool:
         """Take by how much an edit raises the loss of trained weights; whether the job ends there."""
 
-    def end(self, job: Job, outcome: dict[str, Any]) -> dict[str, Any] | None:
+    def end(self, job: Job, outcome: Outcome) -> dict[str, Any] | None:
         """What a job came to, with a value for each objective that is no cost; None where it has no value."""
 
-    def took(self, job: Job, outcome: dict[str, Any]) -> None:
+    def took(self, job: Job, outcome: Outcome) -> None:
         """The job that went before all others has ended well."""
 
     def give_up(self, job: Job, message: str) -> None:
