@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlpreduce.records import summarize
+from mlpreduce.records import Record, summarize
 from mlpreduce.report.summing import cautions, overview
 
 COUNTS = {"params": 10, "mlp_params": 5, "unique_mlps": 1, "macs_linear": 1, "macs": 1, "macs_with_attention": 1}
 
 
-def record(variant: str, top1: list[float], raw: list[float], decay: float = 0.9998, **more: Any) -> dict[str, Any]:
+def record(variant: str, top1: list[float], raw: list[float], decay: float = 0.9998, **more: Any) -> Record:
     epochs = [
         {"epoch": number, "top1": averaged, "top5": 100.0, "raw_top1": own}
         for number, (averaged, own) in enumerate(zip(top1, raw, strict=True), 1)
     ]
-    return {
+    document = {
         "variant": variant,
         "steps": [] if variant == "baseline" else [{"transform": "grouped"}],
         "seed": 1,
@@ -26,6 +26,7 @@ def record(variant: str, top1: list[float], raw: list[float], decay: float = 0.9
         "profile": {**COUNTS, "throughput": None, "peak_memory_mib": None},
         **more,
     }
+    return Record.model_validate(document)
 
 
 def test_each_is_the_best_of_its_own_epochs() -> None:
@@ -43,9 +44,9 @@ def test_without_an_average_there_is_nothing_beside() -> None:
 
 
 def test_records_of_earlier_versions_are_reported_still() -> None:
-    old = record("baseline", [50.0], [50.0])
+    old = record("baseline", [50.0], [50.0]).as_json()
     del old["epochs"][0]["raw_top1"], old["recipe"]["train"]
-    document = summarize([old])
+    document = summarize([Record.model_validate(old)])
     assert document["warnings"] == []
     assert document["variants"]["baseline"]["raw_top1_mean"] is None
     del document["warnings"], document["variants"]["baseline"]["raw_top1_mean"]

@@ -20,7 +20,7 @@ from mlpreduce import report
 from mlpreduce.__main__ import main
 from mlpreduce.launch import LaunchSettings
 from mlpreduce.recipe.progress import Display, starting
-from mlpreduce.records import summarize
+from mlpreduce.records import Record, summarize
 from mlpreduce.report.search import console_table, front_table
 from mlpreduce.report.summing import HEADERS
 from mlpreduce.testing import tiny_vit
@@ -87,7 +87,7 @@ def record(variant: str, seed: int, top1: float, order: int) -> dict[str, Any]:
 def results() -> dict[str, Any]:
     tops = {"baseline": (91.31, 90.52, 92.04), "grouped(group=2)": (89.11, 87.92, 88.53)}
     every = [(variant, seed, top1) for variant, found in tops.items() for seed, top1 in enumerate(found)]
-    return summarize([record(*run, order) for order, run in enumerate(every)])
+    return summarize([Record.model_validate(record(*run, order)) for order, run in enumerate(every)])
 
 
 def study() -> dict[str, Any]:

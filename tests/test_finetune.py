@@ -19,6 +19,7 @@ from mlpreduce import recipe as recipes
 from mlpreduce.building.checkpoint import read_tensors
 from mlpreduce.errors import ReductionError
 from mlpreduce.recipe.describe import describe
+from mlpreduce.records import Record
 from mlpreduce.report.gathering import differing
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import Runtime, build_model, fit
@@ -262,8 +263,8 @@ def test_outputs_from_before_these_keys_go_on(tmp_path: Path) -> None:
 
 
 def test_reports_take_records_from_before_these_keys_as_random() -> None:
-    def record(output: str, **model: str) -> dict[str, Any]:
-        return {"steps": [], "output": output, "recipe": {"model": {"name": "a", "kwargs": {}, **model}}}
+    def record(output: str, **model: str) -> Record:
+        return Record(recipe={"model": {"name": "a", "kwargs": {}, **model}}, variant="any", seed=1, output=output)
 
     assert differing([record("old"), record("new", weights="")]) == []
     assert len(differing([record("old"), record("new", weights="pretrained")])) == 1

@@ -23,6 +23,7 @@ from mlpreduce.coverage.entries import Entry
 from mlpreduce.coverage.proofs import Proof
 from mlpreduce.coverage.table import for_console, markdown
 from mlpreduce.recipe import main as recipe
+from mlpreduce.records import Record
 from mlpreduce.report.figure import draw
 from mlpreduce.report.search import build_search, console_table, front_table
 from mlpreduce.report.search_figures import draw_importance, draw_patterns
@@ -72,7 +73,7 @@ def test_table_of_runs(width: int, golden: Any, tmp_path: Path) -> None:
 
 
 def test_figure_of_runs(golden: Any) -> None:
-    found = records()
+    found = [Record.model_validate(record) for record in records()]
     golden(drawn(draw([found[:3], found[3:]])))
 
 

@@ -21,6 +21,7 @@ from torch import nn
 import mlpreduce
 from mlpreduce import ReductionError
 from mlpreduce.edits import Plan, Row
+from mlpreduce.records import Record
 from mlpreduce.report import plans, widths
 from mlpreduce.testing import tiny_vit
 
@@ -193,12 +194,9 @@ def test_the_modules_of_the_picture_need_no_matplotlib_to_be_imported(monkeypatc
         spec.loader.exec_module(copied)
 
 
-def record(variant: str, *made: Plan, seed: int = 0) -> dict[str, Any]:
-    return {
-        "variant": variant,
-        "seed": seed,
-        "plans": [{"rows": [list(vars(row).values()) for row in one.rows]} for one in made],
-    }
+def record(variant: str, *made: Plan, seed: int = 0) -> Record:
+    drawn = tuple({"rows": [list(vars(row).values()) for row in one.rows]} for one in made)
+    return Record(recipe={}, variant=variant, seed=seed, plans=drawn)
 
 
 def test_a_recipe_draws_each_reduction_once(monkeypatch: pytest.MonkeyPatch) -> None:

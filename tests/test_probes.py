@@ -521,26 +521,26 @@ def test_records_have_the_probes_and_mlflow_their_numbers(tmp_path: Path, monkey
     recorder = Recorder(put_store(tmp_path), {"name": "toy"}, [run])
     fit(run, Runtime(report=recorder.handle))
     (record,) = read(tmp_path)
-    assert "probes" not in record["epochs"][0]
-    found = record["epochs"][1]["probes"]
+    assert not record.epochs[0].probes
+    found = record.epochs[1].probes
     assert set(found) == set(NAMES)
     assert [len(row) for row in found["similarity"]] == [4] * 4
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    metrics = client.get_run(record["mlflow_run_id"]).data.metrics
+    metrics = client.get_run(record.mlflow_run_id).data.metrics
     expected = {f"probe/{name}": value for name, value in found["sharpness"].items()}
     expected |= {f"probe/gradient_norm/{name}": value for name, value in found["gradients"].items()}
     for number, name in enumerate(("0", "0.001", "0.01")):
         expected[f"probe/density_above_{name}"] = fmean(row[number] for row in found["density"].values())
     assert set(expected) >= {"probe/lambda_max", "probe/sam_gap", "probe/gradient_norm/blocks.0.mlp"}
     assert {name: value for name, value in metrics.items() if name.startswith("probe/")} == pytest.approx(expected)
-    assert [m.step for m in client.get_metric_history(record["mlflow_run_id"], "probe/sam_gap")] == [2]
+    assert [m.step for m in client.get_metric_history(record.mlflow_run_id, "probe/sam_gap")] == [2]
     # a name that MLflow refuses, and a number that JSON does not have
-    odd = {**record["epochs"][1], "epoch": 3, "probes": PROBES}
+    odd = {**record.epochs[1].as_json(), "epoch": 3, "probes": PROBES}
     recorder.handle(Event("grouped", 42, 2, EpochEnded(odd)))
-    metrics = client.get_run(record["mlflow_run_id"]).data.metrics
+    metrics = client.get_run(record.mlflow_run_id).data.metrics
     assert metrics["probe/gradient_norm/blocks.1.mlp_1"] == 0.25
     assert "probe/gradient_norm/blocks.9.mlp" not in metrics
-    json.dumps(read(tmp_path), allow_nan=False)
+    json.dumps([found.as_json() for found in read(tmp_path)], allow_nan=False)
 
 
 def write_probed(directory: Path, variant: str, seed: int, order: int, probes: dict[str, Any] | None) -> None:

@@ -8,6 +8,7 @@ from scipy.stats import ttest_rel
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.records import Recorder, read, results, summarize, summary, tracking_uri
+from mlpreduce.records.record import Epoch, Hardware, Record
 from mlpreduce.train import Run
 from mlpreduce.train.events import Ended, EpochEnded, Event, Started
 
@@ -147,12 +148,13 @@ def test_speed_of_other_hardware_is_not_averaged(tmp_path: Path) -> None:
     record_all(tmp_path, {"baseline": {1: [50.0], 2: [51.0]}})
     first, second = read(tmp_path)
     assert summarize([first, second])["variants"]["baseline"]["throughput"] == 50.0
-    second["hardware"] = {"device": "another"}
+    second = second.model_copy(update={"hardware": Hardware(device="another")})
     assert summarize([first, second])["variants"]["baseline"]["throughput"] is None
 
 
 def test_best_epoch_is_the_first_of_equals() -> None:
-    record = {"seed": 1, "epochs": [epoch(1, 70.0), epoch(2, 80.0), epoch(3, 80.0)]}
+    epochs = tuple(Epoch.model_validate(epoch(number, top1)) for number, top1 in ((1, 70.0), (2, 80.0), (3, 80.0)))
+    record = Record(recipe={}, variant="baseline", seed=1, epochs=epochs)
     assert summary(record)["peak_epoch"] == 2
 
 
@@ -166,7 +168,7 @@ def test_mlflow_mirrors_the_records(tmp_path: Path) -> None:
     assert experiment is not None
     assert experiment.artifact_location.startswith(tmp_path.as_uri())
     (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.run_id == record["mlflow_run_id"]
+    assert run.info.run_id == record.mlflow_run_id
     assert run.info.status == "FINISHED"
     assert run.data.tags["mlflow.runName"] == "baseline-seed1"
     assert run.data.params["train.lr"] == "0.001"
@@ -187,8 +189,8 @@ def test_interrupted_run_goes_on_in_its_record_and_mlflow_run(tmp_path: Path) ->
     recorder.interrupt()
     (record,) = read(tmp_path)
     client = MlflowClient(tracking_uri=tracking_uri(tmp_path))
-    assert record["status"] == "interrupted"
-    assert client.get_run(record["mlflow_run_id"]).info.status == "KILLED"
+    assert record.status == "interrupted"
+    assert client.get_run(record.mlflow_run_id).info.status == "KILLED"
     assert not recorder.finished(run)
 
     again = Recorder(tmp_path, {"name": "toy"}, [run])
@@ -197,11 +199,11 @@ def test_interrupted_run_goes_on_in_its_record_and_mlflow_run(tmp_path: Path) ->
     again.handle(event(run, EpochEnded(epoch(3, 60.0))))
     again.handle(event(run, Ended("finished")))
     (resumed,) = read(tmp_path)
-    assert resumed["mlflow_run_id"] == record["mlflow_run_id"]
-    assert [entry["top1"] for entry in resumed["epochs"]] == [50.0, 55.0, 60.0]
-    history = client.get_metric_history(resumed["mlflow_run_id"], "top1")
+    assert resumed.mlflow_run_id == record.mlflow_run_id
+    assert [entry.top1 for entry in resumed.epochs] == [50.0, 55.0, 60.0]
+    history = client.get_metric_history(resumed.mlflow_run_id, "top1")
     assert [m.step for m in history] == [1, 2, 3]
-    assert client.get_run(resumed["mlflow_run_id"]).info.status == "FINISHED"
+    assert client.get_run(resumed.mlflow_run_id).info.status == "FINISHED"
     assert again.finished(run)
 
 
@@ -219,8 +221,8 @@ def test_another_tracking_store_gets_the_whole_history(tmp_path: Path, monkeypat
     again = Recorder(tmp_path, {"name": "toy"}, [run])
     again.handle(event(run, Started(FACTS, [epoch(1, 50.0)])))
     (record,) = read(tmp_path)
-    assert record["mlflow_tracking_uri"] == uri
-    assert len(MlflowClient(tracking_uri=uri).get_metric_history(record["mlflow_run_id"], "top1")) == 1
+    assert record.mlflow_tracking_uri == uri
+    assert len(MlflowClient(tracking_uri=uri).get_metric_history(record.mlflow_run_id, "top1")) == 1
 
 
 def test_failed_run_keeps_its_epochs_and_leaves_the_results(tmp_path: Path) -> None:
@@ -231,7 +233,7 @@ def test_failed_run_keeps_its_epochs_and_leaves_the_results(tmp_path: Path) -> N
         recorder.handle(event(run, EpochEnded(epoch(1, 50.0))))
         recorder.handle(event(run, Ended(status, "the loss is nan")))
     first, _ = read(tmp_path)
-    assert (first["status"], first["message"], len(first["epochs"])) == ("failed", "the loss is nan", 1)
+    assert (first.status, first.message, len(first.epochs)) == ("failed", "the loss is nan", 1)
     assert [run["seed"] for run in results(tmp_path)["variants"]["baseline"]["runs"]] == [2]
 
 
@@ -248,19 +250,21 @@ def test_variants_that_start_from_different_weights_are_refused(tmp_path: Path) 
             ReductionError, match=r"no longer those that variant baseline began with \(digest b, now c\)"
         ):
             recorder.handle(start)
-    assert [(record["variant"], record["seed"]) for record in read(tmp_path)] == [
+    assert [record.key for record in read(tmp_path)] == [
         ("baseline", 1),
         ("baseline", 2),
         ("grouped", 1),
     ]
 
 
-@pytest.mark.parametrize("text", [b"{}", b"[1]", b"{", b"\xff", b'{"schema": 99}'])
+@pytest.mark.parametrize("text", [b"{}", b"[1]", b"{", b"\xff", b'{"schema": 99}', b'{"schema": 1}'])
 def test_what_is_no_record_is_told(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "baseline" / "seed1" / "record.json"
     path.parent.mkdir(parents=True)
     path.write_bytes(text)
-    with pytest.raises(ReductionError, match=r"baseline/seed1/record\.json: (no JSON|the record has schema)"):
+    with pytest.raises(
+        ReductionError, match=r"baseline/seed1/record\.json: (no JSON|the record has schema|no record: recipe)"
+    ):
         read(tmp_path)
 
 

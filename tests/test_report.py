@@ -15,6 +15,7 @@ from rich.console import Console
 
 from mlpreduce import report
 from mlpreduce.errors import ReductionError
+from mlpreduce.records import Record
 from mlpreduce.report.published import CELLS, SOURCE
 from mlpreduce.report.summing import beyond_noise
 
@@ -276,8 +277,8 @@ def test_curves_of_different_length(output: Path) -> None:
 def test_published_figure_begins_at_epoch_150(tmp_path: Path) -> None:
     from mlpreduce.report import figure
 
-    records = [make_record("baseline", seed, [50.0 + seed] * 300, seed, recipe="paper_vitb16") for seed in (0, 1)]
-    left, right = figure.draw([records]).axes
+    written = [make_record("baseline", seed, [50.0 + seed] * 300, seed, recipe="paper_vitb16") for seed in (0, 1)]
+    left, right = figure.draw([[Record.model_validate(one) for one in written]]).axes
     (line,) = left.lines
     assert (line.get_xdata()[0], line.get_xdata()[-1]) == (150, 300)
     assert set(line.get_ydata()) == {50.5}
@@ -285,7 +286,7 @@ def test_published_figure_begins_at_epoch_150(tmp_path: Path) -> None:
     heights = band.get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == (50.0, 51.0)
     assert right.get_ylabel() == "validation loss"
-    early = figure.draw([[make_record("baseline", 0, [50.0] * 300, 0)]]).axes[0].lines[0]
+    early = figure.draw([[Record.model_validate(make_record("baseline", 0, [50.0] * 300, 0))]]).axes[0].lines[0]
     assert early.get_xdata()[0] == 1
 
 

@@ -28,14 +28,14 @@ def test_runs_of_the_same_variant_and_seed_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ReductionError, match=r"variant 'grouped' with seed 1 lies in .*/a and in .*/b"):
         gather(tmp_path / "a", tmp_path / "b")
     (record,) = gather(tmp_path / "a", tmp_path / "b" / ".." / "a")  # one directory, named twice
-    assert record["output"] == "a"
+    assert record.output == "a"
 
 
 def test_an_interrupted_run_may_be_finished_elsewhere(tmp_path: Path) -> None:
     write_run(tmp_path / "a", "grouped", 1, status="interrupted")
     write_run(tmp_path / "a", "grouped", 2)
     write_run(tmp_path / "b", "grouped", 1)
-    assert [(record["seed"], record["output"]) for record in gather(tmp_path / "a", tmp_path / "b")] == [
+    assert [(record.seed, record.output) for record in gather(tmp_path / "a", tmp_path / "b")] == [
         (2, "a"),
         (1, "b"),
     ]

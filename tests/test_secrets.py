@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mlpreduce import ReductionError
-from mlpreduce.records import Recorder, tracking_uri
+from mlpreduce.records import Record, Recorder, tracking_uri
 from mlpreduce.records.summaries import COUNTS
 from mlpreduce.search.cli import main
 from mlpreduce.search.storage import folder_of, opened, read_only
@@ -224,10 +224,12 @@ def test_a_record_with_a_password_of_before_is_known_again(
     run = a_run(tmp_path / "run")
     recorder = Recorder(tmp_path, {"name": "x"}, [run])
     monkeypatch.setattr(recorder._mirror._client, "search_runs", lambda *_: [object()])
-    known = {"mlflow_run_id": "r0", "mlflow_tracking_uri": address}
+    known = Record(recipe={}, variant="any", seed=1, mlflow_run_id="r0", mlflow_tracking_uri=address)
     facts = {"plans": [], "profile": dict.fromkeys(COUNTS, 1)}
     assert recorder._mlflow_run(run, facts, known) == "r0"
-    assert recorder._mlflow_run(run, facts, {**known, "mlflow_tracking_uri": "http://elsewhere"}) == "r1"
+    assert (
+        recorder._mlflow_run(run, facts, known.model_copy(update={"mlflow_tracking_uri": "http://elsewhere"})) == "r1"
+    )
 
 
 @pytest.mark.parametrize("user", [f"me:{SECRET}", SECRET])

@@ -3,6 +3,7 @@
 The records are the truth: `results.json` and the report are built from them alone. Only the driver writes, through one
 `Recorder`.
 
+    record      what a record is
     files       records on disk
     summaries   what records come to
     mirror      runs in MLflow
@@ -11,14 +12,17 @@ The records are the truth: `results.json` and the report are built from them alo
 
 from __future__ import annotations
 
-from mlpreduce.records.files import SCHEMA, as_json, finished, read, store
+from mlpreduce.records.files import as_json, finished, read, store
 from mlpreduce.records.mirror import Mirror, tracking_uri
+from mlpreduce.records.record import SCHEMA, Epoch, Record
 from mlpreduce.records.recorder import Recorder
 from mlpreduce.records.summaries import baseline_of, conditions, results, summarize, summary
 
 __all__ = [
     "SCHEMA",
+    "Epoch",
     "Mirror",
+    "Record",
     "Recorder",
     "as_json",
     "baseline_of",

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from mlpreduce.errors import ReductionError
 from mlpreduce.files import replacing
+from mlpreduce.records.record import SCHEMA, Record
 
-__all__ = ["SCHEMA", "as_json", "finished", "read", "store"]
-
-SCHEMA = 1
+__all__ = ["as_json", "finished", "read", "store"]
 
 
 def store(directory: Path, name: str, document: Any) -> None:
@@ -25,7 +26,7 @@ def as_json(document: Any) -> str:
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
-def read(directory: str | Path) -> list[dict[str, Any]]:
+def read(directory: str | Path) -> list[Record]:
     """All records under an output directory, in the order in which the recipe names variants and seeds.
 
     Raises:
@@ -34,25 +35,32 @@ def read(directory: str | Path) -> list[dict[str, Any]]:
     found = []
     for path in Path(directory).glob("*/seed*/record.json"):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:  # no JSON, or no UTF-8
             raise ReductionError(
                 f"{path}: no JSON: {error}; put it back from a copy, or move its folder away"
             ) from error
-        schema = record.get("schema") if isinstance(record, dict) else None
+        schema = document.get("schema") if isinstance(document, dict) else None
         if schema != SCHEMA:
             raise ReductionError(f"{path}: the record has schema {schema}, this version reads {SCHEMA}")
-        found.append(record)
-    return sorted(found, key=lambda record: record["order"])
+        try:
+            found.append(Record.model_validate(document))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ReductionError(
+                f"{path}: no record: {where}: {first['msg']}; put it back from a copy, or move its folder away"
+            ) from error
+    return sorted(found, key=lambda record: record.order)
 
 
-def finished(directory: str | Path) -> list[dict[str, Any]]:
+def finished(directory: str | Path) -> list[Record]:
     """The records of the finished runs under an output directory.
 
     Raises:
         ReductionError: there is none.
     """
-    found = [record for record in read(directory) if record["status"] == "finished"]
+    found = [record for record in read(directory) if record.status == "finished"]
     if not found:
         raise ReductionError(f"{str(directory)!r}: no finished run lies there; `--resume` goes on with a run")
     return found

@@ -11,8 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.records.files import SCHEMA, read, store
+from mlpreduce.records.files import read, store
 from mlpreduce.records.mirror import Mirror
+from mlpreduce.records.record import SCHEMA, Epoch, Record
 from mlpreduce.records.summaries import COUNTS, summary
 from mlpreduce.train.events import Ended, EpochEnded, Event, Started
 from mlpreduce.train.settings import DENSITY_THRESHOLDS, Run
@@ -50,7 +51,7 @@ class Recorder:
         self._parent: str | None = None
         self._runs = {(run.variant, run.seed): run for run in runs}
         self._order = {key: number for number, key in enumerate(self._runs)}
-        self._records = {(record["variant"], record["seed"]): record for record in read(directory)}
+        self._records = {record.key: record for record in read(directory)}
         self._started: set[tuple[str, int]] = set()
         self._mirror = Mirror(home or directory, experiment or recipe["name"])
 
@@ -84,28 +85,32 @@ class Recorder:
         """Expect one more run, after those that are known; `tags` are those of its MLflow run."""
         key = (run.variant, run.seed)
         self._runs[key] = run
-        before = [*self._order.values(), *(record["order"] for record in self._records.values())]
-        known = self._records.get(key, {}).get("order")
-        self._order.setdefault(key, 1 + max(before, default=-1) if known is None else known)
+        before = [*self._order.values(), *(record.order for record in self._records.values())]
+        known = self._records.get(key)
+        self._order.setdefault(key, 1 + max(before, default=-1) if known is None else known.order)
         self._tags[key] = tags
 
-    def record(self, variant: str, seed: int) -> dict[str, Any] | None:
+    def record(self, variant: str, seed: int) -> Record | None:
         """The record of a run, if it has begun."""
         return self._records.get((variant, seed))
 
     def facts(self) -> dict[str, Any] | None:
         """Versions and hardware of the runs, as the last of them has recorded them."""
         last = next(reversed(self._records.values()), None)
-        return None if last is None else {key: last[key] for key in ("versions", "hardware")}
+        return None if last is None else {"versions": last.versions, "hardware": last.hardware.as_json()}
 
     def stopped(self, run: Run, message: str) -> None:
         """Mark a run that was ended before its last epoch, on purpose; it could be gone on with."""
-        if self._records.get((run.variant, run.seed), {}).get("status") == "running":
+        if self._status(run) == "running":
             self._end((run.variant, run.seed), "stopped", message)
 
     def finished(self, run: Run) -> bool:
         """Whether a run has been trained to its end."""
-        return self._records.get((run.variant, run.seed), {}).get("status") == "finished"
+        return self._status(run) == "finished"
+
+    def _status(self, run: Run) -> str | None:
+        record = self.record(run.variant, run.seed)
+        return None if record is None else record.status
 
     def handle(self, event: Event) -> None:
         """Record an event of `mlpreduce.train.fit`; what is told within an epoch is not kept."""
@@ -114,7 +119,7 @@ class Recorder:
             case Started() as started:
                 self._start(key, event.epochs, started)
             case EpochEnded(entry):
-                self._add(self._records[key], dict(entry))
+                self._add(key, entry)
                 self._store(key)
             case Ended(status, message):
                 self._end(key, status, message)
@@ -122,21 +127,21 @@ class Recorder:
     def interrupt(self) -> None:
         """Mark the run that was being trained, if any: it can be resumed."""
         for key in self._started:  # another process may train others
-            if self._records[key]["status"] == "running":
+            if self._records[key].status == "running":
                 self._end(key, "interrupted", "")
 
     def _start(self, key: tuple[str, int], epochs: int, started: Started) -> None:
         run = self._runs[key]
         self._started.add(key)
-        record = self._records.get(key, {})
+        before = self._records.get(key)
         facts = started.facts
         self._check_start(run, facts)
-        mlflow_run = self._mlflow_run(run, facts, record)
+        mlflow_run = self._mlflow_run(run, facts, before)
         # The checkpoint decides what has been trained: it may be an epoch ahead of the record, if the driver was killed.
         # A new MLflow run gets all epochs again.
-        same = mlflow_run == record.get("mlflow_run_id")
-        known = record["epochs"][: len(started.history)] if same else []
-        record = {
+        same = before is not None and mlflow_run == before.mlflow_run_id
+        known = before.epochs[: len(started.history)] if same and before is not None else ()
+        document = {
             "schema": SCHEMA,
             "recipe": self._recipe,
             "variant": run.variant,
@@ -146,8 +151,8 @@ class Recorder:
             "config_hash": run.config_hash,
             "status": "running",
             "message": "",
-            "notes": [*record.get("notes", []), *started.notes],
-            "started": record.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
+            "notes": [*(before.notes if before is not None else ()), *started.notes],
+            "started": before.started if before is not None else time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "epochs_planned": epochs,
             **facts,
             "plans": [json.loads(plan) for plan in facts["plans"]],
@@ -155,9 +160,9 @@ class Recorder:
             "mlflow_run_id": mlflow_run,
             "epochs": known,
         }
-        self._records[key] = record
+        self._records[key] = Record.model_validate(document)
         for entry in started.history[len(known) :]:
-            self._add(record, dict(entry))
+            self._add(key, entry)
         self._store(key)
 
     def _check_start(self, run: Run, facts: Mapping[str, Any]) -> None:
@@ -167,37 +172,36 @@ class Recorder:
             ReductionError: the weights have changed since another variant began.
         """
         for (variant, seed), other in self._records.items():
-            before, now = other.get("start_digest"), facts.get("start_digest")
+            before, now = other.start_digest, facts.get("start_digest")
             if seed == run.seed and before != now and None not in (before, now):
                 raise ReductionError(
                     f"train({run.label}): model.weights={run.model.weights!r} are no longer those that variant {variant} began "
                     f"with (digest {before}, now {now}); put those back, or start in another --output"
                 )
 
-    def _add(self, record: dict[str, Any], entry: dict[str, Any]) -> None:
-        record["epochs"].append(entry)
+    def _add(self, key: tuple[str, int], entry: Mapping[str, Any]) -> None:
+        record = self._records[key]
+        self._records[key] = record.model_copy(update={"epochs": (*record.epochs, Epoch.model_validate(entry))})
         values = {name: entry[name] for name in _METRICS} | _probed(entry.get("probes", {}))
-        self._mirror.log_metrics(record["mlflow_run_id"], values, step=entry["epoch"])
+        self._mirror.log_metrics(_run_of(record), values, step=entry["epoch"])
 
     def _end(self, key: tuple[str, int], status: str, message: str) -> None:
-        record = self._records[key]
-        record.update(status=status, message=message)
+        record = self._records[key] = self._records[key].model_copy(update={"status": status, "message": message})
         self._store(key)
-        run_id = record["mlflow_run_id"]
+        run_id = _run_of(record)
         if status == "finished":
             known = {f"final/{name}": float(value) for name, value in summary(record).items() if value is not None}
             self._mirror.log_metrics(run_id, known)
-        self._mirror.log_dict(run_id, record, "record.json")
+        self._mirror.log_dict(run_id, record.as_json(), "record.json")
         self._mirror.end(run_id, _ENDED[status])
 
     def _store(self, key: tuple[str, int]) -> None:
-        store(Path(self._runs[key].directory), "record.json", self._records[key])
+        store(Path(self._runs[key].directory), "record.json", self._records[key].as_json())
 
-    def _mlflow_run(self, run: Run, facts: Mapping[str, Any], record: dict[str, Any]) -> str:
+    def _mlflow_run(self, run: Run, facts: Mapping[str, Any], before: Record | None) -> str:
         """The MLflow run of a run: the one it had, or a new one."""
-        known = (
-            record.get("mlflow_run_id") if hidden(record.get("mlflow_tracking_uri", "")) == self._mirror.uri else None
-        )
+        here = before is not None and hidden(before.mlflow_tracking_uri) == self._mirror.uri
+        known = before.mlflow_run_id if here and before is not None else None
         if (there := self._mirror.resumed(known)) is not None:
             return there
         tags = {"mlflow.runName": f"{run.variant}-seed{run.seed}", "variant": run.variant, "seed": str(run.seed)}
@@ -216,7 +220,12 @@ class Recorder:
         """Attach files (the report) to every run."""
         for record in self._records.values():
             for path in paths:
-                self._mirror.log_file(record["mlflow_run_id"], path)
+                self._mirror.log_file(_run_of(record), path)
+
+
+def _run_of(record: Record) -> str:
+    """MLflow's id of a run that was begun."""
+    return str(record.mlflow_run_id)
 
 
 def _probed(probes: dict[str, Any]) -> dict[str, float]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from mlpreduce.records.files import SCHEMA, finished
+from mlpreduce.records.files import finished
+from mlpreduce.records.record import SCHEMA, Record
 
 __all__ = ["COUNTS", "baseline_of", "conditions", "results", "summarize", "summary"]
 
@@ -15,35 +16,35 @@ COUNTS = ("params", "mlp_params", "unique_mlps", "macs_linear", "macs", "macs_wi
 _MEASURED = ("throughput", "peak_memory_mib")
 
 
-def conditions(record: dict[str, Any]) -> tuple[Any, ...]:
+def conditions(record: Record) -> tuple[Any, ...]:
     """What speed and memory of a run were measured on: equal for those that may be compared or averaged."""
-    hardware = [record["hardware"].get(key) for key in ("device", "machine", "cpu_cores", "workers")]
-    return (*hardware, record["profile"].get("device"), record["profile"].get("batch_size"))
+    on = record.hardware
+    return on.device, on.machine, on.cpu_cores, on.workers, record.profile.device, record.profile.batch_size
 
 
-def summary(record: dict[str, Any]) -> dict[str, Any]:
+def summary(record: Record) -> dict[str, Any]:
     """The results of one finished run. Accuracies in percent; the best epoch is chosen on the validation set.
 
     `raw_top1` is that of the trained weights beside their moving average, at their own best epoch; None without an average.
     """
-    best = max(record["epochs"], key=lambda entry: entry["top1"])
-    final = record["epochs"][-1]
+    best = max(record.epochs, key=lambda entry: entry.top1)
+    final = record.epochs[-1]
     return {
-        "seed": record["seed"],
-        "top1": best["top1"],
-        "top5": best["top5"],
+        "seed": record.seed,
+        "top1": best.top1,
+        "top5": best.top5,
         "raw_top1": _raw_top1(record),
-        "peak_epoch": best["epoch"],
-        "final_top1": final["top1"],
-        "peak_to_final": best["top1"] - final["top1"],
-        "epochs": len(record["epochs"]),
+        "peak_epoch": best.epoch,
+        "final_top1": final.top1,
+        "peak_to_final": best.top1 - final.top1,
+        "epochs": len(record.epochs),
     }
 
 
-def _raw_top1(record: dict[str, Any]) -> float | None:
-    if not record.get("recipe", {}).get("train", {}).get("ema_decay"):
+def _raw_top1(record: Record) -> float | None:
+    if not record.recipe.get("train", {}).get("ema_decay"):
         return None
-    return max((entry["raw_top1"] for entry in record["epochs"] if "raw_top1" in entry), default=None)
+    return max((entry.raw_top1 for entry in record.epochs if entry.raw_top1 is not None), default=None)
 
 
 def results(directory: str | Path) -> dict[str, Any]:
@@ -55,30 +56,30 @@ def results(directory: str | Path) -> dict[str, Any]:
     return summarize(finished(directory))
 
 
-def baseline_of(records: Iterable[dict[str, Any]]) -> str | None:
+def baseline_of(records: Iterable[Record]) -> str | None:
     """The variant that the others are compared with: the first without steps, if there is one."""
-    return next((record["variant"] for record in records if not record["steps"]), None)
+    return next((record.variant for record in records if not record.steps), None)
 
 
-def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
     """What `results.json` holds, from finished records.
 
     Counts and speed are those of one variant; `throughput` and `peak_memory_mib` are medians over its runs, null where
     those were not measured on equal hardware. Standard deviations have ddof=1 and are null for one run. `vs_baseline`
     compares runs of equal seed with the first variant that has no steps. `warnings` are those that training began with.
     """
-    variants: dict[str, list[dict[str, Any]]] = {}
+    variants: dict[str, list[Record]] = {}
     for record in records:
-        variants.setdefault(record["variant"], []).append(record)
+        variants.setdefault(record.variant, []).append(record)
     baseline = baseline_of(records)
-    reference = {r["seed"]: summary(r)["top1"] for r in variants[baseline]} if baseline is not None else {}
+    reference = {r.seed: summary(r)["top1"] for r in variants[baseline]} if baseline is not None else {}
     table: dict[str, Any] = {}
     for name, found in variants.items():
-        runs = [{**summary(record), "mlflow_run_id": record["mlflow_run_id"]} for record in found]
+        runs = [{**summary(record), "mlflow_run_id": record.mlflow_run_id} for record in found]
         top1 = [run["top1"] for run in runs]
         raw = [run["raw_top1"] for run in runs if run["raw_top1"] is not None]
         table[name] = {
-            **{count: found[0]["profile"][count] for count in COUNTS},
+            **{count: getattr(found[0].profile, count) for count in COUNTS},
             **{measure: _median(found, measure) for measure in _MEASURED},
             "runs": runs,
             "top1_mean": fmean(top1),
@@ -88,8 +89,8 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
             "peak_to_final_mean": fmean([run["peak_to_final"] for run in runs]),
             "vs_baseline": None if baseline is None or name == baseline else _compare(runs, reference),
         }
-    names = dict.fromkeys(record["recipe"]["name"] for record in records)
-    warnings = list(dict.fromkeys(text for record in records for text in record.get("warnings", ())))
+    names = dict.fromkeys(record.name for record in records)
+    warnings = list(dict.fromkeys(text for record in records for text in record.warnings))
     return {"schema": SCHEMA, "recipe": " + ".join(names), "warnings": warnings, "variants": table}
 
 
@@ -121,9 +122,10 @@ def _compare(runs: list[dict[str, Any]], reference: dict[int, float]) -> dict[st
     }
 
 
-def _median(found: list[dict[str, Any]], measure: str) -> float | None:
+def _median(found: Sequence[Record], measure: str) -> float | None:
     """Over the runs of a variant; None where nothing was measured, or not on equal hardware."""
     if len({conditions(record) for record in found}) > 1:
         return None
-    known = [record["profile"][measure] for record in found if record["profile"][measure] is not None]
+    values = [getattr(record.profile, measure) for record in found]
+    known = [value for value in values if value is not None]
     return median(known) if known else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpreduce.errors import ReductionError, require
-from mlpreduce.records import SCHEMA, store, summarize
+from mlpreduce.records import SCHEMA, Record, store, summarize
 from mlpreduce.report.content import Picture
 from mlpreduce.report.figure import CAPTION, draw
 from mlpreduce.report.gathering import gather, gather_points
@@ -104,13 +104,13 @@ def build(*runs: str | Path, output: str | Path | None = None) -> dict[str, Any]
     return _write(place, document, [(document, records)])
 
 
-def _write_sweep(points: dict[str, list[dict[str, Any]]], place: Path) -> dict[str, Any]:
+def _write_sweep(points: dict[str, list[Record]], place: Path) -> dict[str, Any]:
     """The report of a recipe with a sweep, from the finished records of each point."""
     unfinished = [point for point, records in points.items() if not records]
     parts = {point: summarize(records) for point, records in points.items() if records}
     if not parts:
         raise ReductionError(f"report: no run has finished at {', '.join(unfinished)}; `--resume` goes on with them")
-    recipe = next(points[point] for point in parts)[0]["recipe"]["name"].rpartition("/")[0]
+    recipe = next(points[point] for point in parts)[0].name.rpartition("/")[0]
     tables = {point: {"variants": part["variants"]} for point, part in parts.items()}
     warnings = list(dict.fromkeys(text for part in parts.values() for text in part["warnings"]))
     document = {"schema": SCHEMA, "recipe": recipe, "warnings": warnings, "points": tables}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from mlpreduce.edits import Plan, Row
 from mlpreduce.errors import ReductionError, require
 from mlpreduce.graph import Inputs, mlps_or_raise, refuse_wrapped
+from mlpreduce.records import Record
 from mlpreduce.reduction.applying import history
 from mlpreduce.report.content import Picture
 from mlpreduce.report.plotting import as_png
@@ -72,7 +73,7 @@ def plot(what: Plan | Sequence[Plan] | nn.Module, *, example_inputs: Inputs | No
     return draw_widths(list(zip(titles, steps, strict=True)), columns=1)
 
 
-def picture_of(records: Iterable[dict[str, Any]]) -> Picture | None:
+def picture_of(records: Iterable[Record]) -> Picture | None:
     """Draw what the variants of some records do to the MLPs: a panel for each reduction, equal ones once.
 
     Returns:
@@ -80,10 +81,10 @@ def picture_of(records: Iterable[dict[str, Any]]) -> Picture | None:
     """
     panels: dict[tuple[Use, ...], list[str]] = {}
     for record in records:
-        rows = [[Row(*row) for row in document["rows"]] for document in record["plans"]]
+        rows = [[Row(*row) for row in document["rows"]] for document in record.plans]
         if rows and all(rows):
             names = panels.setdefault(tuple(_steps(rows)[-1]), [])
-            names += [record["variant"]] if record["variant"] not in names else []
+            names += [record.variant] if record.variant not in names else []
     if not panels:
         return None
     shown = [(shortened(", ".join(names), 45), list(uses)) for uses, names in panels.items()]

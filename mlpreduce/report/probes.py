@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from statistics import fmean
 from typing import Any
 
+from mlpreduce.records import Record
+
 __all__ = ["HEADERS", "NOTE", "TITLE", "any_in", "cells"]
 
 TITLE = "Probes at the last epoch"
@@ -23,14 +25,14 @@ NOTE = (
 )
 
 
-def any_in(records: Iterable[dict[str, Any]]) -> bool:
+def any_in(records: Iterable[Record]) -> bool:
     """Whether a run was probed in any epoch."""
-    return any("probes" in entry for record in records for entry in record["epochs"])
+    return any(entry.probes for record in records for entry in record.epochs)
 
 
-def cells(records: Iterable[dict[str, Any]]) -> list[str]:
+def cells(records: Iterable[Record]) -> list[str]:
     """The row of a variant, from the records of its seeds."""
-    found = [record["epochs"][-1].get("probes", {}) for record in records]
+    found = [record.epochs[-1].probes for record in records]
     columns: list[Callable[[dict[str, Any]], float | None]] = [
         lambda probes: probes["sharpness"]["lambda_max"],
         lambda probes: probes["sharpness"]["sam_gap"],

@@ -8,7 +8,7 @@ from functools import partial
 from statistics import fmean, median, stdev
 from typing import Any
 
-from mlpreduce.records import baseline_of, conditions
+from mlpreduce.records import Record, baseline_of, conditions
 from mlpreduce.report import probes, published
 from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.gathering import differing
@@ -42,21 +42,21 @@ NOTES = (
 class _Variant:
     name: str
     results: dict[str, Any]  # of results.json
-    records: list[dict[str, Any]]
+    records: Sequence[Record]
     published: dict[str, str] | None  # cells; None where the paper has no part
     width: int | None  # features that go into an MLP, if the plans show it
     baseline: str | None  # the variant that it is compared with
 
     @property
     def source(self) -> str:
-        return ", ".join(dict.fromkeys(record["output"] for record in self.records))
+        return ", ".join(dict.fromkeys(record.output for record in self.records))
 
     def spread(self, key: str, digits: int = 2) -> str:
         return mean_std([run[key] for run in self.results["runs"]], digits)
 
 
 # What `results.json` says of finished records, and the records.
-Part = tuple[dict[str, Any], list[dict[str, Any]]]
+Part = tuple[dict[str, Any], Sequence[Record]]
 # A column: header, what stands there for our runs, and the key of the paper's cell.
 _Column = tuple[str, Callable[[_Variant], str], str]
 
@@ -64,7 +64,7 @@ _Column = tuple[str, Callable[[_Variant], str], str]
 def compose(title: str, parts: Sequence[Part], pictures: Sequence[Picture], remarks: Iterable[str] = ()) -> Content:
     """The report of finished records and what `results.json` says of them: one part, or one for each point of a sweep."""
     records = [record for _, found in parts for record in found]
-    paper = all(published.reproduces(record["recipe"]["name"]) for record in records)
+    paper = all(published.reproduces(record.name) for record in records)
     variants = [variant for document, found in parts for variant in _variants(document, found, paper)]
     averaged = any(variant.results.get("raw_top1_mean") is not None for variant in variants)
     params, macs = (_unit(variants, key, paper) for key in ("params", "macs"))
@@ -112,11 +112,11 @@ def compose(title: str, parts: Sequence[Part], pictures: Sequence[Picture], rema
     )
 
 
-def _variants(document: dict[str, Any], records: list[dict[str, Any]], paper: bool) -> Iterator[_Variant]:
+def _variants(document: dict[str, Any], records: Sequence[Record], paper: bool) -> Iterator[_Variant]:
     width, baseline = _width(records), baseline_of(records)
     for name, found in document["variants"].items():
-        mine = [record for record in records if record["variant"] == name]
-        cells = published.cells_of(mine[0]["steps"]) if paper else None
+        mine = [record for record in records if record.variant == name]
+        cells = published.cells_of(mine[0].steps) if paper else None
         yield _Variant(name, found, mine, cells, width, baseline)
 
 
@@ -193,20 +193,20 @@ def _against(variants: Iterable[_Variant]) -> Table:
     return Table("Against the baseline", headers, rows)
 
 
-def _speed(variants: Iterable[_Variant], records: list[dict[str, Any]]) -> Table:
+def _speed(variants: Iterable[_Variant], records: Sequence[Record]) -> Table:
     """Medians over the runs of one directory and hardware, and their ratios to the baseline's that lie there too."""
     rows = []
     for v in variants:
-        places = dict.fromkeys((record["output"], conditions(record)) for record in v.records)
+        places = dict.fromkeys((record.output, conditions(record)) for record in v.records)
         for place in places:
-            mine = [r for r in v.records if (r["output"], conditions(r)) == place]
-            base = [r for r in records if (r["output"], conditions(r)) == place and r["variant"] == v.baseline]
-            profile = mine[0]["profile"]
+            mine = [r for r in v.records if (r.output, conditions(r)) == place]
+            base = [r for r in records if (r.output, conditions(r)) == place and r.variant == v.baseline]
+            profile = mine[0].profile
             cells = [
                 *_measured(mine, base, "throughput", ",.0f"),
                 *_measured(mine, base, "peak_memory_mib", ",.1f"),
-                str(profile.get("batch_size") or "not recorded"),
-                profile.get("device") or "not recorded",
+                str(profile.batch_size or "not recorded"),
+                profile.device or "not recorded",
             ]
             rows.append([v.name, place[0], *cells])
         if v.published is not None:
@@ -216,15 +216,16 @@ def _speed(variants: Iterable[_Variant], records: list[dict[str, Any]]) -> Table
     return Table("Speed and memory, inference", ("variant", "source", *speed, *memory, "batch", "device, dtype"), rows)
 
 
-def _measured(mine: list[dict[str, Any]], base: list[dict[str, Any]], key: str, form: str) -> tuple[str, str]:
-    ours, theirs = ([r["profile"][key] for r in found if r["profile"][key] is not None] for found in (mine, base))
+def _measured(mine: Sequence[Record], base: Sequence[Record], key: str, form: str) -> tuple[str, str]:
+    every = [[getattr(r.profile, key) for r in found] for found in (mine, base)]
+    ours, theirs = ([value for value in values if value is not None] for values in every)
     if not ours:
         return "not measured", ""
     ratio = f"{median(ours) / median(theirs):.3f}" if theirs else "no baseline there"
     return f"{median(ours):{form}}", ratio
 
 
-def _probes(variants: Iterable[_Variant], records: list[dict[str, Any]]) -> Iterable[Table]:
+def _probes(variants: Iterable[_Variant], records: Sequence[Record]) -> Iterable[Table]:
     if probes.any_in(records):
         yield Table(probes.TITLE, probes.HEADERS, [[v.name, v.source, *probes.cells(v.records)] for v in variants])
 
@@ -232,7 +233,7 @@ def _probes(variants: Iterable[_Variant], records: list[dict[str, Any]]) -> Iter
 def _runs(variants: Iterable[_Variant]) -> Table:
     rows = [
         [
-            *(v.name, record["output"], str(run["seed"]), f"{run['top1']:.2f}", str(run["peak_epoch"])),
+            *(v.name, record.output, str(run["seed"]), f"{run['top1']:.2f}", str(run["peak_epoch"])),
             *(f"{run['final_top1']:.2f}", str(run["epochs"]), str(run["mlflow_run_id"])),
         ]
         for v in variants
@@ -242,23 +243,24 @@ def _runs(variants: Iterable[_Variant]) -> Table:
     return Table("Runs", headers, rows)
 
 
-def _where(records: Iterable[dict[str, Any]]) -> Table:
+def _where(records: Iterable[Record]) -> Table:
     rows = {}
     for record in records:
         hardware = [
-            str(record["hardware"].get(key, "not recorded")) for key in ("device", "machine", "cpu_cores", "workers")
+            "not recorded" if value is None else str(value)
+            for value in (getattr(record.hardware, key) for key in ("device", "machine", "cpu_cores", "workers"))
         ]
-        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        rows[record["output"], *hardware, versions] = [record["output"], record["recipe"]["name"], *hardware, versions]
+        versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+        rows[record.output, *hardware, versions] = [record.output, record.name, *hardware, versions]
     headers = ("source", "recipe", "device", "machine", "CPU cores", "workers", "versions")
     return Table("Where it ran", headers, list(rows.values()))
 
 
-def _remarks(records: list[dict[str, Any]], paper: bool) -> Iterable[str]:
-    epochs = sorted({record["epochs_planned"] for record in records})
-    images = sorted({record["train_samples"] for record in records})
+def _remarks(records: Sequence[Record], paper: bool) -> Iterable[str]:
+    epochs = sorted({record.epochs_planned for record in records})
+    images = sorted({record.train_samples for record in records})
     if paper and (
-        any(record["recipe"]["name"].endswith("_tiny") for record in records)
+        any(record.name.endswith("_tiny") for record in records)
         or (epochs, images) != ([published.EPOCHS], [published.TRAIN_SAMPLES])
     ):
         yield (
@@ -278,7 +280,7 @@ def _images_per_s(v: _Variant) -> str:
     found = v.results["throughput"]
     if found is not None:
         return f"{found:,.0f}"
-    measured = any(record["profile"]["throughput"] is not None for record in v.records)
+    measured = any(record.profile.throughput is not None for record in v.records)
     return "see Speed and memory" if measured else "not measured"
 
 
@@ -297,9 +299,9 @@ def _expansion(v: _Variant) -> str:
     return "not recorded" if rest else f"{hidden / v.width:.3g}"
 
 
-def _width(records: Iterable[dict[str, Any]]) -> int | None:
+def _width(records: Iterable[Record]) -> int | None:
     """Features that go into an MLP of two Linears with biases, from its hidden features and parameters in a plan."""
-    rows = [row for record in records for plan in record["plans"] for row in plan["rows"]]
+    rows = [row for record in records for plan in record.plans for row in plan["rows"]]
     found = {
         divmod(row[6] - row[2], 2 * row[2] + 1) if row[1] == "plain" and row[6] else None for row in rows if row[6]
     }

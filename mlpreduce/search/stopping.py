@@ -79,8 +79,8 @@ class Rungs:
                 self._add(key_of(trial), point_of(trial), 0, -trial.user_attrs["sensitivity"])
         for trial in finished(study.study):
             record = recorder.record(key_of(trial), settings.seeds[0])
-            for entry in record["epochs"] if record is not None else ():
-                self._add(key_of(trial), point_of(trial), entry["epoch"], entry["top1"])
+            for entry in record.epochs if record is not None else ():
+                self._add(key_of(trial), point_of(trial), entry.epoch, entry.top1)
 
     def reached(self, job: Job, epoch: int, top1: float) -> None:
         """Remember what a trial reached at an epoch; at epoch 0, by how little the edit raises the loss."""

@@ -160,10 +160,9 @@ class Training:
         record = self._recorder.record(run.variant, run.seed)
         if outcome.status == "stopped":
             self._recorder.stopped(run, "ended early: others of no more cost were better")
-        if outcome.status == "failed" or record is None or not record["epochs"]:
+        if outcome.status == "failed" or record is None or not record.epochs:
             return None
-        latency = record["profile"].get("latency")
-        return {**summary(dict(record)), "latency": latency, "mlflow_run_id": record["mlflow_run_id"]}
+        return {**summary(record), "latency": record.profile.latency, "mlflow_run_id": record.mlflow_run_id}
 
     def took(self, job: Job, outcome: Outcome) -> None:
         """Let the supernet's estimates say which points are trained."""

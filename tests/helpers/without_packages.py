@@ -174,17 +174,19 @@ def report_console_table() -> None:
 
 @case
 def summarize() -> None:
-    from mlpreduce.records import summarize
+    from mlpreduce.records import Record, summarize
 
     runs = [{"train_loss": 1.0, "val_loss": 1.0, "top1": 50.0 + n, "top5": 90.0, "epoch": 1} for n in range(4)]
     counts = ("params", "mlp_params", "unique_mlps", "macs_linear", "macs", "macs_with_attention")
     profile = dict.fromkeys((*counts, "throughput", "peak_memory_mib"), 1)
     summarize(
         [
-            {
-                **{"variant": variant, "steps": steps, "seed": seed, "epochs": [run], "profile": profile},
-                **{"mlflow_run_id": "", "recipe": {"name": "r"}, "hardware": {}, "versions": {}},
-            }
+            Record.model_validate(
+                {
+                    **{"variant": variant, "steps": steps, "seed": seed, "epochs": [run], "profile": profile},
+                    **{"mlflow_run_id": "", "recipe": {"name": "r"}, "hardware": {}, "versions": {}},
+                }
+            )
             for variant, steps, pair in (("a", [], runs[:2]), ("b", [{}], runs[3:1:-1]))
             for seed, run in enumerate(pair)
         ]

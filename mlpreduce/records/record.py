@@ -1,0 +1,115 @@
+"""What is kept of one run: the types of `record.json`. What another version has written besides is kept as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["SCHEMA", "Epoch", "Hardware", "Measured", "Record"]
+
+SCHEMA = 1
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
+
+    def as_json(self) -> dict[str, Any]:
+        """The document as JSON values: what is known, and no defaults of what is not."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+class Measured(_Document):
+    """Counts of the model and, where they were measured, its speed and memory in inference."""
+
+    params: int = 0
+    mlp_params: int = 0
+    unique_mlps: int = 0
+    macs_linear: int = 0
+    macs: int = 0
+    macs_with_attention: int = 0
+    throughput: float | None = None  # images/s
+    latency: float | None = None  # ms
+    peak_memory_mib: float | None = None
+    batch_size: int | None = None
+    device: str | None = None  # with dtype and threads
+
+
+class Hardware(_Document):
+    """What it ran on."""
+
+    device: str | None = None
+    machine: str | None = None
+    cpu_cores: int | None = None
+    workers: int | None = None
+
+
+class Epoch(_Document):
+    """One epoch: losses in nats, accuracies in percent. `raw_` is of the trained weights beside their moving average."""
+
+    epoch: int
+    top1: float
+    top5: float = 0.0
+    train_loss: float = 0.0
+    val_loss: float = 0.0
+    raw_top1: float | None = None
+    probes: dict[str, Any] = {}
+
+
+class Record(_Document):
+    """One run.
+
+    Attributes:
+        version: of the schema.
+        recipe: as it was resolved, JSON values.
+        variant: its name.
+        steps: its reductions.
+        seed: of the run.
+        order: its place among the runs of the recipe.
+        status: "running", "finished", "failed", "interrupted" or "stopped".
+        message: why.
+        notes: what happened that the user did not ask for.
+        warnings: those that it began with.
+        started: when, local time.
+        epochs_planned: how many it is to have.
+        epochs: those it has.
+        plans: what the reductions did, without values.
+        profile: of the model.
+        train_samples: images of an epoch.
+        start_digest: of the weights that it began with, if some were given.
+        output: the directory that it was read from, where several are put together; it is in no file.
+    """
+
+    version: int = Field(SCHEMA, alias="schema")
+    recipe: dict[str, Any]
+    variant: str
+    steps: tuple[dict[str, Any], ...] = ()
+    seed: int
+    order: int = 0
+    config_hash: str = ""
+    status: str = "running"
+    message: str = ""
+    notes: tuple[str, ...] = ()
+    started: str = ""
+    epochs_planned: int = 0
+    versions: dict[str, str] = {}
+    hardware: Hardware = Hardware()
+    plans: tuple[dict[str, Any], ...] = ()
+    profile: Measured = Measured()
+    train_samples: int = 0
+    warnings: tuple[str, ...] = ()
+    start_digest: str | None = None
+    mlflow_tracking_uri: str = ""
+    mlflow_run_id: str | None = None
+    epochs: tuple[Epoch, ...] = ()
+    output: str = Field("", exclude=True)
+
+    @property
+    def name(self) -> str:
+        """That of the recipe."""
+        return str(self.recipe["name"])
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Variant and seed."""
+        return self.variant, self.seed
