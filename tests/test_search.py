@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 import mlpreduce
 from mlpreduce import recipe as recipes
+from mlpreduce.budget import COSTS
 from mlpreduce.errors import ReductionError
 from mlpreduce.search.choices import Walker, any_of
 from mlpreduce.search.driver import run
 from mlpreduce.search.front import dominates, front, hypervolume, next_runs
-from mlpreduce.search.goals import COSTS, Budget, check_objectives, read_budgets
+from mlpreduce.search.goals import Budget, check_objectives, read_budgets
 from mlpreduce.search.jobs import nearest, pricer_of
 from mlpreduce.search.owner import Owner
 from mlpreduce.search.points import Point, Pricer

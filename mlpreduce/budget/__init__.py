@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from mlpreduce.budget.costs import Baseline, Cost, TimedCost, cost_from, counted, measure, outcome
+from mlpreduce.budget.costs import COSTS, Baseline, Cost, TimedCost, cost_from, counted, measure, outcome
 from mlpreduce.budget.latency import LatencyTable
 from mlpreduce.budget.loss import Loss
 from mlpreduce.budget.primal_dual import PrimalDual
@@ -23,6 +23,7 @@ from mlpreduce.budget.solve import (
 )
 
 __all__ = [
+    "COSTS",
     "Baseline",
     "Budget",
     "Cost",

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ from mlpreduce.graph import (
 from mlpreduce.layers import BlockDiagonalLinear
 from mlpreduce.words.values import short
 
-__all__ = ["Baseline", "Cost", "TimedCost", "cost_from", "counted", "measure", "outcome"]
+__all__ = ["COSTS", "Baseline", "Cost", "TimedCost", "cost_from", "counted", "measure", "outcome"]
 
 LAYER_NORM_MACS = 5  # fvcore's per-element cost
 _LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution}
@@ -60,12 +60,12 @@ class Cost:
         macs_with_attention: the same and the two products of attention.
     """
 
-    params: int
-    mlp_params: int
-    unique_mlps: int
-    macs_linear: int
-    macs: int
-    macs_with_attention: int
+    params: Annotated[int, "parameters"]
+    mlp_params: Annotated[int, "MLP parameters"]
+    unique_mlps: Annotated[int, "unique MLPs"]
+    macs_linear: Annotated[int, "MACs without LayerNorm"]
+    macs: Annotated[int, "MACs"]
+    macs_with_attention: Annotated[int, "MACs with attention"]
 
     def macs_text(self, after: Cost | None = None) -> str:
         """The MACs with their convention, for tables; with another cost, before and after in one unit."""
@@ -76,6 +76,12 @@ class Cost:
 
         macs = f"{told('macs')} MACs of Linear, Conv and LayerNorm ({told('macs_with_attention')} with attention)"
         return macs + (", unchanged" if after is not None and after.macs == self.macs else "")
+
+
+# the exact counts, which are known before anything is trained: name -> what people read
+COSTS: dict[str, str] = {
+    name: found.__metadata__[0] for name, found in get_type_hints(Cost, include_extras=True).items()
+}
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mlpreduce.budget import COSTS
 from mlpreduce.errors import ReductionError
 from mlpreduce.records.files import read, store
 from mlpreduce.records.mirror import Mirror
 from mlpreduce.records.record import SCHEMA, Epoch, Record
-from mlpreduce.records.summaries import COUNTS, summary
+from mlpreduce.records.summaries import summary
 from mlpreduce.train.events import Ended, EpochEnded, Event, Started
 from mlpreduce.train.settings import DENSITY_THRESHOLDS, Run
 from mlpreduce.words.addresses import hidden
@@ -211,7 +212,7 @@ class Recorder:
         settings = run.model_dump(mode="json", include={"model", "data", "train", "workers", "seed", "variant"})
         own = {"plugins": ", ".join(map(str, run.plugins))} if run.plugins else {}
         self._mirror.log_params(run_id, {**flatten(settings), **own, "steps": json.dumps(run.steps)})
-        self._mirror.log_metrics(run_id, {f"model/{name}": float(facts["profile"][name]) for name in COUNTS})
+        self._mirror.log_metrics(run_id, {f"model/{name}": float(facts["profile"][name]) for name in COSTS})
         for number, plan in enumerate(facts["plans"]):
             self._mirror.log_text(run_id, plan, f"plan{number}.json")
         return run_id

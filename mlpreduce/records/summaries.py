@@ -7,12 +7,12 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+from mlpreduce.budget import COSTS
 from mlpreduce.records.files import finished
 from mlpreduce.records.record import SCHEMA, Record
 
-__all__ = ["COUNTS", "baseline_of", "conditions", "results", "summarize", "summary"]
+__all__ = ["baseline_of", "conditions", "results", "summarize", "summary"]
 
-COUNTS = ("params", "mlp_params", "unique_mlps", "macs_linear", "macs", "macs_with_attention")
 _MEASURED = ("throughput", "peak_memory_mib")
 
 
@@ -79,7 +79,7 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         top1 = [run["top1"] for run in runs]
         raw = [run["raw_top1"] for run in runs if run["raw_top1"] is not None]
         table[name] = {
-            **{count: getattr(found[0].profile, count) for count in COUNTS},
+            **{count: getattr(found[0].profile, count) for count in COSTS},
             **{measure: _median(found, measure) for measure in _MEASURED},
             "runs": runs,
             "top1_mean": fmean(top1),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any
 
+from mlpreduce.budget import COSTS
 from mlpreduce.report import search_points as points
 from mlpreduce.report.plotting import plain
 
@@ -222,7 +223,7 @@ def _dress(axis: Axes, other: dict[str, str] | None) -> None:
     axis.margins(0.08)
     axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=other is None))
     axis.set_xlabel("trial" if other is None else plain(points.objective_label(other)))
-    if other is not None and other["name"] in points.COSTS:
+    if other is not None and other["name"] in COSTS:
         axis.xaxis.set_major_formatter(EngFormatter())
 
 

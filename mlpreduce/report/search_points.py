@@ -8,11 +8,11 @@ from math import inf, isfinite, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
+from mlpreduce.budget import COSTS
 from mlpreduce.errors import call_text
 from mlpreduce.report.tables import short
 
 __all__ = [
-    "COSTS",
     "Point",
     "Spread",
     "candidates",
@@ -29,16 +29,7 @@ __all__ = [
     "value_of",
 ]
 
-COSTS = ("params", "mlp_params", "unique_mlps", "macs", "macs_linear", "macs_with_attention")  # exact counts
-_WORDS = {
-    "top1": "top-1",
-    "params": "parameters",
-    "mlp_params": "MLP parameters",
-    "macs": "MACs",
-    "macs_linear": "MACs without LayerNorm",
-    "macs_with_attention": "MACs with attention",
-    "latency": "latency",
-}
+_WORDS = {**COSTS, "top1": "top-1"}
 
 Point = dict[str, Any]  # one of the document's "points"
 

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from mlpreduce.budget import Cost
+from mlpreduce.budget import COSTS, Cost
 from mlpreduce.errors import ReductionError, did_you_mean
 
-__all__ = ["COSTS", "OBJECTIVES", "Budget", "check_objectives", "read_budgets", "value_of"]
+__all__ = ["OBJECTIVES", "Budget", "check_objectives", "read_budgets", "value_of"]
 
 Direction = Literal["minimize", "maximize"]
 
-COSTS = ("params", "mlp_params", "unique_mlps", "macs_linear", "macs", "macs_with_attention")  # known before training
 OBJECTIVES: dict[str, tuple[Direction, str]] = {  # name -> direction, unit
     "top1": ("maximize", "%"),
     "score": ("maximize", ""),  # of a model in hand

@@ -8,9 +8,10 @@ from typing import Any
 
 import optuna
 
+from mlpreduce.budget import COSTS
 from mlpreduce.errors import ReductionError
 from mlpreduce.search.front import losses
-from mlpreduce.search.goals import COSTS, value_of
+from mlpreduce.search.goals import value_of
 from mlpreduce.search.points import Point
 from mlpreduce.search.settings import StudySettings, changes
 

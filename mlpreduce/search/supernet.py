@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from mlpreduce.budget import COSTS
 from mlpreduce.errors import ReductionError
 from mlpreduce.search.choices import Walker, any_of
-from mlpreduce.search.goals import COSTS, Budget
+from mlpreduce.search.goals import Budget
 from mlpreduce.search.points import Point, Pricer
 from mlpreduce.train.settings import SupernetSettings
 
