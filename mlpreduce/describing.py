@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from mlpreduce.errors import ReductionError, call_text, did_you_mean
 from mlpreduce.words.console import Column, Grid, width, wrapped
 from mlpreduce.words.markup import html_table
+from mlpreduce.words.values import Config
 
 __all__ = ["Description", "Option", "describe", "described"]
 
@@ -182,7 +183,7 @@ def _header(lines: Iterable[str]) -> tuple[str, list[tuple[str, str]]]:
     return " ".join(told[0]), facts
 
 
-def _other(default: Mapping[str, Any], key: str) -> str:
+def _other(default: Config, key: str) -> str:
     return f"{default[key]!r} by default" if key in default else "an argument of the model"
 
 
@@ -205,9 +206,7 @@ def _docstring(source: str) -> str:
 _LABELLED = re.compile(r"[A-Z]\w*:\s")
 
 
-def _of_function(
-    name: str, kind: str, function: Any, defaults: Mapping[str, Any], facts: list[tuple[str, str]]
-) -> Description:
+def _of_function(name: str, kind: str, function: Any, defaults: Config, facts: list[tuple[str, str]]) -> Description:
     """A registered function, from its docstring: summary, meanings of its options, and the source of its module."""
     document = inspect.getdoc(function) or ""
     meanings = dict(_arguments(document))

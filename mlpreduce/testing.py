@@ -19,6 +19,7 @@ from mlpreduce.layers import ChannelCovariance, merges, wraps
 from mlpreduce.reduction.outcomes import planned
 from mlpreduce.surgery.ties import full_state, moved_by
 from mlpreduce.transforms import get_transform
+from mlpreduce.words.values import Config
 
 __all__ = ["check_transform", "tiny_vit"]
 
@@ -160,7 +161,7 @@ def _untouched(before: nn.Module, model: nn.Module, made: Plan) -> None:
             _must(torch.equal(tensor, state[name]), f"{name}, which no edit names, is bit-identical")
 
 
-def _refused(model: nn.Module, name: str, config: dict[str, Any]) -> None:
+def _refused(model: nn.Module, name: str, config: Config) -> None:
     before = copy.deepcopy(model)
     try:
         mlpreduce.apply(model, name, **config)

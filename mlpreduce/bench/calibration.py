@@ -31,6 +31,7 @@ from mlpreduce.report.content import Table
 from mlpreduce.report.pages import for_console, markdown_table
 from mlpreduce.report.stored import check_page, keep
 from mlpreduce.words.console import width
+from mlpreduce.words.values import Config
 from mlpreduce.words.waiting import silent
 
 __all__ = ["calibration_text", "main"]
@@ -87,7 +88,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         if name not in known:
             raise ReductionError(f"bench calibration --criteria {name}: give some of {', '.join(known)}")
         for repair in ("none", "parallel", "least_squares"):
-            config: dict[str, Any] = {"criterion": known[name], "repair": repair}
+            config: Config = {"criterion": known[name], "repair": repair}
             jobs[name, repair] = partial(mlpreduce.plan, model, "shallow", ratio=0.5, data=data, **config)
     taken: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
     forward: list[float] = []

@@ -26,6 +26,7 @@ from mlpreduce.calibration import Loss as LossFunction
 from mlpreduce.criteria import Choice, as_order, choose
 from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import MLP, Inputs, find_mlps, first_units, refuse_wrapped
+from mlpreduce.words.values import Config
 from mlpreduce.words.waiting import steps
 
 __all__ = ["Loss"]
@@ -65,7 +66,7 @@ class Loss:
         model: nn.Module,
         data: Any,
         *,
-        criterion: str | Mapping[str, Any] = "entropy_taylor",
+        criterion: str | Config = "entropy_taylor",
         loss: LossFunction | None = None,
         seed: int = 0,
         example_inputs: Inputs | None = None,

@@ -15,6 +15,7 @@ from mlpreduce.reduction.applying import apply, remember
 from mlpreduce.reduction.builds import NOT_RECORDED, made_by_timm
 from mlpreduce.reduction.planning import plain
 from mlpreduce.transforms import Transform, get_transform
+from mlpreduce.words.values import Config
 
 __all__ = ["create_model"]
 
@@ -70,7 +71,7 @@ def _known(entry: Transform | None) -> str:
 
 
 def _construction(
-    entry: Transform, name: str, pretrained: bool, kwargs: dict[str, Any], config: dict[str, Any]
+    entry: Transform, name: str, pretrained: bool, kwargs: dict[str, Any], config: Config
 ) -> dict[str, Any]:
     """Construction arguments, after a look at what they do to the architecture on the meta device."""
     call = f"create_model({name!r}, {call_text(entry.name, config)})"

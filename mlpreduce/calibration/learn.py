@@ -36,7 +36,7 @@ def measure_gates(
     Raises:
         ReductionError: as `measure_scores`; an option is out of range.
     """
-    options = choice.criterion.options | choice.options
+    options = choice.settings
     coefficient, lr, epochs = (options[key] for key in ("coefficient", "lr", "epochs"))
     check_number(f"criterion {choice}: coefficient", coefficient)
     check_number(f"criterion {choice}: lr", lr, above=True)

@@ -7,21 +7,20 @@ SlimGPT (arXiv 2412.18110): backward elimination with exact updates, see `mlpred
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from mlpreduce.criteria import Moments, Ranking, register_criterion
 from mlpreduce.criteria.elimination import eliminate, refit_errors, swapped
 from mlpreduce.errors import ReductionError, check_number, check_one_of, check_whole
+from mlpreduce.words.values import Config
 
 METRICS = ("output", "loss")
 _SILENT = 1e-10  # of the mean square of all units, below which a unit does nothing
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of a unit
 
 
-def _at_the_loss(options: Mapping[str, Any]) -> bool:
+def _at_the_loss(options: Config) -> bool:
     return bool(options["metric"] == "loss")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from mlpreduce.criteria.given import SITES, Ranking
 from mlpreduce.errors import ReductionError, call_text, check_name, check_number, check_one_of, did_you_mean
 from mlpreduce.registry import add_entry_points, remember, taken
+from mlpreduce.words.values import Config
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ class Criterion:
     objective: Objective | None
     probes: int
     draws: bool
-    with_loss: Callable[[Mapping[str, Any]], bool] | None
+    with_loss: Callable[[Config], bool] | None
     doubt: str
 
     @property
@@ -65,28 +66,33 @@ class Choice:
     """A criterion with the options that a user has given."""
 
     criterion: Criterion
-    options: dict[str, Any]
+    options: Config
 
     def __str__(self) -> str:
         return call_text(self.criterion.name, self.options)
 
     @property
+    def settings(self) -> Config:
+        """All its options: what was given, and the defaults of the others."""
+        return {**self.criterion.options, **self.options}
+
+    @property
     def needs_loss(self) -> bool:
         """Whether it looks at a loss."""
         asked = self.criterion.with_loss
-        return self.criterion.needs == "loss" or (asked is not None and asked(self.criterion.options | self.options))
+        return self.criterion.needs == "loss" or (asked is not None and asked(self.settings))
 
     @property
     def sites(self) -> tuple[str, ...]:
         """Leaves at which it looks."""
-        site = (self.criterion.options | self.options).get("site", "act")
+        site = self.settings.get("site", "act")
         check_one_of(f"criterion {self}: site", site, SITES)
         return SITES[site]
 
     @property
     def memory(self) -> float | None:
         """MiB that sums for it may take; None where it does not say."""
-        limit = (self.criterion.options | self.options).get("memory")
+        limit: float | None = self.settings.get("memory")
         if limit is not None:
             check_number(f"criterion {self.criterion.name}: memory", limit)
         return limit
@@ -126,7 +132,7 @@ def register_criterion(
     objective: Objective | None = None,
     probes: int = 0,
     draws: bool = False,
-    with_loss: Callable[[Mapping[str, Any]], bool] | None = None,
+    with_loss: Callable[[Config], bool] | None = None,
     doubt: str = "",
 ) -> Callable[[Function], Function]:
     """Add a criterion under `name`.
@@ -187,7 +193,7 @@ def get_criterion(name: str) -> Criterion:
     return _CRITERIA[name]
 
 
-def choose(criterion: str | Mapping[str, Any]) -> Choice:
+def choose(criterion: str | Config) -> Choice:
     """A criterion by its name, or by `{"name": ..., option: value}`.
 
     Raises:

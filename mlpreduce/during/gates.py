@@ -18,6 +18,7 @@ from mlpreduce.graph import MLP, Inputs, first_units, mlps_or_raise, module_at, 
 from mlpreduce.reduction.applying import apply
 from mlpreduce.reduction.planning import Globs, make_plan
 from mlpreduce.surgery.operation import rehearse
+from mlpreduce.words.values import Config
 
 __all__ = ["GateL1"]
 
@@ -273,7 +274,7 @@ class GateL1:
             kept[mlp.name] = first_units(mlp, order, width)
         return kept
 
-    def _plan(self, model: nn.Module, units: dict[str, list[int]], config: dict[str, Any]) -> Plan | None:
+    def _plan(self, model: nn.Module, units: dict[str, list[int]], config: Config) -> Plan | None:
         """The plan that keeps these units of a model without gates; None where all stay."""
         widths = {name: len(kept) for name, kept in units.items()}
         if all(widths[place.mlp.name] == place.mlp.hidden_features for place in self._places):

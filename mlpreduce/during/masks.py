@@ -27,6 +27,7 @@ from mlpreduce.graph import Inputs
 from mlpreduce.reduction.applying import apply
 from mlpreduce.reduction.planning import Globs, make_plan
 from mlpreduce.surgery.operation import rehearse
+from mlpreduce.words.values import Config
 
 __all__ = ["PruneAndGrow"]
 
@@ -105,7 +106,7 @@ class PruneAndGrow:
         stop: float = 0.8,
         drop: tuple[float, float] = (0.5, 0.005),
         site: str = "fc2",
-        criterion: str | Mapping[str, Any] = "random",
+        criterion: str | Config = "random",
         seed: int = 0,
         include: Globs = None,
         exclude: Globs = None,

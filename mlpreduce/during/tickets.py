@@ -17,6 +17,7 @@ from mlpreduce.graph import MLP, Inputs, mlps_or_raise, refuse_wrapped, select
 from mlpreduce.reduction.applying import apply, history
 from mlpreduce.reduction.planning import Globs, make_plan
 from mlpreduce.surgery.operation import carry_out, rehearse
+from mlpreduce.words.values import Config
 
 __all__ = ["LotteryTicket"]
 
@@ -69,7 +70,7 @@ class LotteryTicket:
         self,
         model: nn.Module,
         fraction: float = 0.2,
-        criterion: str | Mapping[str, Any] = "l1",
+        criterion: str | Config = "l1",
         *,
         rewind: str = "remembered",
         build: Callable[[], nn.Module] | None = None,

@@ -13,6 +13,7 @@ from torch import nn
 from mlpreduce.edits import Axis, Plan, Slice, as_units
 from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import MLP, module_at, refuse_wrapped
+from mlpreduce.words.values import Config
 
 __all__ = [
     "average_of",
@@ -83,7 +84,7 @@ def unit_norms(tensor: torch.Tensor, axis: Axis, hidden: int) -> torch.Tensor:
     return sum(sums[offset : offset + hidden] for offset in axis.offsets).cpu()  # type: ignore[union-attr]
 
 
-def with_units(made: Plan, name: str, config: dict[str, Any], units: Mapping[str, Sequence[int]]) -> Plan:
+def with_units(made: Plan, name: str, config: Config, units: Mapping[str, Sequence[int]]) -> Plan:
     """A plan of `shallow` as one of another name, which keeps other units in the same number."""
     edits = tuple(replace(e, units=as_units(units[e.mlp])) if isinstance(e, Slice) else e for e in made.edits)
     return replace(made, transform=name, config=config, edits=edits, costs=None, data=None, notes=())

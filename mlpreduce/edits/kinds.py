@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+from mlpreduce.words.values import Config
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +112,7 @@ class Replace:
 
     module: str
     layer: str
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Config = field(default_factory=dict)
     values: Mapping[str, torch.Tensor] | None = field(default=None, compare=False, repr=False)
     source: Origin | None = field(default=None, compare=False, repr=False)
 

@@ -15,6 +15,7 @@ from mlpreduce.edits.written import edit_from_json, edit_to_json, tensors_of
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.words.console import Column, Grid, first_that_fits, width, wrapped
 from mlpreduce.words.markup import html_list, html_table, shortened
+from mlpreduce.words.values import Config
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,7 @@ class Plan:
     """
 
     transform: str
-    config: dict[str, Any]
+    config: Config
     edits: tuple[Edit, ...]
     rows: tuple[Row, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)

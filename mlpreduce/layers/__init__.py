@@ -6,7 +6,7 @@ what they add is their own where the base is tied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from mlpreduce.layers.svft import SvftLinear
 from mlpreduce.layers.token_convolution import GridConvolution, TokenConvolution
 from mlpreduce.layers.wrapper import StandIn, Wrapper, macs_of, merged
 from mlpreduce.registry import Origin, remember, taken
+from mlpreduce.words.values import Config
 
 __all__ = [
     "ADAPTERS",
@@ -132,7 +133,7 @@ def gates(model: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{path}.gate": module.gate for path, module in model.named_modules() if isinstance(module, BlockGate)}
 
 
-def make_layer(name: str, module: nn.Module, config: Mapping[str, Any], source: Origin | None = None) -> nn.Module:
+def make_layer(name: str, module: nn.Module, config: Config, source: Origin | None = None) -> nn.Module:
     """A layer to put in the place of a module: of its widths, type, device and mode. It draws no random numbers of others.
 
     Args:

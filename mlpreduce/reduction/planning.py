@@ -39,6 +39,7 @@ from mlpreduce.surgery.ties import check_parts
 from mlpreduce.transforms import Transform, check_config
 from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.registry import blaming
+from mlpreduce.words.values import Config
 
 __all__ = ["Globs", "make_plan", "plain", "plan"]
 
@@ -89,7 +90,7 @@ def plan(
 def make_plan(
     model: nn.Module,
     transform: str,
-    config: dict[str, Any],
+    config: Config,
     *,
     include: Globs = None,
     exclude: Globs = None,

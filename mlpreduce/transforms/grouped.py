@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -83,7 +82,7 @@ def grouped(
     remainder: str = "error",
     share: str = "mlp",
     repair: str = "none",
-    per_use: str | Mapping[str, Any] | None = "none",
+    per_use: str | Config | None = "none",
 ) -> Iterator[Edit]:
     """Share MLP weights between blocks of one stage.
 
@@ -166,7 +165,7 @@ def _sharing(
     members: list[MLP],
     keep: str,
     scale: str | float | Mapping[str, float],
-    per_use: str | Mapping[str, Any] | None,
+    per_use: str | Config | None,
 ) -> Iterator[Edit]:
     """The edits that leave one MLP for all members, each use with what it has of its own."""
     merge, factors = merge_of(parts, members, keep), _factors(scale, len(members))
@@ -178,7 +177,7 @@ def _sharing(
 
 
 def _least_moved(
-    parts: Parts, shared: Sequence[list[MLP]], per_use: str | Mapping[str, Any] | None, *, refitted: bool
+    parts: Parts, shared: Sequence[list[MLP]], per_use: str | Config | None, *, refitted: bool
 ) -> list[str]:
     """For each group what is best kept, by how far what the whole model gives moves if that group alone shares.
 

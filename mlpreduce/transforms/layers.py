@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -12,13 +11,14 @@ from mlpreduce.edits import Replace
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP, Leaf
 from mlpreduce.transforms.parts import Parts
+from mlpreduce.words.values import Config
 
 __all__ = ["LAYERS", "check_seed", "linears", "replacing", "uses_of_linears"]
 
 LAYERS = ("fc1", "fc2")
 
 
-def replacing(path: str, name: str, config: Mapping[str, Any], layer: nn.Module) -> Replace:
+def replacing(path: str, name: str, config: Config, layer: nn.Module) -> Replace:
     """The edit that puts a layer of this name, with the values of one like it, in the place of a module."""
     tensors = {**layer._parameters, **layer._buffers}
     values = {key: tensor.detach() for key, tensor in tensors.items() if tensor is not None}

@@ -30,6 +30,7 @@ from mlpreduce.graph import (
     whole_module,
 )
 from mlpreduce.repair import distances, refitted
+from mlpreduce.words.values import Config
 
 __all__ = ["Parts"]
 
@@ -239,7 +240,7 @@ class Parts(Sequence[MLP]):
         """
         return self._answers.read_by("distances", lambda data: distances(self._model, trials, data))
 
-    def scores(self, mlp: MLP, criterion: str | Mapping[str, Any], seed: int = 0) -> torch.Tensor:
+    def scores(self, mlp: MLP, criterion: str | Config, seed: int = 0) -> torch.Tensor:
         """Scores of the hidden units of an MLP, (hidden units,), which can be compared between MLPs.
 
         Raises:
@@ -255,9 +256,7 @@ class Parts(Sequence[MLP]):
             )
         return answer.detach().cpu().double()
 
-    def order(
-        self, mlp: MLP, criterion: str | Mapping[str, Any], seed: int = 0, wanted: int | None = None
-    ) -> list[int]:
+    def order(self, mlp: MLP, criterion: str | Config, seed: int = 0, wanted: int | None = None) -> list[int]:
         """Hidden units of an MLP by importance, the most important first.
 
         Args:
@@ -279,7 +278,7 @@ class Parts(Sequence[MLP]):
         self,
         mlp: MLP,
         width: int,
-        criterion: str | Mapping[str, Any],
+        criterion: str | Config,
         seed: int = 0,
         guard: str | float = False,
     ) -> Slice:
@@ -323,7 +322,7 @@ class Parts(Sequence[MLP]):
         """Moments with pairs of what fc2 of an MLP is given, where the criterion by which units stay has looked at them."""
         return None if self._paired is None else partial(self._answers.pairs, choice=self._paired)
 
-    def criterion_notes(self, criterion: str | Mapping[str, Any]) -> list[str]:
+    def criterion_notes(self, criterion: str | Config) -> list[str]:
         """What became of the units that carry most of what their MLP gives, and what speaks against the criterion."""
         choice = choose(criterion)
         doubt = [f"{choice}: {choice.criterion.doubt}"] if choice.criterion.doubt else []

@@ -20,6 +20,7 @@ from mlpreduce.transforms.lora import lora_around
 from mlpreduce.transforms.merging import ALIGNED, MEANS, Merge
 from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.ssf import scale_around
+from mlpreduce.words.values import Config
 
 __all__ = ["check_per_use", "multiplies", "scaled_tensor", "uses_of_their_own", "with_rank"]
 
@@ -33,7 +34,7 @@ OPTIONS = {
 }
 
 
-def check_per_use(parts: Parts, per_use: str | Mapping[str, Any] | None, share: str, keep: str) -> None:
+def check_per_use(parts: Parts, per_use: str | Config | None, share: str, keep: str) -> None:
     """Whether what uses are to have of their own can be, beside what is shared and kept.
 
     Raises:
@@ -79,9 +80,7 @@ def _ordered_alike(first: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def with_rank(
-    parts: Parts, shared: Sequence[Sequence[MLP]], per_use: str | Mapping[str, Any] | None
-) -> str | Mapping[str, Any] | None:
+def with_rank(parts: Parts, shared: Sequence[Sequence[MLP]], per_use: str | Config | None) -> str | Config | None:
     """The same with the highest rank that keeps the model within `target_params`, where that is given.
 
     Raises:
@@ -128,7 +127,7 @@ def _corrected(shared: Sequence[Sequence[MLP]]) -> Iterator[Leaf]:
 
 
 def uses_of_their_own(
-    parts: Parts, merge: Merge, factors: Mapping[str, float], per_use: str | Mapping[str, Any] | None
+    parts: Parts, merge: Merge, factors: Mapping[str, float], per_use: str | Config | None
 ) -> Iterator[Edit]:
     """The edits that give each member something of its own around its shared layers, whose tensors have those factors."""
     kind, options = _chosen(per_use)
@@ -181,7 +180,7 @@ def scaled_tensor(parts: Parts, leaf: Leaf, name: str) -> str | None:
     return path if path in parts.tensors_of(leaf) else None
 
 
-def _chosen(per_use: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+def _chosen(per_use: str | Config | None) -> tuple[str, dict[str, Any]]:
     """A kind, and its options."""
     if per_use is None:
         return "none", {}

@@ -8,7 +8,7 @@ where it is registered, as functions of its config, so that recipes and searches
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from mlpreduce.errors import ReductionError, call_text, check_name, did_you_mean
 from mlpreduce.registry import add_entry_points, origin, remember, taken
+from mlpreduce.words.values import Config
 
 __all__ = [
     "Config",
@@ -33,7 +34,6 @@ RESERVED = ("include", "exclude", "data", "loss", "example_inputs")
 
 Scope = Literal["all", "chains"]
 Preserves = Literal["exact", "at_init", "no"]
-Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

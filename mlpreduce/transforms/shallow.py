@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from mlpreduce.budget import Slot
 from mlpreduce.criteria import check_guard
@@ -45,7 +44,7 @@ def shallow(
     target_params: float | None = None,
     target_macs: float | None = None,
     target_latency: float | None = None,
-    criterion: str | Mapping[str, Any] = "first",
+    criterion: str | Config = "first",
     scope: str = "uniform",
     round_to: int = 1,
     latency_table: str | None = None,
@@ -149,7 +148,7 @@ def _rounded(mlp: MLP, target: int, round_to: int) -> int:
     return target if target == mlp.hidden_features else Slot.of(mlp, round_to, float).rounded(target)
 
 
-def _above(parts: Parts, mlp: MLP, least: float, criterion: str | Mapping[str, Any], round_to: int, seed: int) -> int:
+def _above(parts: Parts, mlp: MLP, least: float, criterion: str | Config, round_to: int, seed: int) -> int:
     """The narrowest width that keeps every unit whose score is above the least."""
     above = parts.scores(mlp, criterion, seed) > least
     fullest = int(above.unflatten(0, (mlp.groups, -1)).sum(1).max()) * mlp.groups  # as many of each group are kept

@@ -10,7 +10,7 @@ from mlpreduce.criteria import Criterion, choose
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.registry import origin
 from mlpreduce.transforms.registry import Follows, blaming, get_transform
-from mlpreduce.words.values import Step
+from mlpreduce.words.values import Config, Step
 
 __all__ = [
     "check_criterion",
@@ -80,7 +80,7 @@ def seeded(step: Step, seed: int) -> Step:
     return {**step, "seed": seed} if drawn and "seed" in transform.parameters and "seed" not in step else step
 
 
-def criterion_of(step: Mapping[str, Any]) -> Criterion | None:
+def criterion_of(step: Config) -> Criterion | None:
     """The criterion that a step names; None if it names none, or means something else by it."""
     try:
         return choose(step["criterion"]).criterion if "criterion" in step else None

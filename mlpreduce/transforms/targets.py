@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlpreduce.budget import (
@@ -18,6 +18,7 @@ from mlpreduce.budget import (
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import MLP
 from mlpreduce.transforms.parts import Parts
+from mlpreduce.words.values import Config
 
 __all__ = ["SCOPES", "UNITS", "solved_widths"]
 
@@ -32,7 +33,7 @@ def solved_widths(
     size: str,
     target: Any,
     scope: str,
-    criterion: str | Mapping[str, Any],
+    criterion: str | Config,
     round_to: int,
     latency_table: str | None,
     latency_weight: float,
@@ -104,7 +105,7 @@ def _penalty(table: LatencyTable | None, mlp: MLP, weight: float) -> Callable[[i
     return None if table is None or not weight else lambda width: weight * table.of(mlp.name, width)
 
 
-def _sorted_scores(parts: Parts, mlp: MLP, criterion: str | Mapping[str, Any], seed: int) -> Any:
+def _sorted_scores(parts: Parts, mlp: MLP, criterion: str | Config, seed: int) -> Any:
     """Scores of the units in the order in which they are kept; of an MLP with groups, in turns of the groups."""
     scores = parts.scores(mlp, criterion, seed)
     if mlp.groups == 1:

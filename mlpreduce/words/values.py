@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlpreduce.errors import ReductionError
 
-__all__ = ["Step", "flatten", "parse_pairs", "parse_value", "short", "unit_of"]
+__all__ = ["Config", "Step", "flatten", "parse_pairs", "parse_value", "short", "unit_of"]
 
+Config = Mapping[str, Any]  # options of a transform, a criterion or a layer: which, each says itself
 Step = dict[str, Any]  # of a reduction: {"transform": name, **config}
 
 

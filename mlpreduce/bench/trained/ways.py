@@ -17,6 +17,7 @@ from mlpreduce.bench.trained.subjects import Subject
 from mlpreduce.criteria import choose, list_criteria
 from mlpreduce.errors import optional
 from mlpreduce.graph import find_mlps, module_at
+from mlpreduce.words.values import Config
 
 __all__ = ["ADVICE", "Row", "rows"]
 
@@ -92,12 +93,12 @@ def rows(kinds: tuple[str, ...] = ("advice", "criteria", "sharing", "peers")) ->
     return [row for row in found if row.kind in kinds]
 
 
-def _sliced(config: Mapping[str, Any], subject: Subject, width: float, data: Data) -> nn.Module:
+def _sliced(config: Config, subject: Subject, width: float, data: Data) -> nn.Module:
     model = copy.deepcopy(subject.model)
     return mlpreduce.apply(model, "shallow", ratio=width, data=data, loss=subject.loss, **config)
 
 
-def _shared(config: Mapping[str, Any], subject: Subject, width: float, data: Data) -> nn.Module:
+def _shared(config: Config, subject: Subject, width: float, data: Data) -> nn.Module:
     return mlpreduce.apply(copy.deepcopy(subject.model), "grouped", data=data, **config)
 
 
