@@ -78,6 +78,23 @@ def test_layers(path: Path) -> None:
         assert owner in (None, mine), f"{mine} imports {name}"
 
 
+def arrows() -> dict[str, set[str]]:
+    """From each room to those that it imports, without those that follow from others."""
+    found: dict[str, set[str]] = {name: set() for name in RANK}
+    for name, path in NAMES.items():
+        taken = {room(NAMES[other]) for other in imported(path) & NAMES.keys()} - {"__init__", room(path)}
+        found[room(path)] |= taken if name != "mlpreduce" else set()
+    beyond: dict[str, set[str]] = {}
+    for name in graphlib.TopologicalSorter(found).static_order():
+        beyond[name] = found[name].union(*(beyond[other] for other in found[name]))
+    return {name: some - set().union(*(beyond[other] for other in some)) for name, some in found.items()}
+
+
+def test_the_picture_is_drawn_from_the_imports() -> None:
+    drawn = [f"    {name} --> {other}" for name, others in sorted(arrows().items()) for other in sorted(others)]
+    assert "flowchart BT\n" + "\n".join(drawn) in DESIGN.read_text("utf-8"), "\n".join(drawn)
+
+
 def test_every_room_has_its_floor() -> None:
     assert RANK.keys() == {room(path) for path in FILES}
 
