@@ -8,7 +8,8 @@ import importlib.util
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from numbers import Integral, Real
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "check_whole",
     "did_you_mean",
     "missing",
+    "naming",
     "optional",
     "require",
 ]
@@ -55,6 +57,24 @@ class ReductionError(ValueError):
     The message holds the call as written, the fact with its numbers, and what would work. Whenever it is raised, the
     model is as it was before the call.
     """
+
+
+@contextmanager
+def naming(call: str) -> Iterator[None]:
+    """Put a call, as the user wrote it, before the message of what is refused within, unless it begins with it.
+
+    Example:
+        >>> with naming("apply(model, 'shallow')"):
+        ...     raise ReductionError("nothing would change")
+        Traceback (most recent call last):
+        mlpreduce.errors.ReductionError: apply(model, 'shallow'): nothing would change
+    """
+    try:
+        yield
+    except ReductionError as error:
+        if str(error).startswith(call):
+            raise
+        raise ReductionError(f"{call}: {error}") from error
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ from mlpreduce.calibration import (
 )
 from mlpreduce.calibration import Loss as LossFunction
 from mlpreduce.criteria import Choice, as_order, choose
-from mlpreduce.errors import ReductionError, check_number, check_whole
+from mlpreduce.errors import ReductionError, check_number, check_whole, naming
 from mlpreduce.graph import MLP, Inputs, find_mlps, first_units, refuse_wrapped
 from mlpreduce.words.values import Config
 from mlpreduce.words.waiting import steps
@@ -98,7 +98,7 @@ class Loss:
         mlps = find_mlps(model, example_inputs)
         if not mlps:
             raise ReductionError(f"{call}: found no MLP")
-        try:
+        with naming(call):
             slots = [(mlp, Slot.of(mlp, self.round_to, float)) for mlp in mlps if mlp.owner == mlp.name]
             kept = _Kept(model, mlps, choice, data, loss)
             answers = Answers(model, mlps, kept.batches, loss)
@@ -116,8 +116,6 @@ class Loss:
                             before = kept.loss(narrowed)
                         advance(1)
                 return {mlp.name: found[mlp.name] for mlp, _ in slots}
-        except ReductionError as error:
-            raise ReductionError(f"{call}: {error}") from error
 
     def _narrowest(
         self, mlp: MLP, slot: Slot, order: list[int], before: float, kept: _Kept, narrowed: Mapping[str, list[int]]

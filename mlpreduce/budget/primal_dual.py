@@ -11,7 +11,7 @@ from torch import nn
 
 from mlpreduce.budget.costs import counted, measure
 from mlpreduce.budget.solve import Slot, budget_of, filled, price_of
-from mlpreduce.errors import ReductionError, check_number, check_whole
+from mlpreduce.errors import ReductionError, check_number, check_whole, naming
 from mlpreduce.graph import MLP, Inputs, find_mlps, module_at, projection, refuse_wrapped, structural_copy
 
 __all__ = ["PrimalDual"]
@@ -80,14 +80,12 @@ class PrimalDual:
             present = float(known.cost.macs)
         name, target = ("target_params", target_params) if target_macs is None else ("target_macs", target_macs)
         self._model, self._mlps = model, owners
-        try:
+        with naming(call):
             slots = [Slot.of(mlp, round_to, price_of(known, mlp.name, unit)) for mlp in owners]
             self._budget = budget_of(slots, present, name, target, unit)
             self._budget.check()
             for mlp in owners:
                 self._weight(mlp)
-        except ReductionError as error:
-            raise ReductionError(f"{call}: {error}") from error
         self._rates = lr_width, lr_norm, lr_budget
         self._gone = torch.zeros(len(owners), dtype=torch.float64)
         self._norm_duals = torch.zeros(len(owners), dtype=torch.float64)

@@ -9,7 +9,7 @@ from torch import nn
 
 from mlpreduce.calibration import Loss
 from mlpreduce.edits import Plan
-from mlpreduce.errors import ReductionError, call_text
+from mlpreduce.errors import ReductionError, call_text, naming
 from mlpreduce.graph import mlps_or_raise
 from mlpreduce.reduction.applying import apply, remember
 from mlpreduce.reduction.builds import NOT_RECORDED, made_by_timm
@@ -75,10 +75,8 @@ def _construction(
 ) -> dict[str, Any]:
     """Construction arguments, after a look at what they do to the architecture on the meta device."""
     call = f"create_model({name!r}, {call_text(entry.name, config)})"
-    try:
+    with naming(call):
         arguments: dict[str, Any] = entry.function(**config)
-    except ReductionError as error:
-        raise ReductionError(f"{call}: {error}") from error
     if pretrained:
         raise ReductionError(
             f"{call}: pretrained weights do not fit a model built with {call_text('', arguments).strip('()')}; slice "

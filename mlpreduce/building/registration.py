@@ -13,7 +13,7 @@ from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, get_pre
 from torch import nn
 
 from mlpreduce.building.construction import create_model
-from mlpreduce.errors import ReductionError, call_text, check_name, did_you_mean
+from mlpreduce.errors import ReductionError, call_text, check_name, did_you_mean, naming
 from mlpreduce.reduction.applying import apply
 from mlpreduce.registry import origin, remember
 from mlpreduce.transforms import check_config, is_construction
@@ -92,10 +92,8 @@ def _check_steps(steps: Any, call: str) -> None:
         pair = isinstance(step, (list, tuple)) and [type(part) for part in step] == [str, dict]
         if not pair:
             raise ReductionError(f"{call}: step {number} is {step!r}; steps must be like {like}")
-        try:
+        with naming(call):
             entry = check_config(*step)
-        except ReductionError as error:
-            raise ReductionError(f"{call}: {error}") from error
         if entry.construction and number:
             raise ReductionError(f"{call}: {step[0]} acts when the model is built; let it be the first step")
 

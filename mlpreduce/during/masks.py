@@ -22,7 +22,7 @@ from mlpreduce.during.units import (
     with_units,
 )
 from mlpreduce.edits import Slice
-from mlpreduce.errors import ReductionError, did_you_mean
+from mlpreduce.errors import ReductionError, did_you_mean, naming
 from mlpreduce.graph import Inputs
 from mlpreduce.reduction.applying import apply
 from mlpreduce.reduction.planning import Globs, make_plan
@@ -135,10 +135,8 @@ class PruneAndGrow:
             raise ReductionError(f"{call}: site is {site!r}{did_you_mean(str(site), _SITES)}")
         chosen = {"ratio": density, "criterion": criterion, "seed": seed}
         scope: dict[str, Any] = {"include": include, "exclude": exclude, "data": data, "loss": loss}
-        try:
+        with naming(f"{call}(density={density!r})"):
             made, found = make_plan(model, "shallow", chosen, **scope, example_inputs=example_inputs)
-        except ReductionError as error:
-            raise ReductionError(f"{call}(density={density!r}): {error}") from error
         self._config: dict[str, Any] = {
             "density": density,
             "interval": interval,

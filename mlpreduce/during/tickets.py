@@ -12,7 +12,7 @@ from torch import nn
 from mlpreduce.calibration import Loss
 from mlpreduce.during.units import entry, fraction, owners, part_of, same_settings, whole
 from mlpreduce.edits import Plan, Slice
-from mlpreduce.errors import ReductionError, call_text, did_you_mean
+from mlpreduce.errors import ReductionError, call_text, did_you_mean, naming
 from mlpreduce.graph import MLP, Inputs, mlps_or_raise, refuse_wrapped, select
 from mlpreduce.reduction.applying import apply, history
 from mlpreduce.reduction.planning import Globs, make_plan
@@ -191,10 +191,8 @@ class LotteryTicket:
         include, exclude = self._scope
         chosen = {"widths": widths, "criterion": self.criterion, "seed": self._seed + self.rounds}
         scope: dict[str, Any] = {"include": include, "exclude": exclude, "data": data, "loss": loss}
-        try:
+        with naming(call):
             return make_plan(self._model, "shallow", chosen, **scope, example_inputs=self._inputs)[0]
-        except ReductionError as error:
-            raise ReductionError(f"{call}: {error}") from error
 
     def _fresh(self, made: Plan, shapes: Mapping[str, tuple[int, ...]], call: str) -> nn.Module:
         """A newly drawn model, with the units of the ticket, and tensors of these shapes."""

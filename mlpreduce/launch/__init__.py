@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from mlpreduce.launch.execution import execute
 from mlpreduce.launch.here import device_of, train_all
-from mlpreduce.launch.pools import Call, Job, Lost, Pool, pool
+from mlpreduce.launch.pools import Call, Lost, Pool, pool
 from mlpreduce.launch.settings import LaunchSettings
 from mlpreduce.launch.teams import team
 
-__all__ = ["Call", "Job", "LaunchSettings", "Lost", "Pool", "device_of", "execute", "pool", "team", "train_all"]
+__all__ = ["Call", "LaunchSettings", "Lost", "Pool", "device_of", "execute", "pool", "team", "train_all"]

@@ -59,6 +59,7 @@ def device_of(launch: LaunchSettings) -> torch.device:
 
 
 def in_process(runs: Sequence[Run], launch: LaunchSettings, receive: Callable[[Event], None]) -> None:
+    """Train runs one after the other here, alone; torch's number of threads is afterwards what it was."""
     import torch
 
     from mlpreduce.train import Runtime

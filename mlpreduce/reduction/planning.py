@@ -16,7 +16,7 @@ from torch import nn
 from mlpreduce.budget import Cost, measure, outcome
 from mlpreduce.calibration import Answers, Loss, rereadable
 from mlpreduce.edits import Assign, Plan, Replace, Row, Scale, Share, Slice
-from mlpreduce.errors import ReductionError, call_text
+from mlpreduce.errors import ReductionError, call_text, naming
 from mlpreduce.graph import (
     MLP,
     Inputs,
@@ -119,7 +119,7 @@ def make_plan(
         )
     found = mlps_or_raise(model, call, example_inputs) if found is None else found
     mlps, data = found.mlps, rereadable(data, model)
-    try:
+    with naming(call):
         scope, left_out = _scope(entry, *select(mlps, include, exclude))
         if not scope:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
@@ -135,8 +135,6 @@ def make_plan(
             raise ReductionError(
                 f"the transform gave {strange[0]!r}; edits are Slice, Share, Replace, Assign and Scale"
             )
-    except ReductionError as error:
-        raise ReductionError(f"{call}: {error}") from error
     if not edits:
         raise ReductionError(f"{call}: nothing would change on {len(scope)} MLPs")
     try:
@@ -154,12 +152,10 @@ def make_plan(
         unused = [name for name in unused if name != "data"]
         layers = {leaf.path for mlp in mlps for leaf in mlp.leaves}
         around = [edit for edit in edits if isinstance(edit, Replace) and edit.module not in layers]  # around MLPs
-        try:
+        with naming(call):
             draft = replace(draft, edits=tuple(edit for edit in draft.edits if edit not in around))
             draft = repaired(model, mlps, draft, data, whole, parts.pairs)
             draft = replace(draft, edits=(*draft.edits, *around))
-        except ReductionError as error:
-            raise ReductionError(str(error) if str(error).startswith(call) else f"{call}: {error}") from error
     if unused:
         parts.notes.append(f"{' and '.join(unused)} made no difference: nothing here looks at it")
     if parts.data is not None and (doubt := build_doubt(model)):  # rather now than after training

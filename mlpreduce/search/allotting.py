@@ -17,7 +17,7 @@ from scipy.optimize import isotonic_regression
 
 from mlpreduce.budget import Baseline, LatencyTable, Slot, price_of, ranked_widths
 from mlpreduce.budget import Budget as Target
-from mlpreduce.errors import ReductionError
+from mlpreduce.errors import ReductionError, naming
 from mlpreduce.graph import MLP
 from mlpreduce.search.goals import Budget
 
@@ -59,10 +59,8 @@ class Allotment:
         for budget in budgets:
             target = self._target(budget, begin, more, steps)
             if target.cost(widths) > target.target:
-                try:
+                with naming(f"budget {budget.text!r}"):
                     found = ranked_widths(target) if begin == "worth" else _alike(target, more)
-                except ReductionError as error:
-                    raise ReductionError(f"budget {budget.text!r}: {error}") from error
                 widths = {name: min(widths[name], width) for name, width in found.items()}
         return {name: width for name, width in widths.items() if width < whole[name]}
 

@@ -19,7 +19,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlpreduce.errors import ReductionError, call_text, did_you_mean
+from mlpreduce.errors import ReductionError, call_text, did_you_mean, naming
 from mlpreduce.files import shipped
 from mlpreduce.graph import MLP
 from mlpreduce.train.settings import Step
@@ -151,10 +151,8 @@ class Space:
                 f'{call}: suggest gave {given!r}; it must give a list such as [("grouped", {{"group": 2}})]'
             )
         for name, config in given:
-            try:
+            with naming(f"{call}: {call_text(name, config)}"):
                 check_config(name, config)
-            except ReductionError as error:
-                raise ReductionError(f"{call}: {call_text(name, config)}: {error}") from error
         settings = self.settings(trial) if self.settings is not None else {}
         if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
             raise ReductionError(

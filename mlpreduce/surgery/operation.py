@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from mlpreduce.edits import Assign, Plan, Replace, Scale, Share, Slice
-from mlpreduce.errors import ReductionError, call_text
+from mlpreduce.errors import ReductionError, call_text, naming
 from mlpreduce.graph import canonicalize, is_one_node, module_at, structural_copy
 from mlpreduce.layers import make_layer, wraps
 from mlpreduce.surgery.slicing import find_tensor, slice_all
@@ -159,10 +159,8 @@ def _make_all(model: nn.Module, edits: list[Replace], call: str) -> list[_Made]:
                 f"{call}: {edit.module} and {other} are one place, which would be replaced twice, as the module around it is "
                 f"shared; give each block one of its own (of a torch.fx graph give the model), or include one of them"
             )
-        try:
+        with naming(f"{call}: {edit.module}"):
             made.append((edit, module, make_layer(edit.layer, module, edit.config, edit.source)))
-        except ReductionError as error:
-            raise ReductionError(f"{call}: {edit.module}: {error}") from error
     return made
 
 

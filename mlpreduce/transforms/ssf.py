@@ -13,7 +13,7 @@ from torch import nn
 
 from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Replace
-from mlpreduce.errors import ReductionError, check_one_of
+from mlpreduce.errors import check_one_of, naming
 from mlpreduce.layers import ScaleShift, is_scalable
 from mlpreduce.transforms.layers import check_seed, replacing
 from mlpreduce.transforms.parts import Parts
@@ -46,10 +46,8 @@ def ssf(parts: Parts, *, sites: str = "mlp", init: str = "identity", seed: int =
     check_one_of("init", init, ("identity", "released"))
     check_seed(seed)
     for path, layer in _sites(parts, sites):
-        try:
+        with naming(path):
             yield scale_around(path, layer, seed if init == "released" else None)
-        except ReductionError as error:
-            raise ReductionError(f"{path}: {error}") from error
 
 
 def _sites(parts: Parts, sites: str) -> Iterator[tuple[str, nn.Module]]:

@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Any
 
 from mlpreduce.criteria import Criterion, choose
-from mlpreduce.errors import ReductionError, call_text
+from mlpreduce.errors import ReductionError, call_text, naming
 from mlpreduce.registry import origin
 from mlpreduce.transforms.registry import Follows, blaming, get_transform
 from mlpreduce.words.values import Config, Step
@@ -106,13 +106,11 @@ def _asked(step: Step, what: str, wanted: Any, *more: Any) -> Any:
         ReductionError: a transform of others raises, or gives something else than is wanted.
     """
     name, config = step["transform"], _config(step)
-    try:
+    with naming(call_text(name, config)):
         with blaming(name, f"{what}="):
             found = getattr(get_transform(name), what)(config, *more)
         if not isinstance(found, wanted):
             raise ReductionError(f"{what}= gave {found!r}; docs/transforms.md says what it must give")
-    except ReductionError as error:
-        raise ReductionError(f"{call_text(name, config)}: {error}") from error
     return found
 
 
