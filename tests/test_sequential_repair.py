@@ -362,6 +362,9 @@ def test_a_gain_by_cosine_makes_up_for_a_small_loss_of_alignment_and_no_more() -
     assert not is_further(x, moved, near)
     assert is_further(x, near, moved)
     assert is_further(x, moved, far)
+    turned = torch.cat([x[:30], 9 * x[30:]])  # of a gain of alignment the cosine must not pay
+    assert sum(nearness(x, x + 0.3)) > sum(nearness(x, turned))
+    assert is_further(x, turned, x + 0.3)
 
 
 def test_tied_mlps_are_fitted_at_their_last_use() -> None:

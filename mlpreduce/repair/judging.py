@@ -34,11 +34,11 @@ def nearness(wanted: torch.Tensor, given: torch.Tensor) -> Nearness:
 
 
 def is_further(wanted: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether cosine or alignment falls by more than chance, and the other does not make up for it.
+    """Whether the cosine falls by more than chance, or the alignment does and the cosine does not make up for it.
 
-    Chance is two standard errors of the change, by a jackknife over tenths. A fall is made up for where the sum of both is no
-    less than before: of outputs that came from .90 to .97 by cosine, an alignment of .872 after .878 does not say that they are
-    further off. What is not finite is further.
+    Chance is two standard errors of the change, by a jackknife over tenths. A fall of the alignment is made up for where the
+    sum of both is no less than before: of outputs that came from .90 to .97 by cosine, an alignment of .872 after .878 does not
+    say that they are further off. What is not finite is further.
     """
     every = torch.arange(len(wanted))
     parts = [every[every % _PARTS != part] for part in range(min(_PARTS, len(wanted)))] if len(wanted) > 1 else [every]
@@ -54,8 +54,8 @@ def is_further(wanted: torch.Tensor, before: torch.Tensor, after: torch.Tensor) 
     count = len(parts)
     error = (left_out.var(0, correction=0) * (count - 1)).sqrt()
     bounds = -_ROUNDING - _ERRORS * error
-    falls = any(not change >= bound for change, bound in zip(changes(every), bounds.tolist(), strict=True))
-    return falls and not sum(nearness(wanted, after)) >= sum(nearness(wanted, before))
+    cosine, alignment = (not change >= bound for change, bound in zip(changes(every), bounds.tolist(), strict=True))
+    return cosine or (alignment and not sum(nearness(wanted, after)) >= sum(nearness(wanted, before)))
 
 
 def _alignment(one: torch.Tensor, other: torch.Tensor) -> float:
