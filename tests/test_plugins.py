@@ -24,6 +24,7 @@ from mlpreduce.recipe import running
 from mlpreduce.recipe.schema import differences
 from mlpreduce.search import export
 from mlpreduce.testing import check_transform, tiny_vit
+from mlpreduce.train.events import Ended
 
 # SQLAlchemy about mlflow's own tables
 pytestmark = [
@@ -690,11 +691,13 @@ def test_a_run_needs_no_file_in_another_process(toml: Path, mine: Path, tmp_path
         "for run in runs:\n"
         "    run_plugins(run.plugins)\n"
         "check_known([name for run in runs for name in names_of(run)])\n"
-        "train_all(runs, Runtime(report=lambda e: print(e['event'], e['variant']), threads=1))\n"
+        "train_all(runs, Runtime(report=lambda event: print(event.what, event.variant), threads=1))\n"
     )
     done = python("-c", script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert {f"end {variant}" for variant in ("baseline", "ends", "narrow")} <= set(done.stdout.splitlines())
+    assert {f"{Ended('finished')} {variant}" for variant in ("baseline", "ends", "narrow")} <= set(
+        done.stdout.splitlines()
+    )
 
 
 # on Ray
