@@ -196,7 +196,7 @@ def _changes(
             try:
                 check_twice_differentiable(along)
                 products = torch.autograd.grad(along, values, retain_graph=True, materialize_grads=True)
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 raise ReductionError(
                     f"criterion {name}: an operation of the model has no second derivative ({str(error).splitlines()[0]})"
                 ) from error

@@ -87,7 +87,7 @@ def check_twice_differentiable(value: torch.Tensor) -> None:
     """Raise where a function of one derivative was met: torch.autograd.grad passes its node by and leaves out what it gives.
 
     Raises:
-        NotImplementedError: there is such a function.
+        RuntimeError: there is such a function.
     """
     seen, nodes = set(), [value.grad_fn]
     while nodes:
@@ -95,6 +95,6 @@ def check_twice_differentiable(value: torch.Tensor) -> None:
         if node is None or node in seen:
             continue
         if node.name() == "torch::autograd::Error":
-            raise NotImplementedError("the derivative of a function marked once_differentiable is not implemented")
+            raise RuntimeError("the derivative of a function marked once_differentiable is not implemented")
         seen.add(node)
         nodes += [following for following, _ in node.next_functions]

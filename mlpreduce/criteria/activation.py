@@ -25,7 +25,5 @@ def activation(seen: Seen, *, statistic: str = "mean", threshold: float = 0.0) -
     """
     check_one_of("criterion activation: statistic", statistic, ("mean", "frequency"))
     check_number("criterion activation: threshold", threshold, least=-math.inf)
-    assert seen.hidden is not None
-    if statistic == "mean":
-        return seen.hidden.abs().mean(1)
-    return (seen.hidden > threshold).to(seen.hidden.dtype).mean(1)
+    hidden = seen.activations
+    return hidden.abs().mean(1) if statistic == "mean" else (hidden > threshold).to(hidden.dtype).mean(1)

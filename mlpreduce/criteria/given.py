@@ -61,6 +61,17 @@ class Seen:
     change: Mapping[str, torch.Tensor]
     bend: Mapping[str, torch.Tensor]
 
+    @property
+    def activations(self) -> torch.Tensor:
+        """What fc2 was given.
+
+        Raises:
+            ReductionError: the criterion was registered for something else.
+        """
+        if self.hidden is None:
+            raise ReductionError('the activations were not kept; register the criterion with needs="images"')
+        return self.hidden
+
     def at(self, site: str) -> torch.Tensor:
         """The change at `fc1`, `act` or `fc2`, or the sum over `both`: that over all weights of a unit."""
         return sum(self.change[leaf] for leaf in SITES[site])  # type: ignore[return-value]

@@ -20,7 +20,7 @@ from mlpreduce.graph.match import match_mlps
 from mlpreduce.graph.mlp import MLP, Leaf, chains, first_units, select, slice_edit
 from mlpreduce.graph.places import Place, locate
 from mlpreduce.graph.recording import read, record
-from mlpreduce.graph.rules import projection, says_mlp
+from mlpreduce.graph.rules import projection, projection_of, says_mlp
 from mlpreduce.graph.tracing import (
     PLAIN,
     below,
@@ -58,6 +58,7 @@ __all__ = [
     "module_at",
     "module_through",
     "projection",
+    "projection_of",
     "record",
     "refuse_wrapped",
     "select",

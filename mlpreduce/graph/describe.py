@@ -12,7 +12,7 @@ from mlpreduce.edits import Axis
 from mlpreduce.graph.match import Match
 from mlpreduce.graph.mlp import MLP, Leaf
 from mlpreduce.graph.places import Place
-from mlpreduce.graph.rules import Projection, is_depthwise, projection
+from mlpreduce.graph.rules import is_depthwise, projection, projection_of
 from mlpreduce.graph.tracing import module_at
 from mlpreduce.layers import Wrapper
 
@@ -31,16 +31,16 @@ def describe_mlp(tree: nn.Module, match: Match, place: Place, acts_on: str) -> M
             known.add(path)
             unit = sum(_unit(tree, other)[0] for other in match.axes if other.tensor.rpartition(".")[0] == path)
             leaves.append(Leaf(path, "param", False, unit * match.hidden, unit))
-    mixing = sum(_projection(tree, leaf.path).in_features for leaf in leaves if leaf.role == "mix")
+    mixing = sum(projection_of(tree.get_submodule(leaf.path)).in_features for leaf in leaves if leaf.role == "mix")
     return MLP(
         name=place.name,
         kind=_kind(match, leaves),
         block=place.block,
         stage=place.stage,
         acts_on=acts_on,
-        in_features=_projection(tree, str(match.expand[0].target)).in_features,
+        in_features=projection_of(tree.get_submodule(str(match.expand[0].target))).in_features,
         hidden_features=match.hidden,
-        out_features=_projection(tree, str(match.contract.target)).out_features,
+        out_features=projection_of(tree.get_submodule(str(match.contract.target))).out_features,
         leaves=tuple(leaves),
         axes=tuple(match.axes),
         owner=place.name,
@@ -65,12 +65,6 @@ def _kind(match: Match, leaves: list[Leaf]) -> str:
             *["fused"] * match.fused,
         ]
     )
-
-
-def _projection(tree: nn.Module, path: str) -> Projection:
-    layer = projection(tree.get_submodule(path))
-    assert layer is not None
-    return layer
 
 
 def _single(match: Match) -> list[Axis]:

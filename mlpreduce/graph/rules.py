@@ -44,6 +44,7 @@ __all__ = [
     "operand",
     "operation",
     "projection",
+    "projection_of",
     "says_mlp",
     "tensors_of",
 ]
@@ -139,6 +140,18 @@ def is_of_library(thing: object, *others: str) -> bool:
 def is_stock(module: nn.Module) -> bool:
     """Whether what a module computes is known: its forward is a library's, not a user's class's or an instance's own."""
     return "forward" not in vars(module) and is_of_library(type(module).forward)
+
+
+def projection_of(module: nn.Module) -> Projection:
+    """`projection` of a layer of an MLP, which is one.
+
+    Raises:
+        TypeError: it is none.
+    """
+    found = projection(module)
+    if found is None:
+        raise TypeError(f"a {type(module).__name__} is no projection")
+    return found
 
 
 def projection(module: nn.Module | None) -> Projection | None:

@@ -7,7 +7,7 @@ what they add is their own where the base is tied.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -45,6 +45,7 @@ __all__ = [
     "block_orders",
     "gates",
     "is_scalable",
+    "layer_of",
     "macs_of",
     "make_layer",
     "merged",
@@ -69,6 +70,7 @@ ADAPTERS = (GridConvolution, LoraLinear, ScaleShift, SvftLinear)  # few paramete
 
 
 LayerClass = TypeVar("LayerClass", bound=type[nn.Module])
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def register_layer(name: str) -> Callable[[LayerClass], LayerClass]:
@@ -161,6 +163,12 @@ def make_layer(name: str, module: nn.Module, config: Config, source: Origin | No
     layer.training = module.training  # and not that of a base, which keeps its own
     _train_alike(layer, module)
     return layer
+
+
+def layer_of(kind: type[Layer], module: nn.Module, config: Config) -> Layer:
+    """`make_layer` by the class of one of `LAYERS`."""
+    name = next(name for name, known in LAYERS.items() if known is kind)
+    return cast(Layer, make_layer(name, module, config))
 
 
 def _train_alike(layer: nn.Module, module: nn.Module) -> None:

@@ -51,9 +51,11 @@ class ScaleShift(Wrapper):
             raise ReductionError(
                 f"ScaleShift: {type(plain).__name__} is no Linear, no Conv2d and no LayerNorm of one dimension with weights"
             )
-        features = getattr(plain, "out_features", getattr(plain, "out_channels", None))
-        features = plain.normalized_shape[0] if isinstance(plain, nn.LayerNorm) else features
-        assert isinstance(features, int)
+        features: int
+        if isinstance(plain, nn.LayerNorm):
+            (features,) = plain.normalized_shape
+        else:
+            features = getattr(plain, "out_channels" if isinstance(plain, nn.Conv2d) else "out_features")
         first = isinstance(plain, nn.Conv2d) or "2d" in type(plain).__name__  # timm's LayerNorm2d
         self.base, self._dim = base, 1 if first else -1
         like = next(base.parameters())

@@ -20,7 +20,7 @@ from torch import nn
 
 from mlpreduce.calibration import Batch, Samples, telling
 from mlpreduce.calibration.sums import live_rows
-from mlpreduce.graph import MLP, module_at, projection
+from mlpreduce.graph import MLP, module_at, projection_of
 from mlpreduce.repair.fit import Fit, add_rows, check_halves, empty_fit, solved
 from mlpreduce.repair.uses import Model
 
@@ -116,8 +116,7 @@ def _add(before: Model, after: Model, fits: Mapping[int, Fit], half: int, batch:
         return (given.pop(place), *args[1:])
 
     def add_output(place: str, module: nn.Module, args: Any, output: Any) -> None:
-        layer = projection(module)
-        assert layer is not None
+        layer = projection_of(module)
         inputs, wanted, found = (
             live_rows(t.movedim(layer.features, -1), batch.mask) for t in (args[0], given.pop(place), output)
         )

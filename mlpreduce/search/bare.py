@@ -117,10 +117,10 @@ def train_bare(
 
 
 def _clock(trial: optuna.trial.FrozenTrial, steps: tuple[Step, ...], began: float, ended: float) -> Clock:
-    assert trial.datetime_start is not None  # a trial that has ended has both
-    assert trial.datetime_complete is not None
-    times = trial.datetime_start.timestamp(), began, ended, trial.datetime_complete.timestamp()
-    return Clock(dict(trial.params), steps, trial.values[0], *times)
+    asked, told = trial.datetime_start, trial.datetime_complete
+    if asked is None or told is None:
+        raise ReductionError(f"bench search: Optuna has no times of trial {trial.number}, which has ended")
+    return Clock(dict(trial.params), steps, trial.values[0], asked.timestamp(), began, ended, told.timestamp())
 
 
 def _train(suggestion: Suggestion, recipe: Recipe, folder: Path) -> tuple[float, float]:

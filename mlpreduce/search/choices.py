@@ -15,7 +15,7 @@ from mlpreduce.search.goals import Budget
 from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.spaces import Space, Suggestion
 
-__all__ = ["Walker", "any_of"]
+__all__ = ["Walker", "any_of", "numbers_of"]
 
 _RANDOM = 20  # points that a check tries at random, besides all single changes
 _NEAR = 200  # points that are tried near another one
@@ -210,13 +210,24 @@ class Walker:
         return None
 
 
+def numbers_of(distribution: BaseDistribution) -> IntDistribution | FloatDistribution:
+    """A distribution of numbers as such.
+
+    Raises:
+        ReductionError: it is one that Optuna's `suggest_` methods do not make.
+    """
+    if isinstance(distribution, IntDistribution | FloatDistribution):
+        return distribution
+    raise ReductionError(f"search space: {distribution!r}; suggest numbers by suggest_int or suggest_float")
+
+
 def _options(distribution: BaseDistribution, all_of: int = 0) -> list[Any]:
     """Values to choose from: of categories all, of numbers both ends, or all if there are no more than `all_of`."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    low, high, step = distribution.low, distribution.high, distribution.step
-    if step and not distribution.log and (high - low) / step < all_of:
+    numbers = numbers_of(distribution)
+    low, high, step = numbers.low, numbers.high, numbers.step
+    if step and not numbers.log and (high - low) / step < all_of:
         values = [low + number * step for number in range(round((high - low) / step) + 1)]
         return values if isinstance(distribution, IntDistribution) else list(map(float, values))
     return [low] if low == high else [low, high]
@@ -226,10 +237,10 @@ def any_of(distribution: BaseDistribution, generator: random.Random) -> Any:
     """A choice at random, on a logarithmic scale where the distribution has one."""
     if isinstance(distribution, CategoricalDistribution):
         return generator.choice(distribution.choices)
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    low, high, step = distribution.low, distribution.high, distribution.step
+    numbers = numbers_of(distribution)
+    low, high, step = numbers.low, numbers.high, numbers.step
     whole = isinstance(distribution, IntDistribution)
-    if distribution.log:
+    if numbers.log:
         value = math.exp(generator.uniform(math.log(low), math.log(high)))
         return min(high, max(low, round(value) if whole else value))
     if not step:
@@ -242,12 +253,8 @@ def _contains(distribution: BaseDistribution, value: Any) -> bool:
     """Whether a value is one that can be chosen."""
     if isinstance(distribution, CategoricalDistribution):
         return any(value == choice and type(value) is type(choice) for choice in distribution.choices)
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not distribution.low <= value <= distribution.high
-    ):
+    numbers = numbers_of(distribution)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not numbers.low <= value <= numbers.high:
         return False
-    steps = (value - distribution.low) / distribution.step if distribution.step else 0.0
+    steps = (value - numbers.low) / numbers.step if numbers.step else 0.0
     return abs(steps - round(steps)) < 1e-9

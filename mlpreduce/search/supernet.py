@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from mlpreduce.budget import COSTS
 from mlpreduce.errors import ReductionError
-from mlpreduce.search.choices import Walker, any_of
+from mlpreduce.search.choices import Walker, any_of, numbers_of
 from mlpreduce.search.goals import Budget
 from mlpreduce.search.points import Point, Pricer
 from mlpreduce.train.settings import SupernetSettings
@@ -129,11 +129,11 @@ def _near_level(distribution: BaseDistribution, level: float, generator: random.
     """
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[_step(len(distribution.choices), level, generator)]
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    low, high, step = distribution.low, distribution.high, distribution.step
-    if not step or distribution.log:
+    numbers = numbers_of(distribution)
+    low, high, step = numbers.low, numbers.high, numbers.step
+    if not step or numbers.log:
         part = _part(level, generator)
-        value = low * (high / low) ** part if distribution.log else low + (high - low) * part
+        value = low * (high / low) ** part if numbers.log else low + (high - low) * part
         return round(value) if isinstance(distribution, IntDistribution) else min(max(value, low), high)
     value = low + _step(round((high - low) / step) + 1, level, generator) * step
     return value if isinstance(distribution, IntDistribution) else float(value)

@@ -58,7 +58,7 @@ def ascended(model: nn.Module, rho: float, *, adaptive: bool = False) -> Iterato
         raise ReductionError(f"ascended({type(model).__name__}): the model has no gradients; call backward before")
     before = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
-        slopes = [_wide(weight.grad) for weight in weights]
+        slopes = [_wide(weight.grad) for weight in weights if weight.grad is not None]
         steps = (
             [slope * _wide(weight).abs() for slope, weight in zip(slopes, weights, strict=True)] if adaptive else slopes
         )
@@ -119,9 +119,8 @@ def _type(device: torch.device) -> str:
     return "cuda" if device.type == "cpu" else device.type  # without devices it is only a name
 
 
-def _wide(tensor: torch.Tensor | None) -> torch.Tensor:
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in float32 or wider: squares of small gradients are nothing in less."""
-    assert tensor is not None
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -117,7 +117,8 @@ def entangle(model: nn.Module, run: Run) -> Supernet:
         ReductionError: a point cannot be a sub-model.
     """
     settings = run.supernet
-    assert settings is not None
+    if settings is None:
+        raise ReductionError(f"{_call(run)}: the run has no supernet")
     planner = Planner(model, _call(run))
     smallest, *pool = check_views(model, planner, [settings.smallest, *settings.points], _call(run))
     return Supernet(Entangled.of(model), smallest, tuple(pool), settings.per_update)

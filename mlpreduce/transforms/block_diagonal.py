@@ -16,7 +16,7 @@ from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Assign, Edit
 from mlpreduce.errors import ReductionError, check_one_of, check_whole
 from mlpreduce.graph import MLP
-from mlpreduce.layers import BlockDiagonalLinear, BlockOrders, ChannelCovariance, block_orders, make_layer
+from mlpreduce.layers import BlockDiagonalLinear, BlockOrders, ChannelCovariance, block_orders, layer_of
 from mlpreduce.transforms.layers import check_seed, linears, replacing
 from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.registry import register
@@ -134,8 +134,7 @@ def _replaced(
     config = {"groups": groups} | ({ordered: True} if everything else {})
     if shuffle and contracts:
         config["inputs_order"] = True
-    made = make_layer("block_diagonal", layer, config)
-    assert isinstance(made, BlockDiagonalLinear)
+    made = layer_of(BlockDiagonalLinear, layer, config)
     if layer.weight.is_meta:
         return replacing(path, "block_diagonal", config, made)
     mixed = torch.arange(layer.in_features).reshape(groups, -1).T.flatten() if shuffle and contracts else None
@@ -177,8 +176,7 @@ def _branch(parts: Parts, mlp: MLP, variant: str, seed: int) -> Edit:
         )
     config = {"hidden": mlp.hidden_features, "variant": variant}
     generator = torch.Generator().manual_seed(derived_seed(seed, f"{mlp.name} branch"))
-    made = make_layer("channel_covariance", module, config)
-    assert isinstance(made, ChannelCovariance)
+    made = layer_of(ChannelCovariance, module, config)
     if not made.mix.is_meta:
         with torch.no_grad():
             made.mix.copy_(torch.randn(2, generator=generator, device="cpu"))

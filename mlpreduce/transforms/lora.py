@@ -12,7 +12,7 @@ import torch
 from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Replace
 from mlpreduce.graph import Leaf
-from mlpreduce.layers import LoraLinear, make_layer, nearest_factors
+from mlpreduce.layers import LoraLinear, layer_of, nearest_factors
 from mlpreduce.transforms.layers import LAYERS, replacing, uses_of_linears
 from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.registry import register
@@ -67,8 +67,7 @@ def lora_around(
         missing: a weight that the correction is to be nearest to, and sums of products of what the layer is given.
     """
     config = {"rank": rank, "alpha": alpha}
-    made = make_layer("lora", layer, config)
-    assert isinstance(made, LoraLinear)
+    made = layer_of(LoraLinear, layer, config)
     if not made.down.is_meta:
         bound = layer.in_features**-0.5
         generator = torch.Generator().manual_seed(derived_seed(seed, leaf.path))

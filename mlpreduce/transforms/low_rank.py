@@ -15,7 +15,7 @@ from torch import nn
 from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Replace
 from mlpreduce.errors import ReductionError, check_number, check_one_of, check_whole
-from mlpreduce.layers import LowRankLinear, make_layer
+from mlpreduce.layers import LowRankLinear, layer_of
 from mlpreduce.transforms.layers import LAYERS, linears, replacing
 from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.registry import Config, Follows, register
@@ -98,8 +98,7 @@ def low_rank(
                 f"ratio={ratio} leaves {leaf.path} no rank; a rank of 1 is {_ratio(layer, 1):.3g} of it"
             )
         if wanted is not None and (init == "new" or layer.weight.is_meta):
-            made = make_layer("low_rank", layer, {"rank": wanted})
-            assert isinstance(made, LowRankLinear)
+            made = layer_of(LowRankLinear, layer, {"rank": wanted})
             _draw(made, layer, generator)
         else:
             moments = parts.moments(leaf) if init == "data" else None

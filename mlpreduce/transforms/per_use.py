@@ -15,7 +15,7 @@ from torch import nn
 from mlpreduce.edits import Edit, Replace
 from mlpreduce.errors import ReductionError, check_number, check_one_of, did_you_mean
 from mlpreduce.graph import MLP, Leaf
-from mlpreduce.layers import BlockDiagonalLinear, LowRankLinear, StandIn, TokenConvolution, make_layer
+from mlpreduce.layers import BlockDiagonalLinear, LowRankLinear, StandIn, TokenConvolution, layer_of
 from mlpreduce.transforms.lora import lora_around
 from mlpreduce.transforms.merging import ALIGNED, MEANS, Merge
 from mlpreduce.transforms.parts import Parts
@@ -134,8 +134,7 @@ def uses_of_their_own(
     members = merge.members
     for mlp in members if kind == "conv" else ():
         config = {"features": mlp.in_features, "kernel": options.get("kernel", 3), "grid": parts.grid(mlp)}
-        made = make_layer("token_convolution", parts.whole(mlp), config)
-        assert isinstance(made, TokenConvolution)
+        made = layer_of(TokenConvolution, parts.whole(mlp), config)
         values = {"convolution.weight": made.convolution.weight.detach()}
         yield Replace(mlp.name, "token_convolution", config, values)
     for number, mlp in enumerate(members if kind in ("ssf", "lora") else ()):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from mlpreduce.criteria import derived_seed
 from mlpreduce.edits import Replace
 from mlpreduce.errors import check_one_of
-from mlpreduce.layers import SvftLinear, make_layer
+from mlpreduce.layers import SvftLinear, layer_of
 from mlpreduce.transforms.layers import LAYERS, check_seed, linears, replacing
 from mlpreduce.transforms.parts import Parts
 from mlpreduce.transforms.registry import register
@@ -54,8 +54,7 @@ def svft(
     for _, leaf, layer in linears(parts, "svft", layers):
         if layer.weight.is_meta:
             _, size, entries = SvftLinear.sizes(layer, pattern, band, rank)
-            made = make_layer("svft", layer, {"entries": entries, "rank": size})
-            assert isinstance(made, SvftLinear)
+            made = layer_of(SvftLinear, layer, {"entries": entries, "rank": size})
         else:
             of_its_own = derived_seed(seed, leaf.path)
             made = SvftLinear.from_linear(layer, pattern, band=band, rank=rank, init=init, seed=of_its_own)
