@@ -112,6 +112,25 @@ def test_what_moves_the_model_least_is_kept(vit: nn.Module, repair: str) -> None
         torch.testing.assert_close(plain.get_parameter(path), found.get_parameter(path))
 
 
+def test_a_refit_that_does_harm_says_nothing_against_what_is_kept(
+    vit: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The repair in turn would leave it out; the one that is not judged would not."""
+    refits = Parts.refits
+
+    def harmful(self: Parts, edits: Any) -> dict[str, torch.Tensor]:
+        return {path: torch.randn_like(value) for path, value in refits(self, edits).items()}
+
+    monkeypatch.setattr(Parts, "refits", harmful)
+    notes = {}
+    for repair in ("none", "parallel", "least_squares"):
+        made = mlpreduce.plan(vit, "grouped", group=2, keep="auto", scale="none", data=[images()], repair=repair)
+        (notes[repair],) = [note for note in made.notes if "auto" in note]
+    told = {repair: note.partition("average by: ")[2] for repair, note in notes.items()}
+    assert told["least_squares"] == told["none"] != told["parallel"]
+    assert notes["least_squares"].partition(" of 2 groups")[0] == notes["none"].partition(" of 2 groups")[0]
+
+
 def test_where_none_share_nothing_is_chosen(vit: nn.Module) -> None:
     alone = [[number] for number in range(4)]
     with pytest.raises(ReductionError, match="nothing would change"):

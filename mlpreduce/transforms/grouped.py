@@ -149,7 +149,7 @@ def grouped(
         if scale != "none" or share != "mlp":
             raise ReductionError("keep='auto' measures trained MLPs: use it with scale='none' and share='mlp'")
         if shared:
-            keeps = _least_moved(parts, shared, per_use, refitted=repair in ("least_squares", "parallel"))
+            keeps = _least_moved(parts, shared, per_use, repair)
     together: set[tuple[str, ...]] = set()
     for members in groups:
         blocks = tuple(member.block for member in members)
@@ -176,14 +176,13 @@ def _sharing(
     yield from uses_of_their_own(parts, merge, factors, per_use)
 
 
-def _least_moved(
-    parts: Parts, shared: Sequence[list[MLP]], per_use: str | Config | None, *, refitted: bool
-) -> list[str]:
+def _least_moved(parts: Parts, shared: Sequence[list[MLP]], per_use: str | Config | None, repair: str) -> list[str]:
     """For each group what is best kept, by how far what the whole model gives moves if that group alone shares.
 
-    What is nearest to what the MLPs themselves gave need not be: errors weigh unlike where the model goes on from them.
+    What is nearest to what the MLPs themselves gave need not be: errors weigh unlike where the model goes on from them. For the
+    same reason a refit may do harm. The repair in turn then leaves it out, so of with and without a refit the nearer counts.
     """
-    trials: dict[tuple[str, str], list[Edit]] = {}
+    trials: dict[tuple[str, int, bool], list[Edit]] = {}  # what is kept, of which group, whether refitted
     refused = []
     for keep in KEEPS[:-1]:
         try:
@@ -192,30 +191,40 @@ def _least_moved(
         except ReductionError as error:  # units in groups, or layers without a mean: what is left can still be kept
             refused.append(str(error))
             continue
-        values = parts.refits([edit for some in edits for edit in some]) if refitted else {}
+        values = (
+            parts.refits([edit for some in edits for edit in some]) if repair in ("least_squares", "parallel") else {}
+        )
         for number, (members, some) in enumerate(zip(shared, edits, strict=True)):
             paths = {member.leaf("fc2").path for member in members}
             new = {path: value for path, value in values.items() if path.rpartition(".")[0] in paths}
-            plain = [edit for edit in some if not (isinstance(edit, Replace) or getattr(edit, "tensor", "") in new)]
-            layers = [
-                edit for edit in some if isinstance(edit, Replace)
-            ]  # around others that have their values by then
-            trials[keep, str(number)] = [*plain, *(Assign(path, value) for path, value in new.items()), *layers]
+            if not new or repair != "parallel":
+                trials[keep, number, False] = some
+            if new:
+                trials[keep, number, True] = _with_values(some, new)
     if not trials:
         raise ReductionError(refused[0])
     moved = parts.distances(trials)
-    keeps = list(dict.fromkeys(keep for keep, _ in trials))
-    rows = [{keep: moved[keep, str(number)] for keep in keeps} for number in range(len(shared))]
+    keeps = list(dict.fromkeys(keep for keep, *_ in trials))
+    rows: list[dict[str, float]] = [{} for _ in shared]
+    for (keep, number, _), value in moved.items():
+        rows[number][keep] = min(value, rows[number].get(keep, math.inf))
     chosen = [min(row, key=row.__getitem__) for row in rows]
     means = ", ".join(f"{keep} {sum(row[keep] for row in rows) / len(rows):.3g}" for keep in keeps)
     taken = ", ".join(f"{keep} for {chosen.count(keep)}" for keep in dict.fromkeys(chosen))
-    after = ", refitted" if refitted else ""
+    after = {"parallel": ", refitted", "least_squares": ", refitted where that is nearer"}.get(repair, "")
     parts.notes.append(
         f"keep='auto': {taken} of {len(shared)} groups; what the model gives moves with one group alone (1 - cosine{after}) on "
         f"average by: {means}"
     )
     parts.notes += [f"keep='auto' leaves out: {text}" for text in refused[:1]]
     return chosen
+
+
+def _with_values(edits: Sequence[Edit], values: Mapping[str, torch.Tensor]) -> list[Edit]:
+    """Edits with other values of some tensors; layers come around others that have theirs by then."""
+    layers = [edit for edit in edits if isinstance(edit, Replace)]
+    plain = [edit for edit in edits if not (isinstance(edit, Replace) or getattr(edit, "tensor", "") in values)]
+    return [*plain, *(Assign(path, value) for path, value in values.items()), *layers]
 
 
 def _factors(scale: str | float | Mapping[str, float], uses: int) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +33,8 @@ from mlpreduce.repair import distances, refitted
 from mlpreduce.words.values import Config
 
 __all__ = ["Parts"]
+
+Key = TypeVar("Key")
 
 
 class Parts(Sequence[MLP]):
@@ -232,7 +234,7 @@ class Parts(Sequence[MLP]):
         """
         return self._answers.read_by("refits", lambda data: refitted(self._model, self._every, edits, data)).values
 
-    def distances(self, trials: Mapping[tuple[str, str], Sequence[Edit]]) -> dict[tuple[str, str], float]:
+    def distances(self, trials: Mapping[Key, Sequence[Edit]]) -> dict[Key, float]:
         """How far what the model gives moves with each of some sets of edits, on the calibration data: 1 minus the mean cosine.
 
         Raises:
