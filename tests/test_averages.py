@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from helpers.records import make_record
+
 from mlpreduce.records import Record, summarize
 from mlpreduce.report.summing import cautions, overview
 
-COUNTS = {"params": 10, "mlp_params": 5, "unique_mlps": 1, "macs_linear": 1, "macs": 1, "macs_with_attention": 1}
-
 
 def record(variant: str, top1: list[float], raw: list[float], decay: float = 0.9998, **more: Any) -> Record:
-    epochs = [
-        {"epoch": number, "top1": averaged, "top5": 100.0, "raw_top1": own}
-        for number, (averaged, own) in enumerate(zip(top1, raw, strict=True), 1)
-    ]
-    document = {
-        "variant": variant,
-        "steps": [] if variant == "baseline" else [{"transform": "grouped"}],
-        "seed": 1,
-        "recipe": {"name": "mine", "train": {"ema_decay": decay}},
-        "epochs": epochs,
-        "mlflow_run_id": "",
-        "hardware": {},
-        "profile": {**COUNTS, "throughput": None, "peak_memory_mib": None},
-        **more,
-    }
+    document = make_record(variant, 1, top1, 0, recipe={"name": "mine", "train": {"ema_decay": decay}}, **more)
+    for entry, own in zip(document["epochs"], raw, strict=True):
+        entry["raw_top1"] = own
     return Record.model_validate(document)
 
 

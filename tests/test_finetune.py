@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.marks import slow_but
+from helpers.records import a_record
 from helpers.runs import SMALL_VIT, digits_run, finetune, interrupt_after, last, same, state, tensors, without_drop_path
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -264,7 +265,7 @@ def test_outputs_from_before_these_keys_go_on(tmp_path: Path) -> None:
 
 def test_reports_take_records_from_before_these_keys_as_random() -> None:
     def record(output: str, **model: str) -> Record:
-        return Record(recipe={"model": {"name": "a", "kwargs": {}, **model}}, variant="any", seed=1, output=output)
+        return a_record(recipe={"name": "any", "model": {"name": "a", "kwargs": {}, **model}}, output=output)
 
     assert differing([record("old"), record("new", weights="")]) == []
     assert len(differing([record("old"), record("new", weights="pretrained")])) == 1

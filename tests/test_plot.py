@@ -13,6 +13,7 @@ import matplotlib
 import pytest
 import timm
 import torch
+from helpers.records import a_record
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -196,7 +197,7 @@ def test_the_modules_of_the_picture_need_no_matplotlib_to_be_imported(monkeypatc
 
 def record(variant: str, *made: Plan, seed: int = 0) -> Record:
     drawn = tuple({"rows": [list(vars(row).values()) for row in one.rows]} for one in made)
-    return Record(recipe={}, variant=variant, seed=seed, plans=drawn)
+    return a_record(variant, seed, plans=drawn)
 
 
 def test_a_recipe_draws_each_reduction_once(monkeypatch: pytest.MonkeyPatch) -> None:

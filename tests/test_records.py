@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from helpers.records import a_record, make_record
 from helpers.stores import put_store
 from scipy.stats import ttest_rel
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.records import Recorder, read, results, summarize, summary, tracking_uri
-from mlpreduce.records.record import Epoch, Hardware, Record
+from mlpreduce.records.record import Hardware
 from mlpreduce.train import Run
 from mlpreduce.train.events import Ended, EpochEnded, Event, Started
 
@@ -153,9 +155,22 @@ def test_speed_of_other_hardware_is_not_averaged(tmp_path: Path) -> None:
 
 
 def test_best_epoch_is_the_first_of_equals() -> None:
-    epochs = tuple(Epoch.model_validate(epoch(number, top1)) for number, top1 in ((1, 70.0), (2, 80.0), (3, 80.0)))
-    record = Record(recipe={}, variant="baseline", seed=1, epochs=epochs)
-    assert summary(record)["peak_epoch"] == 2
+    assert summary(a_record(top1=(70.0, 80.0, 80.0)))["peak_epoch"] == 2
+
+
+def test_a_finished_run_without_an_epoch_is_refused_by_name() -> None:
+    with pytest.raises(ReductionError, match="record of grouped, seed 3, is finished and has no epoch"):
+        summary(a_record("grouped", 3, ()))
+
+
+def test_a_record_is_refused_by_the_key_that_it_lacks(tmp_path: Path) -> None:
+    for lost in ("profile", "epochs", "recipe", "seed"):
+        document = make_record("baseline", 1, [50.0], 0)
+        del document[lost]
+        (tmp_path / "baseline" / "seed1").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "baseline" / "seed1" / "record.json").write_text(json.dumps(document))
+        with pytest.raises(ReductionError, match=rf"record\.json: no record: {lost}: "):
+            read(tmp_path)
 
 
 def test_mlflow_mirrors_the_records(tmp_path: Path) -> None:

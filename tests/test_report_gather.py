@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.records import make_record
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.report.gathering import gather
@@ -14,12 +15,10 @@ from mlpreduce.report.gathering import gather
 
 def write_run(directory: Path, variant: str, seed: int, **changes: Any) -> None:
     """A record without its recorder."""
-    steps = [] if variant == "baseline" else [{"transform": "grouped"}]
-    record = {"schema": 1, "recipe": {"name": "toy"}, "variant": variant, "steps": steps, "seed": seed, "order": 0}
-    record |= {"status": "finished", "profile": {}, "hardware": {}, "epochs": [], "mlflow_run_id": "x"}
+    record = make_record(variant, seed, [50.0], 0, **changes)
     place = directory / variant / f"seed{seed}"
     place.mkdir(parents=True)
-    (place / "record.json").write_text(json.dumps(record | changes))
+    (place / "record.json").write_text(json.dumps(record))
 
 
 def test_runs_of_the_same_variant_and_seed_are_refused(tmp_path: Path) -> None:

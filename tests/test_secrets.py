@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.records import a_record
 
 from mlpreduce import ReductionError
 from mlpreduce.budget import COSTS
-from mlpreduce.records import Record, Recorder, tracking_uri
+from mlpreduce.records import Recorder, tracking_uri
 from mlpreduce.search.cli import main
 from mlpreduce.search.storage import folder_of, opened, read_only
 from mlpreduce.train.events import Ended, Event, Started
@@ -186,7 +187,14 @@ def a_run(folder: Path) -> Run:
 
 
 def events(run: Run) -> Iterator[Event]:
-    facts = {"plans": [], "profile": dict.fromkeys(COSTS, 1), "versions": {}, "hardware": {}, "start_digest": None}
+    facts = {
+        "plans": [],
+        "profile": dict.fromkeys(COSTS, 1),
+        "versions": {},
+        "hardware": {},
+        "start_digest": None,
+        "train_samples": 1,
+    }
     for what in (Started(facts), Ended("failed", "stopped here")):
         yield Event(run.variant, run.seed, 1, what)
 
@@ -224,7 +232,7 @@ def test_a_record_with_a_password_of_before_is_known_again(
     run = a_run(tmp_path / "run")
     recorder = Recorder(tmp_path, {"name": "x"}, [run])
     monkeypatch.setattr(recorder._mirror._client, "search_runs", lambda *_: [object()])
-    known = Record(recipe={}, variant="any", seed=1, mlflow_run_id="r0", mlflow_tracking_uri=address)
+    known = a_record(mlflow_run_id="r0", mlflow_tracking_uri=address)
     facts = {"plans": [], "profile": dict.fromkeys(COSTS, 1)}
     assert recorder._mlflow_run(run, facts, known) == "r0"
     assert (

@@ -48,7 +48,7 @@ def device_of(launch: LaunchSettings) -> torch.device:
     """Where this process trains.
 
     Raises:
-        ReductionError: a GPU is asked for, and there is none.
+        ReductionError: the settings ask for a GPU, and torch finds none.
     """
     import torch
 

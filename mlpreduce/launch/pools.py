@@ -130,7 +130,7 @@ class _Owner:
 
 
 def _task(owner: Any, carry_out: Work, directory: str, text: str, slot: int, job: Job) -> Any:
-    """What a worker runs; it holds a part of the directory's lock, of its own number."""
+    """What a worker runs. It holds the byte `slot` of the directory's lock meanwhile."""
     with work(directory, slot, text):
         return carry_out(_caller(owner), job)
 

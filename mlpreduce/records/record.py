@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 __all__ = ["SCHEMA", "Epoch", "Hardware", "Measured", "Record"]
 
@@ -22,12 +22,12 @@ class _Document(BaseModel):
 class Measured(_Document):
     """Counts of the model and, where they were measured, its speed and memory in inference."""
 
-    params: int = 0
-    mlp_params: int = 0
-    unique_mlps: int = 0
-    macs_linear: int = 0
-    macs: int = 0
-    macs_with_attention: int = 0
+    params: int
+    mlp_params: int
+    unique_mlps: int
+    macs_linear: int
+    macs: int
+    macs_with_attention: int
     throughput: float | None = None  # images/s
     latency: float | None = None  # ms
     peak_memory_mib: float | None = None
@@ -49,9 +49,8 @@ class Epoch(_Document):
 
     epoch: int
     top1: float
-    top5: float = 0.0
-    train_loss: float = 0.0
-    val_loss: float = 0.0
+    top5: float
+    val_loss: float
     raw_top1: float | None = None
     probes: dict[str, Any] = {}
 
@@ -83,26 +82,33 @@ class Record(_Document):
     version: int = Field(SCHEMA, alias="schema")
     recipe: dict[str, Any]
     variant: str
-    steps: tuple[dict[str, Any], ...] = ()
+    steps: tuple[dict[str, Any], ...]
     seed: int
-    order: int = 0
+    order: int
     config_hash: str = ""
-    status: str = "running"
+    status: str
     message: str = ""
     notes: tuple[str, ...] = ()
     started: str = ""
-    epochs_planned: int = 0
+    epochs_planned: int
     versions: dict[str, str] = {}
     hardware: Hardware = Hardware()
     plans: tuple[dict[str, Any], ...] = ()
-    profile: Measured = Measured()
-    train_samples: int = 0
+    profile: Measured
+    train_samples: int
     warnings: tuple[str, ...] = ()
     start_digest: str | None = None
     mlflow_tracking_uri: str = ""
     mlflow_run_id: str | None = None
-    epochs: tuple[Epoch, ...] = ()
+    epochs: tuple[Epoch, ...]
     output: str = Field("", exclude=True)
+
+    @field_validator("recipe")
+    @classmethod
+    def _named(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(recipe.get("name"), str):
+            raise ValueError("the recipe has no name")
+        return recipe
 
     @property
     def name(self) -> str:

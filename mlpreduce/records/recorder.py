@@ -88,7 +88,8 @@ class Recorder:
         self._runs[key] = run
         before = [*self._order.values(), *(record.order for record in self._records.values())]
         known = self._records.get(key)
-        self._order.setdefault(key, 1 + max(before, default=-1) if known is None else known.order)
+        last = 1 + max(before, default=-1)
+        self._order.setdefault(key, last if known is None else known.order)
         self._tags[key] = tags
 
     def record(self, variant: str, seed: int) -> Record | None:
@@ -98,7 +99,9 @@ class Recorder:
     def facts(self) -> dict[str, Any] | None:
         """Versions and hardware of the runs, as the last of them has recorded them."""
         last = next(reversed(self._records.values()), None)
-        return None if last is None else {"versions": last.versions, "hardware": last.hardware.as_json()}
+        if last is None:
+            return None
+        return {"versions": last.versions, "hardware": last.hardware.as_json()}
 
     def stopped(self, run: Run, message: str) -> None:
         """Mark a run that was ended before its last epoch, on purpose; it could be gone on with."""
@@ -114,7 +117,7 @@ class Recorder:
         return None if record is None else record.status
 
     def handle(self, event: Event) -> None:
-        """Record an event of `mlpreduce.train.fit`; what is told within an epoch is not kept."""
+        """Record an event of `mlpreduce.train.fit`. What a run tells within an epoch is not kept."""
         key = (event.variant, event.seed)
         match event.what:
             case Started() as started:

@@ -8,6 +8,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from mlpreduce.budget import COSTS
+from mlpreduce.errors import ReductionError
 from mlpreduce.records.files import finished
 from mlpreduce.records.record import SCHEMA, Record
 
@@ -26,7 +27,15 @@ def summary(record: Record) -> dict[str, Any]:
     """The results of one finished run. Accuracies in percent; the best epoch is chosen on the validation set.
 
     `raw_top1` is that of the trained weights beside their moving average, at their own best epoch; None without an average.
+
+    Raises:
+        ReductionError: the run has no epoch.
     """
+    if not record.epochs:
+        raise ReductionError(
+            f"the record of {record.variant}, seed {record.seed}, is {record.status} and has no epoch; put it back from "
+            f"a copy, or move its folder away"
+        )
     best = max(record.epochs, key=lambda entry: entry.top1)
     final = record.epochs[-1]
     return {

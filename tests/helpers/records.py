@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mlpreduce.records import Record
+
 HARDWARE = {"device": "AVX512", "machine": "x86_64", "cpu_cores": 2, "workers": 1}
 COUNTS = {  # ViT-B/16 and its reductions: params, MLP params, unique MLPs, MACs
     "baseline": (86_567_656, 56_669_184, 12, 16_867_412_736),
@@ -17,7 +19,7 @@ SPEED = {"baseline": (1020.4, 1000.0), "grouped": (1017.0, 957.0), "shallow": (1
 PLAN = {"rows": [["blocks.0.mlp", "plain", 3072, 3072, "blocks.0.mlp", "blocks.0.mlp", 4_722_432, 4_722_432]]}
 
 
-def make_record(variant: str, seed: int, top1: list[float], order: int, recipe: str = "toy", **changes: Any) -> dict:
+def make_record(variant: str, seed: int, top1: list[float], order: int, recipe: Any = "toy", **changes: Any) -> dict:
     """A record as the recorder writes it, by hand: reports need nothing else."""
     counts = dict(
         zip(("params", "mlp_params", "unique_mlps", "macs"), COUNTS.get(variant, COUNTS["baseline"]), strict=True)
@@ -26,7 +28,7 @@ def make_record(variant: str, seed: int, top1: list[float], order: int, recipe: 
     epochs = [{"epoch": n, "top1": value, "top5": value + 5, "val_loss": 1 / n} for n, value in enumerate(top1, 1)]
     return {
         "schema": 1,
-        "recipe": {"name": recipe, "train": {"epochs": len(top1)}},
+        "recipe": {"name": recipe, "train": {"epochs": len(top1)}} if isinstance(recipe, str) else recipe,
         "variant": variant,
         "steps": [] if variant == "baseline" else [{"transform": variant}],
         "seed": seed,
@@ -51,6 +53,11 @@ def make_record(variant: str, seed: int, top1: list[float], order: int, recipe: 
         "mlflow_run_id": f"id{order}",
         **changes,
     }
+
+
+def a_record(variant: str = "baseline", seed: int = 1, top1: tuple[float, ...] = (50.0,), **changes: Any) -> Record:
+    """The same as the recorder knows it."""
+    return Record.model_validate(make_record(variant, seed, list(top1), 0, **changes))
 
 
 def write(directory: Path, record: dict) -> None:

@@ -184,7 +184,8 @@ def summarize() -> None:
             Record.model_validate(
                 {
                     **{"variant": variant, "steps": steps, "seed": seed, "epochs": [run], "profile": profile},
-                    **{"mlflow_run_id": "", "recipe": {"name": "r"}, "hardware": {}, "versions": {}},
+                    **{"mlflow_run_id": "", "recipe": {"name": "r"}, "order": seed, "status": "finished"},
+                    **{"epochs_planned": 1, "train_samples": 1},
                 }
             )
             for variant, steps, pair in (("a", [], runs[:2]), ("b", [{}], runs[3:1:-1]))
