@@ -10,7 +10,9 @@ import time
 import uuid
 from pathlib import Path
 
+import optuna
 import pytest
+import sqlalchemy
 import torch
 import torch.distributed as dist
 from helpers.launched import (
@@ -30,7 +32,7 @@ from helpers.two_processes import Together
 
 from mlpreduce import recipe as recipes
 from mlpreduce.errors import ReductionError
-from mlpreduce.launch import LaunchSettings, execute
+from mlpreduce.launch import LaunchSettings, execute, pool, team
 from mlpreduce.launch.locks import drive, work
 from mlpreduce.launch.sharing import check_sharing, regroup, sharers
 from mlpreduce.recipe.schema import runs as runs_of
@@ -221,6 +223,46 @@ def test_interrupt_waits_for_the_record_that_is_being_written(tmp_path: Path) ->
         execute(runs_of(recipe, tmp_path), recipe.launch, consume)
     assert written == [1]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+class Keeper:
+    """An owner whose storage is interrupted inside a write."""
+
+    def __init__(self, place: Path) -> None:
+        storage = optuna.storages.RDBStorage(f"sqlite:///{place}/optuna.db", {"connect_args": {"timeout": 1}})
+        self.study = optuna.create_study(storage=storage)
+        sqlalchemy.event.listen(
+            storage.engine, "commit", lambda connection: signal.raise_signal(signal.SIGINT), once=True
+        )
+
+    def keep(self, name: str) -> None:
+        self.study.set_user_attr(name, True)
+
+    def kept(self) -> set[str]:
+        return set(self.study.user_attrs)
+
+    def close(self) -> None:
+        self.study.set_user_attr("closed", True)
+
+
+@pytest.mark.parametrize("kind", ["pool", "team"])
+def test_an_owner_that_is_interrupted_inside_a_write_goes_on(kind: str, tmp_path: Path) -> None:
+    found: list[Keeper] = []
+
+    def owner() -> Keeper:
+        found.append(Keeper(tmp_path))
+        return found[0]
+
+    blocks = {
+        "pool": pool(0, owner, (), print, directories=[str(tmp_path)], launch=LaunchSettings(workers=0)),
+        "team": team(0, owner, print, directories=[str(tmp_path)]),
+    }
+    with blocks[kind] as workers:
+        with pytest.raises(KeyboardInterrupt):
+            workers.call("keep", "first")
+        workers.call("keep", "second")  # told once only, and nothing is locked
+        assert workers.call("kept") == {"first", "second"}
+    assert found[0].kept() == {"first", "second", "closed"}
 
 
 @pytest.mark.ray

@@ -13,7 +13,7 @@ A search has a pool of workers instead, whose jobs are trials.
     group        the worker group: its trainer, its workers, its events
     sharing      how many workers of a group can share a batch
     locks        one process at a time writes into a run's directory
-    interrupts   Ctrl-C, but never inside a record that is being written
+    interrupts   Ctrl-C, but never while something is being kept
 """
 
 from __future__ import annotations

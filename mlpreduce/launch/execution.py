@@ -40,10 +40,10 @@ def execute(runs: Sequence[Run], launch: LaunchSettings, consume: Consume) -> No
         return
     launch.check()
     check_sharing(runs[0], launch.fewest or 1, launch.world)
-    with drive([run.directory for run in runs]) as text, interrupts() as shielded:
+    with drive([run.directory for run in runs]) as text, interrupts() as shield:
 
         def receive(event: Event) -> None:
-            with shielded():
+            with shield():
                 consume(event)
 
         if launch.workers == 0:

@@ -1,42 +1,55 @@
-"""Ctrl-C, but never inside a record that is being written."""
+"""Ctrl-C, but never while something is being kept: a record, or a row of Optuna's storage."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
 
-__all__ = ["interrupts"]
+__all__ = ["Shield", "interrupts"]
+
+
+Shield = Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
-def interrupts() -> Iterator[Callable[[], Any]]:
-    """Turns SIGINT into KeyboardInterrupt, but not while an event is being recorded: then right after it."""
-    state = {"shielded": False, "requests": 0}
+def interrupts() -> Iterator[Shield]:
+    """Turns SIGINT into KeyboardInterrupt, but not inside a block of what it yields: then right after it.
+
+    A database that is left within a write stays locked for whoever asks next, also for what would end the work in order.
+    """
+    requests, shielded, pending = 0, False, False
 
     def handler(signum: int, frame: object) -> None:
-        state["requests"] += 1
-        # The second one is ignored: the workers are being ended, which takes seconds and must not be cut short.
-        if state["requests"] != 2 and not state["shielded"]:
+        nonlocal requests, pending
+        requests += 1
+        if requests == 2:
+            return  # the workers are being ended, which takes seconds and must not be cut short
+        if not shielded:
             raise KeyboardInterrupt
+        pending = True
 
     @contextmanager
-    def shielded() -> Iterator[None]:
-        state["shielded"] = True
+    def shield() -> Iterator[None]:
+        nonlocal shielded, pending
+        if shielded:
+            yield
+            return
+        shielded = True
         try:
             yield
         finally:
-            state["shielded"] = False
-        if state["requests"]:
+            shielded = False
+        if pending:
+            pending = False
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield shielded
+        yield shield
         return
     before = signal.signal(signal.SIGINT, handler)
     try:
-        yield shielded
+        yield shield
     finally:
         signal.signal(signal.SIGINT, before)

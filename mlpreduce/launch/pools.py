@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from mlpreduce.errors import ReductionError, require
 from mlpreduce.launch.cluster import connection
-from mlpreduce.launch.interrupts import interrupts
+from mlpreduce.launch.interrupts import Shield, interrupts
 from mlpreduce.launch.locks import drive, work
 from mlpreduce.launch.settings import LaunchSettings
 
-__all__ = ["Call", "Here", "Job", "Lost", "Pool", "ended", "pool"]
+__all__ = ["Call", "Here", "Job", "Lost", "Pool", "ended", "owned", "pool"]
 
 Job = Any  # the caller's: the pool hands it on
 Call = Callable[..., Any]  # (method of the owner, *arguments) -> what it returns
@@ -73,11 +73,9 @@ def pool(
         ReductionError: another process holds a directory; the cluster does not have what is asked for; the owner is lost.
         KeyboardInterrupt: interrupted; all workers have ended.
     """
-    with drive(directories) as text, interrupts(), ExitStack() as stack:
+    with drive(directories) as text, interrupts() as shield, ExitStack() as stack:
         if workers == 0:
-            made = owner(*arguments)
-            stack.callback(made.close)
-            yield Here(made, work)
+            yield Here(stack.enter_context(owned(lambda: owner(*arguments), shield)), work)
             return
         require(f"pool(workers={workers})", "ray")
         group = launch.model_copy(update={"workers": launch.workers * workers})
@@ -88,17 +86,29 @@ def pool(
         )
 
 
+@contextmanager
+def owned(make: Callable[[], Any], shield: Shield) -> Iterator[Call]:
+    """An owner in this process: what it keeps, it keeps whole, whenever Ctrl-C comes."""
+    with ExitStack() as stack:
+        with shield():
+            owner = make()
+
+            def call(method: str, *arguments: Any) -> Any:
+                with shield():
+                    return getattr(owner, method)(*arguments)
+
+            stack.callback(call, "close")
+        yield call
+
+
 class Here:
     """Jobs in this process, one at a time."""
 
     size = 1
 
-    def __init__(self, owner: Any, work: Work) -> None:
-        self._owner, self._work = owner, work
+    def __init__(self, call: Call, work: Work) -> None:
+        self.call, self._work = call, work
         self._ended: list[tuple[Job, Any]] = []
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._owner, method)(*arguments)
 
     def start(self, job: Job) -> None:
         self._ended.append((job, self._work(self.call, job)))

@@ -10,7 +10,7 @@ from mlpreduce.errors import ReductionError, require
 from mlpreduce.launch.cluster import connection
 from mlpreduce.launch.interrupts import interrupts
 from mlpreduce.launch.locks import drive
-from mlpreduce.launch.pools import Here, Job, Lost, Pool, ended
+from mlpreduce.launch.pools import Call, Here, Job, Lost, Pool, ended, owned
 from mlpreduce.launch.settings import LaunchSettings
 
 __all__ = ["team"]
@@ -32,13 +32,12 @@ def team(
         ReductionError: another process holds a directory; Ray does not have so many cores.
         KeyboardInterrupt: interrupted; all workers have ended.
     """
-    with drive(directories), interrupts(), ExitStack() as stack:
+    with drive(directories), interrupts() as shield, ExitStack() as stack:
         if workers:
             require(f"workers={workers}", "ray")
             stack.enter_context(connection(LaunchSettings(workers=workers)))
-        made = owner()
-        stack.callback(made.close)
-        yield stack.enter_context(_on_ray(workers, made, work)) if workers else Here(made, work)
+        call = stack.enter_context(owned(owner, shield))
+        yield stack.enter_context(_on_ray(workers, call, work)) if workers else Here(call, work)
 
 
 class _Member:
@@ -54,14 +53,11 @@ class _Member:
 class _Team:
     """Jobs as calls of actors, one at a time for each."""
 
-    def __init__(self, size: int, owner: Any, hire: Callable[[], Any]) -> None:
-        self.size, self._owner, self._hire = size, owner, hire
+    def __init__(self, size: int, call: Call, hire: Callable[[], Any]) -> None:
+        self.size, self.call, self._hire = size, call, hire
         self.members = [hire() for _ in range(size)]
         self._free = list(self.members)
         self._running: dict[Any, tuple[Job, Any]] = {}
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._owner, method)(*arguments)
 
     def start(self, job: Job) -> None:
         member = self._free.pop()
@@ -81,7 +77,7 @@ class _Team:
 
 
 @contextmanager
-def _on_ray(workers: int, owner: Any, work: Callable[..., Any]) -> Iterator[Pool]:
+def _on_ray(workers: int, call: Call, work: Callable[..., Any]) -> Iterator[Pool]:
     import ray
 
     there = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
@@ -94,7 +90,7 @@ def _on_ray(workers: int, owner: Any, work: Callable[..., Any]) -> Iterator[Pool
             f"workers={workers}: the model, the data or the score cannot be sent to another process: {error}; use workers=0"
         ) from error
     remote = ray.remote(_Member).options(num_cpus=1)
-    found = _Team(workers, owner, lambda: remote.remote(kept))
+    found = _Team(workers, call, lambda: remote.remote(kept))
     try:
         yield found
     finally:
