@@ -19,7 +19,7 @@ from mlpreduce import report
 from mlpreduce.__main__ import main
 from mlpreduce.launch import LaunchSettings
 from mlpreduce.recipe.progress import Display, starting
-from mlpreduce.records import Record, summarize
+from mlpreduce.records import Record, StudyDocument, study_from, summarize
 from mlpreduce.report.search import console_table, front_table
 from mlpreduce.report.summing import HEADERS
 from mlpreduce.testing import tiny_vit
@@ -89,7 +89,7 @@ def results() -> dict[str, Any]:
     return summarize([Record.model_validate(record(*run, order)) for order, run in enumerate(every)])
 
 
-def study() -> dict[str, Any]:
+def study() -> StudyDocument:
     """The document of a search with long reductions."""
 
     def point(name: str, number: int | None, steps: list[dict[str, Any]], *tops: float) -> dict[str, Any]:
@@ -104,8 +104,8 @@ def study() -> dict[str, Any]:
 
     grouped = {"transform": "grouped", "group": 3, "pattern": [[0, 1, 2], [3, 4, 5]], "scale": "inv_sqrt"}
     shallow = {"transform": "shallow", "ratio": 0.375, "criterion": {"name": "taylor", "site": "fc1"}}
-    return {
-        **{"schema": 1, "study": "sharing_width-digits_tiny", "verdicts": []},
+    document = {
+        **{"schema": 1, "study": "sharing_width-digits_tiny", "space": "sharing_width", "recipe": "digits_tiny"},
         "objectives": [
             {"name": "top1", "direction": "maximize", "unit": "%"},
             {"name": "params", "direction": "minimize", "unit": ""},
@@ -116,6 +116,7 @@ def study() -> dict[str, Any]:
             point("baseline", None, [], 93.45, 93.01),
         ],
     }
+    return study_from(document)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

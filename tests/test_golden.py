@@ -12,7 +12,7 @@ import timm
 from helpers.figures import drawn
 from helpers.marks import slow_but
 from helpers.records import make_record, write
-from helpers.studies import make_document, make_points
+from helpers.studies import make_points, make_study
 from pytest_regressions.file_regression import FileRegressionFixture
 
 import mlpreduce
@@ -79,19 +79,19 @@ def test_figure_of_runs(golden: Any) -> None:
 
 @pytest.mark.parametrize("page", ["report.md", "report.html"])
 def test_report_of_a_search(page: str, golden: Any, tmp_path: Path) -> None:
-    build_search(make_document("top1", "params", "macs"), tmp_path)
+    build_search(make_study("top1", "params", "macs"), tmp_path)
     golden((tmp_path / page).read_text(encoding="utf-8"), Path(page).suffix)
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_table_of_a_search(width: int, golden: Any) -> None:
-    document = make_document("top1", "latency")
+    document = make_study("top1", "latency")
     golden(console_table(document).text(width) + "\n\n" + repr(front_table(document)))
 
 
 @pytest.mark.parametrize("draw", [draw_front, draw_parallel, draw_importance, draw_patterns])
 def test_figures_of_a_search(draw: Any, golden: Any) -> None:
-    figure, caption = draw(make_document("top1", "params", points=make_points()))
+    figure, caption = draw(make_study("top1", "params", points=make_points()))
     golden(caption + "\n" + drawn(figure))
 
 

@@ -9,13 +9,14 @@ from statistics import fmean, stdev
 from typing import Any
 
 import pytest
-from helpers.studies import OBJECTIVES, make_document, make_points, make_trial
+from helpers.studies import OBJECTIVES, make_document, make_points, make_study, make_trial
 from matplotlib.collections import LineCollection
 from PIL import Image
 from rich.console import Console
 from scipy.stats import sem, t
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.records import StudyDocument, study_from
 from mlpreduce.report import search_figures
 from mlpreduce.report.search import build_search, console_table, front_table
 
@@ -59,14 +60,14 @@ class Page(HTMLParser):
         self.text += data
 
 
-def markdown_of(document: dict[str, Any], place: Path) -> str:
+def markdown_of(document: StudyDocument, place: Path) -> str:
     build_search(document, place)
     return (place / "report.md").read_text(encoding="utf-8")
 
 
 def test_files_are_those_that_are_returned(tmp_path: Path) -> None:
     place = tmp_path / "new" / "folder"
-    paths = build_search(make_document(), place)
+    paths = build_search(make_study(), place)
     assert [path.name for path in paths] == ["report.md", "report.html", *FIGURES]
     assert sorted(place.iterdir()) == sorted(paths)
     for path in paths[2:]:
@@ -75,7 +76,7 @@ def test_files_are_those_that_are_returned(tmp_path: Path) -> None:
 
 
 def test_the_front_stands_beside_the_references(tmp_path: Path) -> None:
-    table = rows(markdown_of(make_document(), tmp_path), "Pareto front and references")
+    table = rows(markdown_of(make_study(), tmp_path), "Pareto front and references")
     assert list(table) == ["trial 0", "trial 1", "trial 2", "baseline", "grouped", "shallow"]
     tops = [97.0, 97.4, 96.9]
     low, high = t.interval(0.95, 2, loc=fmean(tops), scale=sem(tops))
@@ -98,20 +99,20 @@ def test_the_front_stands_beside_the_references(tmp_path: Path) -> None:
 
 
 def test_few_runs_are_too_few_to_conclude(tmp_path: Path) -> None:
-    text = markdown_of(make_document(), tmp_path)
+    text = markdown_of(make_study(), tmp_path)
     table = rows(text, "Pareto front and references")
     assert table["trial 1"]["95 % interval"] == table["trial 2"]["95 % interval"] == "n below 3"
     assert table["trial 2"]["top-1 %"] == "94.00"
     assert "Points of the front with fewer than 3 runs: 2 of 3." in text
     equal = [make_trial(0, 100_000, 97.0, 97.0, 97.0, front=True)]
-    text = markdown_of(make_document(points=equal), tmp_path)
+    text = markdown_of(make_study(points=equal), tmp_path)
     assert rows(text, "Pareto front")["trial 0"]["95 % interval"] == "not defined"
     assert rows(text, "Pareto front")["trial 0"]["of baseline"] == "no baseline"
     assert "fewer than 3 runs" not in text
 
 
 def test_every_trial_has_a_row(tmp_path: Path) -> None:
-    text = markdown_of(make_document(points=make_points()[::-1]), tmp_path)
+    text = markdown_of(make_study(points=make_points()[::-1]), tmp_path)
     table = rows(text, "Trials")
     assert list(table) == [f"trial {number}" for number in range(7)]
     assert [row["state"] for row in table.values()] == [
@@ -123,14 +124,14 @@ def test_every_trial_has_a_row(tmp_path: Path) -> None:
     assert table["trial 6"]["message"] == "out of memory"
     assert table["trial 3"]["parameters"] == "110,000"
     assert table["trial 3"]["key"] == f"{110_000:08x}"
-    without = make_document("top1", points=make_points()[:-1])
+    without = make_study("top1", points=make_points()[:-1])
     table = rows(markdown_of(without, tmp_path), "Trials")
     assert table["trial 3"]["parameters"] == "110,000"  # though it is no objective
     assert "message" not in table["trial 3"]
 
 
 def test_budgets_counts_and_settings(tmp_path: Path) -> None:
-    text = markdown_of(make_document(), tmp_path)
+    text = markdown_of(make_study(), tmp_path)
     table = rows(text, "The search")
     assert {name: row["value"] for name, row in table.items()} == {
         "objective": "minimize parameters",  # the second of two
@@ -144,16 +145,16 @@ def test_budgets_counts_and_settings(tmp_path: Path) -> None:
         "time": "20 min 34 s",
     }
     assert "| objective | maximize top-1 % |" in text
-    table = rows(markdown_of(make_document(budgets=[], hypervolume=None), tmp_path), "The search")
+    table = rows(markdown_of(make_study(budgets=[], hypervolume=None), tmp_path), "The search")
     assert table["budget"]["value"] == "none"
     assert "hypervolume" not in table
     assert "Hypervolume" not in (tmp_path / "report.md").read_text()
 
 
 def test_verdicts_stand_on_top(tmp_path: Path) -> None:
-    text = markdown_of(make_document(), tmp_path)
+    text = markdown_of(make_study(), tmp_path)
     assert text.index("## Verdicts") < text.index("- trial 0 dominates") < text.index("## Pareto front")
-    assert "Verdicts" not in markdown_of(make_document(verdicts=[]), tmp_path)
+    assert "Verdicts" not in markdown_of(make_study(verdicts=[]), tmp_path)
 
 
 def test_html_is_one_file_that_escapes_what_it_shows(tmp_path: Path) -> None:
@@ -164,7 +165,8 @@ def test_html_is_one_file_that_escapes_what_it_shows(tmp_path: Path) -> None:
     document["points"][4]["params"] = {name: 1, "$": name}
     document["budgets"][0]["text"] = name
     document["importance"]["top1"] = {name: 0.5, "ratio": 0.5}
-    text = markdown_of(document, tmp_path)
+    found = study_from(document)
+    text = markdown_of(found, tmp_path)
     assert "<script>" not in text
     assert "&amp;\\|x$y$" in text
     page_text = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -177,7 +179,7 @@ def test_html_is_one_file_that_escapes_what_it_shows(tmp_path: Path) -> None:
     assert "light dark" in page_text
     assert page.text.count(name) >= 5
     console = Console(width=200, file=io.StringIO())
-    console.print(console_table(document))
+    console.print(console_table(found))
     assert "[/b]" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -185,7 +187,7 @@ def test_html_is_one_file_that_escapes_what_it_shows(tmp_path: Path) -> None:
     "objectives", [("top1",), ("top1", "params"), ("top1", "params", "latency"), ("top1", "params", "macs", "latency")]
 )
 def test_a_panel_for_each_objective_but_the_first(objectives: tuple[str, ...]) -> None:
-    document = make_document(*objectives)
+    document = make_study(*objectives)
     drawn = search_figures.draw_front(document)
     assert drawn is not None
     axes = drawn[0].axes
@@ -202,7 +204,7 @@ def test_a_panel_for_each_objective_but_the_first(objectives: tuple[str, ...]) -
 
 
 def test_what_the_front_shows() -> None:
-    drawn = search_figures.draw_front(make_document())
+    drawn = search_figures.draw_front(make_study())
     assert drawn is not None
     figure, caption = drawn
     (axis,) = figure.axes
@@ -238,7 +240,7 @@ def test_stairs_leave_out_what_another_panel_put_on_the_front() -> None:
         make_trial(0, 100_000, 97.0, front=True, values={"top1": 97.0, "params": 100_000, "latency": 5.0}),
         make_trial(1, 120_000, 96.0, front=True, values={"top1": 96.0, "params": 120_000, "latency": 1.0}),
     ]
-    drawn = search_figures.draw_front(make_document("top1", "params", "latency", points=points))
+    drawn = search_figures.draw_front(make_study("top1", "params", "latency", points=points))
     assert drawn is not None
     steps = [
         [line.get_xydata().tolist() for line in axis.lines if line.get_drawstyle() == "steps-post"]
@@ -253,7 +255,7 @@ def test_one_objective_shows_the_best_so_far() -> None:
         point["front"] = point["name"] == "trial 3"
         if point["name"] in ("trial 0", "trial 1"):
             point["values"]["top1"] = 90.0 + point["number"]
-    drawn = search_figures.draw_front(make_document("top1", points=points))
+    drawn = search_figures.draw_front(make_study("top1", points=points))
     assert drawn is not None
     (axis,) = drawn[0].axes
     (line,) = [line for line in axis.lines if line.get_drawstyle() == "steps-post"]
@@ -269,7 +271,7 @@ def test_one_objective_shows_the_best_so_far() -> None:
 
 def test_a_front_without_candidates_says_so(tmp_path: Path) -> None:
     points = [point for point in make_points() if not point["front"] and point["name"] != "trial 3"]
-    text = markdown_of(make_document(points=points), tmp_path)
+    text = markdown_of(make_study(points=points), tmp_path)
     assert "There is no front: 1 of 3 trials are complete, 0 of them within the budgets." in text
     assert list(rows(text, "References")) == ["baseline", "grouped", "shallow"]
     assert (tmp_path / "front.png").is_file()
@@ -278,7 +280,7 @@ def test_a_front_without_candidates_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("points", [[], make_points()[:3], make_points()[-1:]], ids=["none", "references", "failed"])
 def test_a_search_that_completed_nothing(points: list[dict[str, Any]], tmp_path: Path) -> None:
-    text = markdown_of(make_document(points=points, importance={}), tmp_path)
+    text = markdown_of(make_study(points=points, importance={}), tmp_path)
     assert f"There is no front: 0 of {len([p for p in points if p['kind'] == 'trial'])} trials are complete" in text
     for file in ("front.png", "importance.png", "parallel.png"):
         assert not (tmp_path / file).exists()
@@ -286,9 +288,9 @@ def test_a_search_that_completed_nothing(points: list[dict[str, Any]], tmp_path:
 
 
 def test_figures_with_nothing_to_show_are_left_out(tmp_path: Path) -> None:
-    build_search(make_document(), tmp_path)
+    build_search(make_study(), tmp_path)
     points = [{**point, "params": {"ratio": n}, "pattern": {}} for n, point in enumerate(make_points())]
-    document = make_document(points=points, importance={"top1": {"ratio": 1.0}})
+    document = make_study(points=points, importance={"top1": {"ratio": 1.0}})
     paths = build_search(document, tmp_path)
     assert [path.name for path in paths] == ["report.md", "report.html", "front.png"]
     assert sorted(tmp_path.iterdir()) == sorted(paths)  # those of the earlier report are gone
@@ -299,7 +301,7 @@ def test_figures_with_nothing_to_show_are_left_out(tmp_path: Path) -> None:
 
 def test_importance_has_a_panel_for_each_objective() -> None:
     names = {f"parameter {n}": 1 / (n + 1) for n in range(20)}
-    document = make_document("top1", "params", "macs", importance={"top1": names, "params": {"a": 0.2, "b": 0.8}})
+    document = make_study("top1", "params", "macs", importance={"top1": names, "params": {"a": 0.2, "b": 0.8}})
     drawn = search_figures.draw_importance(document)
     assert drawn is not None
     figure, caption = drawn
@@ -315,7 +317,7 @@ def test_parallel_has_an_axis_for_each_parameter_and_objective() -> None:
     for point in document["points"]:
         if point["kind"] == "trial":
             point["params"]["constant"] = 1
-    drawn = search_figures.draw_parallel(document)
+    drawn = search_figures.draw_parallel(study_from(document))
     assert drawn is not None
     figure, caption = drawn
     axis = figure.axes[0]
@@ -339,7 +341,7 @@ def test_parallel_of_many_parameters_shows_the_most_important() -> None:
     for n, point in enumerate(points):
         point["params"] = {f"p{k}": n + 10.0 ** (k % 3 * n) for k in range(20)}
     importance = {"top1": {f"p{k}": k / 20 for k in range(20)}}
-    drawn = search_figures.draw_parallel(make_document(points=points, importance=importance))
+    drawn = search_figures.draw_parallel(make_study(points=points, importance=importance))
     assert drawn is not None
     titles = [text.get_text() for text in drawn[0].axes[0].get_xticklabels()]
     assert titles == [*(f"p{k}" for k in range(6, 20)), "top-1 %", "parameters"]
@@ -347,7 +349,7 @@ def test_parallel_of_many_parameters_shows_the_most_important() -> None:
 
 
 def test_patterns_show_which_block_uses_which_mlp() -> None:
-    drawn = search_figures.draw_patterns(make_document())
+    drawn = search_figures.draw_patterns(make_study())
     assert drawn is not None
     figure, caption = drawn
     assert [axis.get_title().split("\n")[0] for axis in figure.axes] == [
@@ -362,7 +364,7 @@ def test_patterns_show_which_block_uses_which_mlp() -> None:
 
 def test_patterns_are_those_of_the_best_points() -> None:
     trials = [make_trial(n, 100_000 - n, 80.0 + n, front=True) for n in range(15)]
-    drawn = search_figures.draw_patterns(make_document(points=[*make_points()[:1], *trials]))
+    drawn = search_figures.draw_patterns(make_study(points=[*make_points()[:1], *trials]))
     assert drawn is not None
     names = [axis.get_title().split("\n")[0] for axis in drawn[0].axes]
     assert names == [*(f"trial {n}" for n in range(14, 2, -1)), "baseline"]
@@ -372,7 +374,7 @@ def test_patterns_are_those_of_the_best_points() -> None:
 def test_the_console_shows_what_fits() -> None:
     trials = [make_trial(n, 100_000 - n, 70.0 + n, front=True) for n in range(25)]
     console = Console(width=120, file=io.StringIO())
-    console.print(console_table(make_document(points=[*make_points()[:3], *trials])))
+    console.print(console_table(make_study(points=[*make_points()[:3], *trials])))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "its 20 best of 25" in text
     for words in ("trial 24", "trial 5", "94.00", "baseline", "97.83 ± 0.76", "67.5 %", "shallow(ratio=0.5)"):
@@ -381,12 +383,14 @@ def test_the_console_shows_what_fits() -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_another_schema_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_document_of_a_study_is_refused() -> None:
     with pytest.raises(ReductionError, match="schema 2, this version reads 1"):
-        build_search(make_document(schema=2), tmp_path / "out")
-    with pytest.raises(ReductionError, match="no objective"):
-        console_table(make_document(objectives=[]))
-    assert not (tmp_path / "out").exists()
+        make_study(schema=2)
+    with pytest.raises(ReductionError, match="none: objectives: "):
+        make_study(objectives=[])
+    with pytest.raises(ReductionError, match=r"none: points\.0\.name: Field required"):
+        make_study(points=[{"kind": "trial"}])
+    assert make_study(later=1).as_json() == make_document(later=1)  # what another version adds is kept
 
 
 def test_names_stand_evenly_on_their_axis() -> None:

@@ -180,7 +180,7 @@ def test_equal_cost_is_that_of_the_one_that_spent_less(study: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_it_goes_on_with_more_trials_and_with_nothing_else(study: Path) -> None:
-    before = {point["key"]: point for point in describe(open_study(str(study)))["points"]}
+    before = {point["key"]: point for point in describe(open_study(str(study))).as_json()["points"]}
     with pytest.raises(ReductionError, match="a study lies there; go on with --resume"):
         search(study)
     with pytest.raises(ReductionError, match=r"sampler: was 'auto', is 'random'"):

@@ -4,6 +4,7 @@ The records are the truth: `results.json` and the report are built from them alo
 `Recorder`.
 
     record      what a record is
+    study       what a study of many runs is
     files       records on disk
     summaries   what records come to
     mirror      runs in MLflow
@@ -16,14 +17,21 @@ from mlpreduce.records.files import as_json, finished, read, store
 from mlpreduce.records.mirror import Mirror, tracking_uri
 from mlpreduce.records.record import SCHEMA, Epoch, Record
 from mlpreduce.records.recorder import Recorder
+from mlpreduce.records.study import Limit, Objective, PointRun, StudyDocument, StudyPoint, Volume, study_from
 from mlpreduce.records.summaries import baseline_of, conditions, results, summarize, summary
 
 __all__ = [
     "SCHEMA",
     "Epoch",
+    "Limit",
     "Mirror",
+    "Objective",
+    "PointRun",
     "Record",
     "Recorder",
+    "StudyDocument",
+    "StudyPoint",
+    "Volume",
     "as_json",
     "baseline_of",
     "conditions",
@@ -31,6 +39,7 @@ __all__ = [
     "read",
     "results",
     "store",
+    "study_from",
     "summarize",
     "summary",
     "tracking_uri",

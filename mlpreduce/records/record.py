@@ -6,12 +6,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-__all__ = ["SCHEMA", "Epoch", "Hardware", "Measured", "Record"]
+__all__ = ["SCHEMA", "Document", "Epoch", "Hardware", "Measured", "Record"]
 
 SCHEMA = 1
 
 
-class _Document(BaseModel):
+class Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
 
     def as_json(self) -> dict[str, Any]:
@@ -19,7 +19,7 @@ class _Document(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
-class Measured(_Document):
+class Measured(Document):
     """Counts of the model and, where they were measured, its speed and memory in inference."""
 
     params: int
@@ -35,7 +35,7 @@ class Measured(_Document):
     device: str | None = None  # with dtype and threads
 
 
-class Hardware(_Document):
+class Hardware(Document):
     """What it ran on."""
 
     device: str | None = None
@@ -44,7 +44,7 @@ class Hardware(_Document):
     workers: int | None = None
 
 
-class Epoch(_Document):
+class Epoch(Document):
     """One epoch: losses in nats, accuracies in percent. `raw_` is of the trained weights beside their moving average."""
 
     epoch: int
@@ -55,7 +55,7 @@ class Epoch(_Document):
     probes: dict[str, Any] = {}
 
 
-class Record(_Document):
+class Record(Document):
     """One run.
 
     Attributes:

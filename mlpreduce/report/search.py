@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mlpreduce.errors import ReductionError
+from mlpreduce.records import Limit, Objective, StudyDocument, StudyPoint, study_from
 from mlpreduce.report import search_points as points
 from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.pages import as_html, as_markdown, for_console, markdown_table
@@ -18,7 +18,6 @@ from mlpreduce.words.values import flatten
 
 __all__ = ["build_search", "console_table", "front_table", "kept", "kept_text"]
 
-SCHEMA = 1  # of the document
 _CONSOLE_ROWS = 20  # of the front
 _KEPT = (
     "name",
@@ -35,7 +34,7 @@ _KEPT = (
 )  # of a point
 _NOT_ON_CONSOLE = ("unique MLPs", "95 % interval", "peak-to-final")
 # A column: header, and what stands there for a point.
-_Column = tuple[str, Callable[[points.Point], str]]
+_Column = tuple[str, Callable[[StudyPoint], str]]
 _COUNTS = (
     "Tied parameters are counted once. MACs: multiply-accumulates of one image in Linear, Conv and LayerNorm layers."
 )
@@ -60,20 +59,19 @@ _SCORED = "The whole model, the paper's points and equal parts of all MLPs are s
 _REFERENCES = "Baseline and the paper's points are trained beside the trials; they need not keep the budgets."
 
 
-def build_search(document: dict[str, Any], place: Path) -> list[Path]:
+def build_search(document: StudyDocument, place: Path) -> list[Path]:
     """Write `report.md`, `report.html` and the figures of a search; of the figures those that have something to show.
 
     Args:
-        document: what a search ends with, as plain lists and dictionaries.
+        document: what a search ends with.
         place: the folder, made if it is missing. Figures of an earlier report there that this one has not are deleted.
 
     Returns:
         The files written.
 
     Raises:
-        ReductionError: the document has another schema, or no objective.
+        OSError: a file cannot be written.
     """
-    _check(document)
     found = pictures(document)
     content = _compose(document, found)
     place.mkdir(parents=True, exist_ok=True)
@@ -86,12 +84,12 @@ def build_search(document: dict[str, Any], place: Path) -> list[Path]:
     return [place / name for name in ("report.md", "report.html", *(picture.file for picture in found))]
 
 
-def _compose(document: dict[str, Any], found: list[Picture]) -> Content:
+def _compose(document: StudyDocument, found: list[Picture]) -> Content:
     """The report of a search, with its pictures between the front and the table of all trials."""
-    verdicts = [Listing("Verdicts", document["verdicts"])] if document["verdicts"] else []
+    verdicts = [Listing("Verdicts", list(document.verdicts))] if document.verdicts else []
     front = front_table(document)
     return Content(
-        title=f"{document['study']}: search space {document['space']}, recipe {document['recipe']}",
+        title=f"{document.study}: search space {document.space}, recipe {document.recipe}",
         remarks=list(_remarks(document)),
         sections=[
             *verdicts,
@@ -104,13 +102,13 @@ def _compose(document: dict[str, Any], found: list[Picture]) -> Content:
     )
 
 
-def front_table(document: dict[str, Any]) -> Table:
+def front_table(document: StudyDocument) -> Table:
     """The Pareto front, best top-1 first if that is the first objective, then the baseline and the paper's points."""
     on_front = points.front(document)
-    rows = [*on_front, *(p for p in points.references(document) if not p["front"])]
-    baseline = next((p for p in points.references(document) if not p["steps"]), None)
+    rows = [*on_front, *(p for p in points.references(document) if not p.front)]
+    baseline = next((p for p in points.references(document) if not p.steps), None)
     whole = points.value_of(baseline, "params") if baseline else None
-    extra = [o for o in document["objectives"] if o["name"] not in ("top1", "params", "macs")]
+    extra = [o for o in document.objectives if o.name not in ("top1", "params", "macs")]
     trained: list[_Column] = [
         ("top-1 %", _top1),
         ("n", lambda p: str(len(points.measured(p, "top1")))),
@@ -118,73 +116,58 @@ def front_table(document: dict[str, Any]) -> Table:
         ("95 % interval", _interval),
     ]
     columns: list[_Column] = [
-        ("point", lambda p: p["name"]),
+        ("point", lambda p: p.name),
         ("reduction", points.reduction),
         ("parameters", _value("params")),
         ("of baseline", lambda p: _fraction(points.value_of(p, "params"), whole)),
         ("MACs", _value("macs")),
         ("unique MLPs", _value("unique_mlps")),
-        *((points.objective_label(o), _objective_cell(o["name"])) for o in extra),
+        *((points.objective_label(o), _objective_cell(o.name)) for o in extra),
         *(trained if _is_trained(document) else []),
     ]
     title = "Pareto front and references" if len(rows) > len(on_front) else "Pareto front"
     return _table(title if on_front else "References", columns, rows)
 
 
-def _is_trained(document: dict[str, Any]) -> bool:
+def _is_trained(document: StudyDocument) -> bool:
     """Whether points were trained, and not scored."""
-    return any(objective["name"] == "top1" for objective in document["objectives"])
+    return any(objective.name == "top1" for objective in document.objectives)
 
 
-def console_table(document: dict[str, Any]) -> Grid:
-    """The front and the references for rich's console: of a long front its best points, of each what fits a line.
-
-    Raises:
-        ReductionError: the document has another schema, or no objective.
-    """
-    _check(document)
+def console_table(document: StudyDocument) -> Grid:
+    """The front and the references for rich's console: of a long front its best points, of each what fits a line."""
     table = front_table(document)
     kept = [number for number, header in enumerate(table.headers) if header not in _NOT_ON_CONSOLE]
     on_front = len(points.front(document))
     rows = [*table.rows[: min(on_front, _CONSOLE_ROWS)], *table.rows[on_front:]]
     cut = f", its {_CONSOLE_ROWS} best of {on_front} points" if on_front > _CONSOLE_ROWS else ""
     short_table = Table(
-        f"{document['study']}: {table.title}{cut}",
+        f"{document.study}: {table.title}{cut}",
         [table.headers[number] for number in kept],
         [[row[number] for number in kept] for row in rows],
     )
     return for_console(short_table, words=2)
 
 
-def kept(document: dict[str, Any]) -> dict[str, Any]:
+def kept(document: StudyDocument) -> dict[str, Any]:
     """What of a search is kept with a page: its settings, counts and verdicts, the front and the references."""
     names = ("schema", "study", "space", "recipe", "objectives", "budgets", "settings", "counts", "verdicts")
+    whole = document.as_json()
     shown = [
-        {key: point[key] for key in _KEPT} for point in document["points"] if point["front"] or point["kind"] != "trial"
+        {key: point[key] for key in _KEPT} for point in whole["points"] if point["front"] or point["kind"] != "trial"
     ]
-    return {**{name: document[name] for name in names}, "points": shown}
+    return {**{name: whole[name] for name in names}, "points": shown}
 
 
-def kept_text(document: dict[str, Any]) -> str:
+def kept_text(kept: dict[str, Any]) -> str:
     """Write what `kept` gives as the front and the references in a table, the counts of trials, and the verdicts."""
-    counts = ", ".join(f"{name} {count:,}" for name, count in document["counts"].items())
-    verdicts = [f"- {verdict}" for verdict in document["verdicts"]]
+    document = study_from(kept)
+    counts = ", ".join(f"{name} {count:,}" for name, count in document.counts.items())
+    verdicts = [f"- {verdict}" for verdict in document.verdicts]
     return "\n".join([markdown_table(front_table(document)), "", f"Trials: {counts}.", "", *verdicts])
 
 
-def _check(document: dict[str, Any]) -> None:
-    if document.get("schema") != SCHEMA:
-        raise ReductionError(
-            f"report: the document of the search has schema {document.get('schema')!r}, this version reads {SCHEMA}; "
-            "use the version of mlpreduce that wrote it"
-        )
-    if not document["objectives"]:
-        raise ReductionError(
-            "report: the document of the search has no objective; name one to four, such as top1 and params"
-        )
-
-
-def _table(title: str, columns: list[_Column], rows: list[points.Point]) -> Table:
+def _table(title: str, columns: list[_Column], rows: list[StudyPoint]) -> Table:
     return Table(title, [header for header, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
 
 
@@ -192,22 +175,22 @@ def _fraction(part: float | None, whole: float | None) -> str:
     return f"{100 * part / whole:.1f} %" if part and whole else "no baseline" if part else ""
 
 
-def _objective_cell(name: str) -> Callable[[points.Point], str]:
+def _objective_cell(name: str) -> Callable[[StudyPoint], str]:
     """What was measured in each run as mean and deviation, anything else as it is."""
 
-    def cell(point: points.Point) -> str:
+    def cell(point: StudyPoint) -> str:
         runs = points.measured(point, name)
         return mean_std(runs, 3) if runs and name != "score" else points.number_text(name, points.value_of(point, name))
 
     return cell
 
 
-def _top1(point: points.Point) -> str:
+def _top1(point: StudyPoint) -> str:
     runs = points.measured(point, "top1")
-    return mean_std(runs) if runs else point["state"]
+    return mean_std(runs) if runs else point.state
 
 
-def _interval(point: points.Point) -> str:
+def _interval(point: StudyPoint) -> str:
     runs = points.measured(point, "top1")
     if not runs:
         return ""
@@ -217,60 +200,58 @@ def _interval(point: points.Point) -> str:
     return "not defined" if found.low is None else f"[{found.low:.2f}, {found.high:.2f}]"
 
 
-def _peak_to_final(point: points.Point) -> str:
-    drops = [run["top1"] - run["final_top1"] for run in point["runs"] if run.get("final_top1") is not None]
+def _peak_to_final(point: StudyPoint) -> str:
+    drops = [run.top1 - run.final_top1 for run in point.runs if run.top1 is not None and run.final_top1 is not None]
     return f"{fmean(drops):.2f}" if drops else ""
 
 
-def _trials(document: dict[str, Any]) -> Table:
+def _trials(document: StudyDocument) -> Table:
     """Every trial that was begun, in order of numbers."""
     rows = points.trials(document)
-    objectives = document["objectives"]
-    if "params" not in [o["name"] for o in objectives]:
-        objectives = [*objectives, {"name": "params", "unit": ""}]
+    objectives = document.objectives
+    if "params" not in [o.name for o in objectives]:
+        objectives = (*objectives, Objective(name="params"))
     columns: list[_Column] = [
-        ("trial", lambda p: p["name"]),
+        ("trial", lambda p: p.name),
         ("reduction", points.reduction),
         ("state", _state),
-        *((points.objective_label(o), _value(o["name"])) for o in objectives),
-        ("runs", lambda p: str(len(p["runs"]))),
-        ("epochs", lambda p: str(max((run["epochs"] for run in p["runs"]), default=""))),
-        ("key", lambda p: p["key"]),
+        *((points.objective_label(o), _value(o.name)) for o in objectives),
+        ("runs", lambda p: str(len(p.runs))),
+        ("epochs", lambda p: str(max((run.epochs for run in p.runs), default=""))),
+        ("key", lambda p: p.key),
     ]
-    if any(p["message"] for p in rows):
-        columns.append(("message", lambda p: p["message"]))
+    if any(p.message for p in rows):
+        columns.append(("message", lambda p: p.message))
     return _table("Trials", columns, rows)
 
 
-def _value(name: str) -> Callable[[points.Point], str]:
+def _value(name: str) -> Callable[[StudyPoint], str]:
     return lambda p: points.number_text(name, points.value_of(p, name))
 
 
-def _state(point: points.Point) -> str:
-    marks = [*(["front"] if point["front"] else []), *([] if point["feasible"] else ["over a budget"])]
-    return ", ".join([point["state"], *marks])
+def _state(point: StudyPoint) -> str:
+    marks = [*(["front"] if point.front else []), *([] if point.feasible else ["over a budget"])]
+    return ", ".join([point.state, *marks])
 
 
-def _search(document: dict[str, Any]) -> Table:
+def _search(document: StudyDocument) -> Table:
     """Budgets, counts, settings, and where it ran."""
-    rows = [["objective", f"{o['direction']} {points.objective_label(o)}"] for o in document["objectives"]]
-    rows += [["budget", _budget(budget)] for budget in document["budgets"]] or [["budget", "none"]]
-    rows += [[f"trials: {name}", f"{count:,}"] for name, count in document["counts"].items()]
-    if document["hypervolume"]:
-        corner = ", ".join(f"{name}={value:,}" for name, value in document["hypervolume"]["reference"].items())
-        rows.append(["hypervolume", f"{document['hypervolume']['value']:,.6g} (reference {corner})"])
-    rows += [[f"setting: {name}", str(value)] for name, value in flatten(document["settings"]).items()]
-    environment = dict(document["environment"])
+    rows = [["objective", f"{o.direction} {points.objective_label(o)}"] for o in document.objectives]
+    rows += [["budget", _budget(budget)] for budget in document.budgets] or [["budget", "none"]]
+    rows += [[f"trials: {name}", f"{count:,}"] for name, count in document.counts.items()]
+    if document.hypervolume:
+        corner = ", ".join(f"{name}={value:,}" for name, value in document.hypervolume.reference.items())
+        rows.append(["hypervolume", f"{document.hypervolume.value:,.6g} (reference {corner})"])
+    rows += [[f"setting: {name}", str(value)] for name, value in flatten(document.settings).items()]
+    environment = dict(document.environment)
     versions = environment.pop("versions", {})
     rows += [[name, str(value)] for name, value in flatten(environment).items()]
     rows += [["versions", ", ".join(f"{name} {version}" for name, version in versions.items())]] if versions else []
-    return Table("The search", ("what", "value"), [*rows, ["time", _duration(document["seconds"])]])
+    return Table("The search", ("what", "value"), [*rows, ["time", _duration(document.seconds)]])
 
 
-def _budget(budget: dict[str, Any]) -> str:
-    return (
-        f"{budget['text']}: {points.objective_label({'name': budget['cost'], 'unit': ''})} at most {budget['limit']:,}"
-    )
+def _budget(budget: Limit) -> str:
+    return f"{budget.text}: {points.objective_label(Objective(name=budget.cost))} at most {budget.limit:,}"
 
 
 def _duration(seconds: float) -> str:
@@ -287,14 +268,14 @@ def _duration(seconds: float) -> str:
     )
 
 
-def _remarks(document: dict[str, Any]) -> Iterator[str]:
+def _remarks(document: StudyDocument) -> Iterator[str]:
     """What a reader must know before the numbers."""
     on_front = points.front(document)
     if not on_front:
-        complete = [p for p in points.trials(document) if p["state"] == "complete"]
-        within = f", {len(points.candidates(document))} of them within the budgets" if document["budgets"] else ""
+        complete = [p for p in points.trials(document) if p.state == "complete"]
+        within = f", {len(points.candidates(document))} of them within the budgets" if document.budgets else ""
         yield f"There is no front: {len(complete)} of {len(points.trials(document))} trials are complete{within}."
-    few = [p["name"] for p in on_front if len(points.measured(p, "top1")) < 3]
+    few = [p.name for p in on_front if len(points.measured(p, "top1")) < 3]
     if few and _is_trained(document):
         yield (
             f"Points of the front with fewer than 3 runs: {len(few)} of {len(on_front)}. Small differences between them may "
@@ -302,9 +283,9 @@ def _remarks(document: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _notes(document: dict[str, Any]) -> Iterator[str]:
+def _notes(document: StudyDocument) -> Iterator[str]:
     yield from (_COUNTS, _TOP1, _FRONT, _LUCK) if _is_trained(document) else (_COUNTS, _SCORE, _FRONT)
     if points.references(document):
         yield _REFERENCES if _is_trained(document) else _SCORED
-    if document["hypervolume"]:
+    if document.hypervolume:
         yield "Hypervolume: of what the front dominates, up to the reference; only equal references can be compared."

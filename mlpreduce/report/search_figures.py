@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mlpreduce.records import Objective, StudyDocument, StudyPoint
 from mlpreduce.report import search_points as points
 from mlpreduce.report.content import Picture
 from mlpreduce.report.plotting import as_png, plain
@@ -23,22 +24,22 @@ _MOST_BARS = 15
 _MOST_PATTERNS = 12
 
 
-def pictures(document: dict[str, Any]) -> list[Picture]:
+def pictures(document: StudyDocument) -> list[Picture]:
     """The figures that have something to show, drawn."""
-    draws: tuple[Callable[[dict[str, Any]], tuple[Figure, str] | None], ...]
+    draws: tuple[Callable[[StudyDocument], tuple[Figure, str] | None], ...]
     draws = (draw_front, draw_patterns, draw_importance, draw_parallel)
     titles = ("Front", "Which block uses which MLP", "Importance of the parameters", "What was tried")
     drawn = ((title, file, draw(document)) for title, file, draw in zip(titles, FILES, draws, strict=True))
     return [Picture(title, file, found[1], as_png(found[0])) for title, file, found in drawn if found]
 
 
-def draw_importance(document: dict[str, Any]) -> tuple[Figure, str] | None:
+def draw_importance(document: StudyDocument) -> tuple[Figure, str] | None:
     """Draw the importance of each sampled parameter as bars, a panel for each objective.
 
     Returns:
         The figure and its caption; None where no objective has that of two parameters.
     """
-    found = [(o, document["importance"].get(o["name"], {})) for o in document["objectives"]]
+    found = [(o, document.importance.get(o.name, {})) for o in document.objectives]
     found = [(objective, shares) for objective, shares in found if len(shares) > 1]
     if not found:
         return None
@@ -61,23 +62,23 @@ def draw_importance(document: dict[str, Any]) -> tuple[Figure, str] | None:
     return figure, f"How much each sampled parameter matters for each objective, estimated from these trials alone{cut}"
 
 
-def draw_patterns(document: dict[str, Any]) -> tuple[Figure, str] | None:
+def draw_patterns(document: StudyDocument) -> tuple[Figure, str] | None:
     """Draw the MLPs of the best points of the front and of the references, a small picture each.
 
     Returns:
         The figure and its caption; None where no such point has a pattern.
     """
-    front = [p for p in points.front(document) if p["pattern"].get("owners")]
-    beside = [p for p in points.references(document) if not p["front"] and p["pattern"].get("owners")]
+    front = [p for p in points.front(document) if p.pattern.get("owners")]
+    beside = [p for p in points.references(document) if not p.front and p.pattern.get("owners")]
     shown = [*front[:_MOST_PATTERNS], *beside]
     if not shown:
         return None
     full: dict[str, int] = {}
     for point in shown:
-        for name, width in zip(point["pattern"]["blocks"], point["pattern"]["widths"], strict=True):
+        for name, width in zip(point.pattern["blocks"], point.pattern["widths"], strict=True):
             full[str(name)] = max(full.get(str(name), 0), width)
-    first = document["objectives"][0]
-    figure = draw_widths([(_pattern_title(point, first), uses_of_pattern(point["pattern"], full)) for point in shown])
+    first = document.objectives[0]
+    figure = draw_widths([(_pattern_title(point, first), uses_of_pattern(point.pattern, full)) for point in shown])
     what = f"the {len(front[:_MOST_PATTERNS])} best of {len(front)} points" if front[_MOST_PATTERNS:] else "the points"
     return figure, (
         f"Hidden width of each block's MLP, for {what} of the front and the references, in an outline of the widest of these; "
@@ -85,9 +86,9 @@ def draw_patterns(document: dict[str, Any]) -> tuple[Figure, str] | None:
     )
 
 
-def _pattern_title(point: points.Point, first: dict[str, str]) -> str:
-    value = points.number_text(first["name"], points.value_of(point, first["name"]))
+def _pattern_title(point: StudyPoint, first: Objective) -> str:
+    value = points.number_text(first.name, points.value_of(point, first.name))
     size = points.value_of(point, "params")
     facts = [f"{points.compact(size)} parameters"] if size else []
-    facts += [f"{value} {first['unit']}".rstrip()] if value and first["name"] != "params" else []
-    return f"{shortened(point['name'], 28)}\n{', '.join(facts)}"
+    facts += [f"{value} {first.unit}".rstrip()] if value and first.name != "params" else []
+    return f"{shortened(point.name, 28)}\n{', '.join(facts)}"

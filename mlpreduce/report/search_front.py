@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlpreduce.budget import COSTS
+from mlpreduce.records import Objective, StudyDocument, StudyPoint
 from mlpreduce.report import search_points as points
 from mlpreduce.report.plotting import plain
 
@@ -29,7 +30,7 @@ _PLACES = [(x * far, y * far) for far in (6, 11) for x, y in ((1, 1), (1, -1), (
 class _Spot:
     """A point in a panel, and from where to where its bar goes."""
 
-    point: points.Point
+    point: StudyPoint
     x: float
     y: float
     low: float
@@ -44,21 +45,22 @@ class _Label:
     needed: bool  # may cover something, rather than be left out
 
 
-def draw_front(document: dict[str, Any]) -> tuple[Figure, str] | None:
+def draw_front(document: StudyDocument) -> tuple[Figure, str] | None:
     """Draw each point's first objective against the others, a panel each; with one objective, over the trials' numbers.
 
     Returns:
         The figure and its caption; None where no trial has a value.
     """
-    first, *others = document["objectives"]
-    if all(points.value_of(p, first["name"]) is None for p in points.trials(document)):
+    first, *others = document.objectives
+    if all(points.value_of(p, first.name) is None for p in points.trials(document)):
         return None
     from mlpreduce.report.canvas import blank
 
     panels = max(1, len(others))
     figure = blank(8.5 if panels == 1 else 4.9 * panels, 5.4)
     axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
-    labels = [_draw_panel(axis, document, other) for axis, other in zip(axes, others or [None], strict=True)]
+    beside: list[Objective | None] = [*others] or [None]
+    labels = [_draw_panel(axis, document, other) for axis, other in zip(axes, beside, strict=True)]
     axes[0].set_ylabel(plain(points.objective_label(first)))
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     order = sorted(entries, key=lambda label: _LEGEND.index(label) if label in _LEGEND else len(_LEGEND))
@@ -72,8 +74,8 @@ def draw_front(document: dict[str, Any]) -> tuple[Figure, str] | None:
     return figure, _caption(document)
 
 
-def _caption(document: dict[str, Any]) -> str:
-    first, *others = document["objectives"]
+def _caption(document: StudyDocument) -> str:
+    first, *others = document.objectives
     name = points.objective_label(first)
     name = name[:1].upper() + name[1:]
     text = [f"{name} against each other objective" if others else f"{name} in the order of the trials"]
@@ -82,49 +84,49 @@ def _caption(document: dict[str, Any]) -> str:
         text.append(
             f"{stairs if others else 'The line is the best value so far'}; numbers are trials, where there is room"
         )
-    if any(len(points.measured(p, first["name"])) > 1 for p in document["points"] if p["state"] == "complete"):
+    if any(len(points.measured(p, first.name)) > 1 for p in document.points if p.state == "complete"):
         text.append("Vertical bars: 95 % confidence interval of the mean for three runs or more, range for two")
-    if any(p["state"] == "pruned" for p in points.trials(document)):
+    if any(p.state == "pruned" for p in points.trials(document)):
         text.append(
             "A pruned trial stands at its best value so far, as a triangle at the edge if that lies further out"
         )
-    if any(p["state"] == "complete" and not p["feasible"] for p in document["points"]):
+    if any(p.state == "complete" and not p.feasible for p in document.points):
         text.append("Hollow: over a budget")
     return ". ".join(text)
 
 
-def _draw_panel(axis: Axes, document: dict[str, Any], other: dict[str, str] | None) -> list[_Label]:
+def _draw_panel(axis: Axes, document: StudyDocument, other: Objective | None) -> list[_Label]:
     """Draw one panel, over the numbers of trials if there is no other objective, and return what is to be labelled."""
-    first = document["objectives"][0]
+    first = document.objectives[0]
     references = list(_spots(points.references(document), first, other))
     trials = list(_spots(points.trials(document), first, other))
-    complete = [spot for spot in trials if spot.point["state"] == "complete"]
-    front = [spot for spot in (*trials, *references) if spot.point["front"]]
-    rest = [spot for spot in complete if not spot.point["front"]]
-    _draw_pruned(axis, [s for s in trials if s.point["state"] == "pruned"], [*complete, *references])
-    _draw_points(axis, [s for s in rest if s.point["feasible"]], "complete", _COMPLETE)
-    _draw_points(axis, [s for s in rest if not s.point["feasible"]], "complete, over a budget", _COMPLETE, hollow=True)
-    _draw_line(axis, [s for s in complete if s.point["feasible"]] if other is None else front, first, other)
+    complete = [spot for spot in trials if spot.point.state == "complete"]
+    front = [spot for spot in (*trials, *references) if spot.point.front]
+    rest = [spot for spot in complete if not spot.point.front]
+    _draw_pruned(axis, [s for s in trials if s.point.state == "pruned"], [*complete, *references])
+    _draw_points(axis, [s for s in rest if s.point.feasible], "complete", _COMPLETE)
+    _draw_points(axis, [s for s in rest if not s.point.feasible], "complete, over a budget", _COMPLETE, hollow=True)
+    _draw_line(axis, [s for s in complete if s.point.feasible] if other is None else front, first, other)
     for number, spot in enumerate(references):
-        name, hollow = spot.point["name"], not spot.point["feasible"]
+        name, hollow = spot.point.name, not spot.point.feasible
         if other is None:
             axis.axhline(spot.y, color=_REFERENCE, lw=1, ls=":")
         else:
             _draw_points(axis, [spot], name, _REFERENCE, _MARKERS[number % len(_MARKERS)], hollow=hollow)
-    _draw_points(axis, [spot for spot in front if spot.point["kind"] == "trial"], "front", _FRONT, size=7)
+    _draw_points(axis, [spot for spot in front if spot.point.kind == "trial"], "front", _FRONT, size=7)
     _draw_budgets(axis, document, other)
     _dress(axis, other)
-    names = [_Label(spot.x, spot.y, spot.point["name"], True) for spot in references]
-    return [*names, *(_Label(s.x, s.y, str(s.point["number"]), False) for s in front if s.point["kind"] == "trial")]
+    names = [_Label(spot.x, spot.y, spot.point.name, True) for spot in references]
+    return [*names, *(_Label(s.x, s.y, str(s.point.number), False) for s in front if s.point.kind == "trial")]
 
 
-def _spots(found: Iterable[points.Point], first: dict[str, str], other: dict[str, str] | None) -> Iterable[_Spot]:
+def _spots(found: Iterable[StudyPoint], first: Objective, other: Objective | None) -> Iterable[_Spot]:
     """Points with a value in both objectives; without another one, references stand at the left edge."""
     for point in found:
-        x = (point["number"] or 0) if other is None else points.value_of(point, other["name"])
-        y = points.value_of(point, first["name"])
+        x = (point.number or 0) if other is None else points.value_of(point, other.name)
+        y = points.value_of(point, first.name)
         if x is not None and y is not None:
-            yield _Spot(point, x, y, *(_bar(points.measured(point, first["name"])) or (y, y)))
+            yield _Spot(point, x, y, *(_bar(points.measured(point, first.name)) or (y, y)))
 
 
 def _bar(runs: Sequence[float]) -> tuple[float, float] | None:
@@ -191,10 +193,10 @@ def _draw_pruned(axis: Axes, spots: Sequence[_Spot], others: Sequence[_Spot]) ->
             )
 
 
-def _draw_line(axis: Axes, spots: Sequence[_Spot], first: dict[str, str], other: dict[str, str] | None) -> None:
+def _draw_line(axis: Axes, spots: Sequence[_Spot], first: Objective, other: Objective | None) -> None:
     """The best first objective so far: over the numbers of trials, or on the way from good to bad in the other one."""
-    sign = 1 if first["direction"] == "maximize" else -1
-    way = -1 if other is not None and other["direction"] == "maximize" else 1
+    sign = 1 if first.direction == "maximize" else -1
+    way = -1 if other is not None and other.direction == "maximize" else 1
     corners: list[_Spot] = []
     for spot in sorted(spots, key=lambda s: (way * s.x, -sign * s.y)):
         if not corners or sign * spot.y > sign * corners[-1].y:
@@ -206,24 +208,24 @@ def _draw_line(axis: Axes, spots: Sequence[_Spot], first: dict[str, str], other:
         axis.step(xs, ys, where="post", color=_FRONT, lw=1.2, alpha=0.7, zorder=1)
 
 
-def _draw_budgets(axis: Axes, document: dict[str, Any], other: dict[str, str] | None) -> None:
-    first = document["objectives"][0]["name"]
-    for budget in document["budgets"]:
-        label = plain(f"budget {budget['text']}")
-        if other is not None and budget["cost"] == other["name"]:
-            axis.axvline(budget["limit"], color=_BUDGET, lw=1, ls="--", label=label)
-        elif budget["cost"] == first:
-            axis.axhline(budget["limit"], color=_BUDGET, lw=1, ls="--", label=label)
+def _draw_budgets(axis: Axes, document: StudyDocument, other: Objective | None) -> None:
+    first = document.objectives[0].name
+    for budget in document.budgets:
+        label = plain(f"budget {budget.text}")
+        if other is not None and budget.cost == other.name:
+            axis.axvline(budget.limit, color=_BUDGET, lw=1, ls="--", label=label)
+        elif budget.cost == first:
+            axis.axhline(budget.limit, color=_BUDGET, lw=1, ls="--", label=label)
 
 
-def _dress(axis: Axes, other: dict[str, str] | None) -> None:
+def _dress(axis: Axes, other: Objective | None) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axis.grid(alpha=0.3)
     axis.margins(0.08)
     axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=other is None))
     axis.set_xlabel("trial" if other is None else plain(points.objective_label(other)))
-    if other is not None and other["name"] in COSTS:
+    if other is not None and other.name in COSTS:
         axis.xaxis.set_major_formatter(EngFormatter())
 
 

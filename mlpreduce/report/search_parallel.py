@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import log10
 from typing import TYPE_CHECKING, Any
 
+from mlpreduce.records import Objective, StudyDocument, StudyPoint
 from mlpreduce.report import search_points as points
 from mlpreduce.report.plotting import plain
 from mlpreduce.words.markup import shortened
@@ -34,7 +35,7 @@ class _Scale:
     ticks: list[tuple[float, str]]
 
 
-def draw_parallel(document: dict[str, Any]) -> tuple[Figure, str] | None:
+def draw_parallel(document: StudyDocument) -> tuple[Figure, str] | None:
     """Draw each trial as a line through what was sampled and its objectives, coloured by the first objective.
 
     A parameter of one value only has no axis. A pruned trial is pale and ends before the objectives.
@@ -42,39 +43,39 @@ def draw_parallel(document: dict[str, Any]) -> tuple[Figure, str] | None:
     Returns:
         The figure and its caption; None for fewer than two complete trials, or fewer than two parameters that vary.
     """
-    first = document["objectives"][0]
-    complete = [p for p in points.trials(document) if p["state"] == "complete"]
-    complete = [p for p in complete if points.value_of(p, first["name"]) is not None]
+    first = document.objectives[0]
+    complete = [p for p in points.trials(document) if p.state == "complete"]
+    complete = [p for p in complete if points.value_of(p, first.name) is not None]
     complete = points.ranked(complete, first)[::-1]  # the best is drawn last, on top
-    pruned = [p for p in points.trials(document) if p["state"] == "pruned"]
+    pruned = [p for p in points.trials(document) if p.state == "pruned"]
     names = _varying([*pruned, *complete])
     if len(complete) < 2 or len(names) < 2:
         return None
-    importance = document["importance"].get(first["name"], {})
+    importance = document.importance.get(first.name, {})
     shown = set(sorted(names, key=lambda name: -importance.get(name, 0.0))[:_MOST])
     scales = [
-        _scale(name, [p["params"].get(name, _MISSING) for p in (*pruned, *complete)]) for name in names if name in shown
+        _scale(name, [p.params.get(name, _MISSING) for p in (*pruned, *complete)]) for name in names if name in shown
     ]
     parameters = len(scales)
-    for objective in document["objectives"]:
-        values = [points.value_of(p, objective["name"]) for p in complete]
+    for objective in document.objectives:
+        values = [points.value_of(p, objective.name) for p in complete]
         found = _scale(points.objective_label(objective), [_MISSING if v is None else v for v in values])
         scales.append(_Scale(found.title, [_NOT_SET] * len(pruned) + found.heights, found.ticks))
     figure = _draw(scales, pruned, complete, parameters, first)
     cut = f"; the {_MOST} most important of {len(names)} parameters" if len(names) > _MOST else ""
     marked = [
-        *(["the front is thick"] if any(p["front"] for p in complete) else []),
-        *(["dashed lines are over a budget"] if not all(p["feasible"] for p in complete) else []),
+        *(["the front is thick"] if any(p.front for p in complete) else []),
+        *(["dashed lines are over a budget"] if not all(p.feasible for p in complete) else []),
         *(["pruned trials are pale and end before the objectives"] if pruned else []),
     ]
     text = [f"Each line a complete trial, coloured by {points.objective_label(first)}{cut}", *marked]
     return figure, "; ".join(text)
 
 
-def _varying(found: Sequence[points.Point]) -> list[str]:
+def _varying(found: Sequence[StudyPoint]) -> list[str]:
     """Parameters with two values or more, in the order in which they appear; not to be set is a value."""
-    names = dict.fromkeys(name for point in found for name in point["params"])
-    return [name for name in names if len({repr(point["params"].get(name, _MISSING)) for point in found}) > 1]
+    names = dict.fromkeys(name for point in found for name in point.params)
+    return [name for name in names if len({repr(point.params.get(name, _MISSING)) for point in found}) > 1]
 
 
 def _scale(title: str, values: Sequence[Any]) -> _Scale:
@@ -120,10 +121,10 @@ def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
 
 def _draw(
     scales: Sequence[_Scale],
-    pruned: Sequence[points.Point],
-    complete: Sequence[points.Point],
+    pruned: Sequence[StudyPoint],
+    complete: Sequence[StudyPoint],
     parameters: int,
-    first: dict[str, str],
+    first: Objective,
 ) -> Figure:
     """Lines through the upright axes, those of pruned trials through the first `parameters` only."""
     from matplotlib.collections import LineCollection
@@ -136,9 +137,9 @@ def _draw(
     pale = [line[:parameters] for line in lines[: len(pruned)]]
     axis.add_collection(LineCollection(pale, colors="#bbbbbb", linewidths=0.8, alpha=0.5))
     coloured = LineCollection(lines[len(pruned) :], cmap="viridis", alpha=0.85)
-    coloured.set_array([points.value_of(point, first["name"]) or 0.0 for point in complete])
-    coloured.set_linewidth([2.4 if point["front"] else 1.1 for point in complete])
-    coloured.set_linestyle(["-" if point["feasible"] else "--" for point in complete])
+    coloured.set_array([points.value_of(point, first.name) or 0.0 for point in complete])
+    coloured.set_linewidth([2.4 if point.front else 1.1 for point in complete])
+    coloured.set_linestyle(["-" if point.feasible else "--" for point in complete])
     axis.add_collection(coloured)
     for place, scale in enumerate(scales):
         _draw_scale(axis, place, scale)

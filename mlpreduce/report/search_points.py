@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 from statistics import fmean, stdev
-from typing import Any
 
 from mlpreduce.budget import COSTS
 from mlpreduce.errors import call_text
+from mlpreduce.records import Objective, StudyDocument, StudyPoint
 from mlpreduce.report.tables import short
 
 __all__ = [
-    "Point",
     "Spread",
     "candidates",
     "compact",
@@ -30,8 +29,6 @@ __all__ = [
 ]
 
 _WORDS = {**COSTS, "top1": "top-1"}
-
-Point = dict[str, Any]  # one of the document's "points"
 
 
 @dataclass(frozen=True)
@@ -67,70 +64,72 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(mean, std, mean - half, mean + half, n)
 
 
-def trials(document: dict[str, Any]) -> list[Point]:
+def trials(document: StudyDocument) -> list[StudyPoint]:
     """The points that the sampler chose, in order of their numbers."""
-    return sorted((p for p in document["points"] if p["kind"] == "trial"), key=lambda p: p["number"])
+    return sorted((p for p in document.points if p.kind == "trial"), key=lambda p: p.number or 0)
 
 
-def references(document: dict[str, Any]) -> list[Point]:
+def references(document: StudyDocument) -> list[StudyPoint]:
     """Baseline and the paper's points, as the document orders them."""
-    return [p for p in document["points"] if p["kind"] == "reference"]
+    return [p for p in document.points if p.kind == "reference"]
 
 
-def front(document: dict[str, Any]) -> list[Point]:
+def front(document: StudyDocument) -> list[StudyPoint]:
     """The points of the Pareto front, best first in the first objective."""
-    return ranked([p for p in document["points"] if p["front"]], document["objectives"][0])
+    return ranked([p for p in document.points if p.front], document.objectives[0])
 
 
-def candidates(document: dict[str, Any]) -> list[Point]:
+def candidates(document: StudyDocument) -> list[StudyPoint]:
     """Trials that may be on the front: complete, and within the budgets."""
-    return [p for p in trials(document) if p["state"] == "complete" and p["feasible"]]
+    return [p for p in trials(document) if p.state == "complete" and p.feasible]
 
 
-def ranked(points: Sequence[Point], objective: dict[str, str]) -> list[Point]:
+def ranked(points: Sequence[StudyPoint], objective: Objective) -> list[StudyPoint]:
     """Points, best first in an objective; those without a value come last."""
-    sign = -1 if objective["direction"] == "maximize" else 1
+    sign = -1 if objective.direction == "maximize" else 1
 
-    def place(point: Point) -> float:
-        value = value_of(point, objective["name"])
+    def place(point: StudyPoint) -> float:
+        value = value_of(point, objective.name)
         return inf if value is None else sign * value
 
     return sorted(points, key=place)
 
 
-def value_of(point: Point, name: str) -> float | None:
+def value_of(point: StudyPoint, name: str) -> float | None:
     """An objective or a cost of a point; None where there is none, or no finite one."""
-    found = point["values"].get(name)
+    found = point.values.get(name)
     if found is None and name in COSTS:
-        found = point["cost"].get(name)
+        found = point.cost.get(name)
     return None if found is None or not isfinite(found) else found
 
 
-def measured(point: Point, name: str) -> list[float]:
+def measured(point: StudyPoint, name: str) -> list[float]:
     """One number for each run that measured it: top1, final_top1, latency."""
-    return [run[name] for run in point["runs"] if run.get(name) is not None and isfinite(run[name])]
+    values = (run.value(name) for run in point.runs)
+    return [value for value in values if value is not None and isfinite(value)]
 
 
-def reduction(point: Point) -> str:
+def reduction(point: StudyPoint) -> str:
     """What a point is, as calls, and the settings that it changes.
 
     Example:
-        >>> reduction({"steps": [{"transform": "grouped", "group": 2}], "settings": {"train.lr": 0.001}})
+        >>> steps = ({"transform": "grouped", "group": 2},)
+        >>> reduction(StudyPoint(name="a", kind="trial", cost={}, steps=steps, settings={"train.lr": 0.001}))
         'grouped(group=2); train.lr=0.001'
     """
-    steps = [call_text(s["transform"], {k: v for k, v in s.items() if k != "transform"}) for s in point["steps"]]
-    settings = [f"{key}={value}" for key, value in point["settings"].items()]
+    steps = [call_text(s["transform"], {k: v for k, v in s.items() if k != "transform"}) for s in point.steps]
+    settings = [f"{key}={value}" for key, value in point.settings.items()]
     return "; ".join(filter(None, [", ".join(steps) or "as it is", ", ".join(settings)]))
 
 
-def objective_label(objective: dict[str, str]) -> str:
+def objective_label(objective: Objective) -> str:
     """Name and unit of an objective.
 
     Example:
-        >>> objective_label({"name": "top1", "unit": "%"}), objective_label({"name": "latency", "unit": "ms"})
+        >>> objective_label(Objective(name="top1", unit="%")), objective_label(Objective(name="latency", unit="ms"))
         ('top-1 %', 'latency, ms')
     """
-    word, unit = _WORDS.get(objective["name"], objective["name"]), objective["unit"]
+    word, unit = _WORDS.get(objective.name, objective.name), objective.unit
     return f"{word} %" if unit == "%" else f"{word}, {unit}" if unit else word
 
 

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mlpreduce.budget import cost_from
 from mlpreduce.errors import ReductionError
+from mlpreduce.records import Limit, Objective, PointRun, StudyDocument, StudyPoint, Volume
 from mlpreduce.search.front import dominates, front, hypervolume, losses
 from mlpreduce.search.goals import OBJECTIVES, read_budgets, value_of
 from mlpreduce.search.points import Point
@@ -26,8 +27,8 @@ SCHEMA = 1
 _FEWEST = 8  # complete trials below which importances say nothing
 
 
-def describe(study: optuna.Study) -> dict[str, Any]:
-    """The document of a study: its settings, all points with costs, values and runs, and what can be said of them.
+def describe(study: optuna.Study) -> StudyDocument:
+    """What a study has come to: its settings, all points with costs, values and runs, and what can be said of them.
 
     Raises:
         ReductionError: the study was not made by a search of this library.
@@ -38,39 +39,32 @@ def describe(study: optuna.Study) -> dict[str, Any]:
     settings = StudySettings.model_validate(known["settings"])
     references = [_reference(name, Point.from_json(point), known, settings) for name, point in known["names"].items()]
     trials = [_trial(trial, known, settings) for trial in finished(study)]
-    baseline = next((point for point in references if not point["steps"]), None)
-    points = [*references, *trials]
-    ranked = told_agreement(trials) if settings.supernet else None
     scored = "scored" in known
-    if scored:  # size counts beside the score, which alone was sought
-        valued = [point for point in trials if point["values"]]
-        whole = [point for point in valued if any(run.get("final") for run in point["runs"])] or valued
-        for name in front({p["name"]: (-p["values"]["score"], p["cost"]["params"]) for p in whole}):
-            next(point for point in trials if point["name"] == name)["front"] = True
-    for name in [] if scored else _front_of(trials, settings):
-        next(point for point in trials if point["name"] == name)["front"] = True
-    costs = None if baseline is None else cost_from(baseline["cost"])
-    budgets = read_budgets(settings.budgets, costs) if costs is not None else ()
-    return {
-        "schema": SCHEMA,
-        "study": study.study_name,
-        "space": known["space"]["name"],
-        "recipe": known["recipe"]["name"],
-        "objectives": [
-            {"name": n, "direction": OBJECTIVES[n][0], "unit": OBJECTIVES[n][1]}
+    on_front = _front_of_scores(trials) if scored else _front_of(trials, settings)
+    trials = [point.model_copy(update={"front": point.name in on_front}) for point in trials]
+    baseline = next((point for point in references if not point.steps), None)
+    budgets = () if baseline is None else read_budgets(settings.budgets, cost_from(baseline.cost))
+    ranked = told_agreement(trials) if settings.supernet else None
+    return StudyDocument(
+        schema=SCHEMA,
+        study=study.study_name,
+        space=known["space"]["name"],
+        recipe=known["recipe"]["name"],
+        objectives=tuple(
+            Objective(name=n, direction=OBJECTIVES[n][0], unit=OBJECTIVES[n][1])
             for n in dict.fromkeys([*settings.objectives, *(["params"] if scored else [])])
-        ],
-        "budgets": [{"text": b.text, "cost": b.cost, "limit": b.limit} for b in budgets],
-        "settings": settings.model_dump(mode="json"),
-        "counts": counts(study),
-        "environment": known.get("environment", {}),
-        "seconds": known.get("seconds", 0.0),
-        "points": points,
-        "hypervolume": _hypervolume(trials, study, settings) if baseline is not None and baseline["values"] else None,
-        "importance": _importance(study, settings),
-        "supernet": None if ranked is None else {**known.get("supernet", {}), **ranked},
-        "verdicts": [*_verdicts(references, trials, settings), *([] if ranked is None else [ranked["text"]])],
-    }
+        ),
+        budgets=tuple(Limit(text=b.text, cost=b.cost, limit=b.limit) for b in budgets),
+        settings=settings.model_dump(mode="json"),
+        counts=counts(study),
+        environment=known.get("environment", {}),
+        seconds=known.get("seconds", 0.0),
+        points=(*references, *trials),
+        hypervolume=_hypervolume(trials, study, settings) if baseline is not None and baseline.values else None,
+        importance=_importance(study, settings),
+        supernet=None if ranked is None else {**known.get("supernet", {}), **ranked},
+        verdicts=(*_verdicts(references, trials, settings), *([] if ranked is None else [ranked["text"]])),
+    )
 
 
 def history(study: optuna.Study) -> list[tuple[float, tuple[float, ...]]]:
@@ -102,17 +96,17 @@ def reference_values(study: optuna.Study) -> dict[str, float]:
     """
     known = study.user_attrs
     settings = StudySettings.model_validate(known["settings"])
-    values = _point("baseline", "reference", _whole(study), known, settings)["values"]
+    values = _reference("baseline", _whole(study), known, settings).values
     if not values:
         raise ReductionError(f"study {study.study_name}: its baseline has not been trained")
     return {**values, value_of(settings.objectives): 0.0}
 
 
-def metrics_of(document: dict[str, Any]) -> dict[str, float]:
+def metrics_of(document: StudyDocument) -> dict[str, float]:
     """What a study came to, as numbers for where it is tracked."""
-    found = {f"trials/{name}": float(count) for name, count in document["counts"].items()}
-    volume = document["hypervolume"]
-    return {**found, **({} if volume is None else {"hypervolume": volume["value"]})}
+    found = {f"trials/{name}": float(count) for name, count in document.counts.items()}
+    volume = document.hypervolume
+    return {**found, **({} if volume is None else {"hypervolume": volume.value})}
 
 
 def _whole(study: optuna.Study) -> Point:
@@ -122,61 +116,76 @@ def _whole(study: optuna.Study) -> Point:
     raise ReductionError(f"study {study.study_name}: it has no baseline among its --references to measure costs by")
 
 
-def _trial(trial: FrozenTrial, known: Mapping[str, Any], settings: StudySettings) -> dict[str, Any]:
+def _trial(trial: FrozenTrial, known: Mapping[str, Any], settings: StudySettings) -> StudyPoint:
     point = Point.from_json(trial.user_attrs["point"])
-    state = "complete" if trial.state is TrialState.COMPLETE else "pruned"
-    shown = _point(f"trial {trial.number}", "trial", point, known, settings)
-    estimated: dict[str, Any] = {
-        name: trial.user_attrs[name] for name in ("drawn", "estimate") if name in trial.user_attrs
-    }
-    return {**shown, "number": trial.number, "state": state, "params": dict(trial.params), **estimated}
+    return _point(
+        f"trial {trial.number}",
+        "trial",
+        point,
+        known,
+        settings,
+        number=trial.number,
+        state="complete" if trial.state is TrialState.COMPLETE else "pruned",
+        params=dict(trial.params),
+        **{name: trial.user_attrs[name] for name in ("drawn", "estimate") if name in trial.user_attrs},
+    )
 
 
-def _reference(name: str, point: Point, known: Mapping[str, Any], settings: StudySettings) -> dict[str, Any]:
-    shown = _point(name, "reference", point, known, settings)
-    return {**shown, "state": "complete" if shown["runs"] else "failed"}
+def _reference(name: str, point: Point, known: Mapping[str, Any], settings: StudySettings) -> StudyPoint:
+    state = "complete" if known.get(f"runs:{point.key}") else "failed"
+    return _point(name, "reference", point, known, settings, number=None, state=state, params={})
 
 
-def _point(name: str, kind: str, point: Point, known: Mapping[str, Any], settings: StudySettings) -> dict[str, Any]:
+def _point(
+    name: str, kind: str, point: Point, known: Mapping[str, Any], settings: StudySettings, **more: Any
+) -> StudyPoint:
     every = known.get(f"runs:{point.key}", {})  # also of seeds that were asked for earlier
     order = {seed: number for number, seed in enumerate(settings.seeds)}
-    runs = sorted(every.values(), key=lambda run: order.get(run["seed"], len(order)))
-    counted = [max(runs, key=lambda run: run["score"])] if "scored" in known and runs else runs  # of the better repair
-    values = {
-        objective: fmean(run[objective] for run in counted) if objective in runs[0] else getattr(point.cost, objective)
-        for objective in (settings.objectives if runs else ())
-    }
-    document = point.to_json()
-    return {
-        "name": name,
-        "kind": kind,
-        "number": None,
-        "key": point.key,
-        "params": {},
-        "steps": document["steps"],
-        "settings": document["settings"],
-        "cost": document["cost"],
-        "pattern": document["pattern"],
+    runs = [PointRun.model_validate(run) for run in every.values()]
+    runs.sort(key=lambda run: order.get(run.seed, len(order)))
+    counted = [max(runs, key=lambda run: run.score or 0.0)] if "scored" in known and runs else runs  # the better repair
+    values = {name: _mean(counted, name, point) for name in (settings.objectives if runs else ())}
+    document = {
+        **point.to_json(),
         "values": values,
+        "runs": tuple(runs),
         "feasible": True,
         "front": False,
         "message": "",
-        "runs": runs,
     }
+    return StudyPoint.model_validate({"name": name, "kind": kind, **document, **more})
 
 
-def _losses(point: Mapping[str, Any], settings: StudySettings) -> tuple[float, ...]:
-    return losses(point["values"], settings.objectives)
+def _mean(runs: Sequence[PointRun], objective: str, point: Point) -> float:
+    """Of an objective that runs measure; another is a cost."""
+    values = [value for run in runs if (value := run.value(objective)) is not None]
+    return fmean(values) if values else getattr(point.cost, objective)
 
 
-def _front_of(trials: Sequence[Mapping[str, Any]], settings: StudySettings) -> list[str]:
-    return front({p["name"]: _losses(p, settings) for p in trials if p["state"] == "complete" and p["values"]})
+def _losses(point: StudyPoint, settings: StudySettings) -> tuple[float, ...]:
+    return losses(point.values, settings.objectives)
 
 
-def _hypervolume(trials: Sequence[Mapping[str, Any]], study: optuna.Study, settings: StudySettings) -> dict[str, Any]:
+def _valued(trials: Sequence[StudyPoint]) -> list[StudyPoint]:
+    """Trials that have come to their end and have a value."""
+    return [point for point in trials if point.state == "complete" and point.values]
+
+
+def _front_of(trials: Sequence[StudyPoint], settings: StudySettings) -> list[str]:
+    return front({point.name: _losses(point, settings) for point in _valued(trials)})
+
+
+def _front_of_scores(trials: Sequence[StudyPoint]) -> list[str]:
+    """Size counts beside the score, which alone was sought."""
+    valued = [point for point in trials if point.values]
+    whole = [point for point in valued if any(run.final for run in point.runs)] or valued
+    return front({point.name: (-point.values["score"], point.cost["params"]) for point in whole})
+
+
+def _hypervolume(trials: Sequence[StudyPoint], study: optuna.Study, settings: StudySettings) -> Volume:
     worst = reference_values(study)
-    found = [_losses(p, settings) for p in trials if p["state"] == "complete" and p["values"]]
-    return {"value": hypervolume(found, losses(worst, settings.objectives)), "reference": worst}
+    found = [_losses(point, settings) for point in _valued(trials)]
+    return Volume(value=hypervolume(found, losses(worst, settings.objectives)), reference=worst)
 
 
 def _importance(study: optuna.Study, settings: StudySettings) -> dict[str, dict[str, float]]:
@@ -198,9 +207,7 @@ def _importance(study: optuna.Study, settings: StudySettings) -> dict[str, dict[
     return found
 
 
-def _verdicts(
-    references: Sequence[Mapping[str, Any]], trials: Sequence[Mapping[str, Any]], settings: StudySettings
-) -> list[str]:
+def _verdicts(references: Sequence[StudyPoint], trials: Sequence[StudyPoint], settings: StudySettings) -> list[str]:
     """For each reference that is a reduction, whether a trial is as good or better in all objectives."""
     value = value_of(settings.objectives)
     others = [name for name in settings.objectives if name != value]
@@ -211,37 +218,32 @@ def _verdicts(
             f"{'too, but for the baseline' if settings.inherit == 'baseline' else 'did not'}: compare with care."
         )
     for reference in references:
-        if not reference["steps"] or not reference["values"]:
+        if not reference.steps or not reference.values:
             continue
-        better = [
-            trial
-            for trial in trials
-            if trial["state"] == "complete"
-            and trial["values"]
-            and dominates(_losses(trial, settings), _losses(reference, settings))
-        ]
-        name = reference["name"]
+        wanted = _losses(reference, settings)
+        better = [trial for trial in _valued(trials) if dominates(_losses(trial, settings), wanted)]
+        name = reference.name
         if not better:
             told.append(f"None of {len(trials)} trials dominates {name} ({', '.join(settings.objectives)}).")
             continue
-        best = max(better, key=lambda trial: (len(trial["runs"]), trial["values"][value]))
-        costs = ", ".join(f"{o} {best['values'][o]:,.6g} to {reference['values'][o]:,.6g}" for o in others)
-        both = [point["values"][value] for point in (best, reference)]
+        best = max(better, key=lambda trial: (len(trial.runs), trial.values[value]))
+        costs = ", ".join(f"{o} {best.values[o]:,.6g} to {reference.values[o]:,.6g}" for o in others)
+        both = [point.values[value] for point in (best, reference)]
         text = "score {:.4f} to {:.4f}" if value == "score" else "top-1 {:.2f} to {:.2f}"
-        sure = "" if value == "score" else f" {_paired(best['runs'], reference['runs'])}"
+        sure = "" if value == "score" else f" {_paired(best.runs, reference.runs)}"
         told.append(
-            f"{len(better)} of {len(trials)} trials dominate {name}; {best['name']}: {text.format(*both)}"
+            f"{len(better)} of {len(trials)} trials dominate {name}; {best.name}: {text.format(*both)}"
             f"{', ' + costs if costs else ''}.{sure}"
         )
     return told
 
 
-def _paired(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> str:
+def _paired(ours: Sequence[PointRun], theirs: Sequence[PointRun]) -> str:
     """How sure a difference in top-1 is, over the seeds that both have."""
     from scipy import stats
 
-    by_seed = {run["seed"]: run["top1"] for run in theirs}
-    pairs = [(run["top1"], by_seed[run["seed"]]) for run in ours if run["seed"] in by_seed]
+    by_seed = {run.seed: run.top1 for run in theirs if run.top1 is not None}
+    pairs = [(run.top1, by_seed[run.seed]) for run in ours if run.top1 is not None and run.seed in by_seed]
     chosen = "The first seed chose the trial, so its own top-1 there is more likely too high than too low."
     if len(pairs) < 2 or len({round(a - b, 9) for a, b in pairs}) < 2:
         return f"n = {len(pairs)}, too small to conclude. {chosen}"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from mlpreduce.records import StudyDocument
     from mlpreduce.words.pulse import Pulse
 
 __all__ = ["check_budgets", "drive", "run"]
@@ -130,12 +131,12 @@ def run(
     ):
         drive(workers, wanted.trials, pulse, lambda trained: progress.update(bar, completed=trained), "training", _top1)
         pulse.now("writing the report")
-        document: dict[str, Any] = workers.call("document", time.monotonic() - started)
+        document: StudyDocument = workers.call("document", time.monotonic() - started)
         paths = _publish(document, recipe, place)
         workers.call("publish", metrics_of(document), [str(path) for path in paths])
         pulse.now("ending the workers")
     _show(document, place, url, console)
-    return document
+    return document.as_json()
 
 
 def _settings(space: Space, recipe: Recipe, given: dict[str, Any]) -> StudySettings:
@@ -310,29 +311,29 @@ def _text(steps: Sequence[dict[str, Any]]) -> str:
     return ", ".join(call_text(name, config) for name, config in named) or "as it is"
 
 
-def _publish(document: dict[str, Any], recipe: Recipe, place: Path) -> list[Path]:
+def _publish(document: StudyDocument, recipe: Recipe, place: Path) -> list[Path]:
     """Write the document, the report and the recipes of the front."""
     from mlpreduce.records import store
     from mlpreduce.report.search import build_search
 
-    store(place, _BEGUN, document)
+    store(place, _BEGUN, document.as_json())
     return [place / _BEGUN, *build_search(document, place), *write_best(document, recipe, place / "best")]
 
 
-def _show(document: dict[str, Any], place: Path, url: str, console: Console) -> None:
+def _show(document: StudyDocument, place: Path, url: str, console: Console) -> None:
     from mlpreduce.records import tracking_uri
     from mlpreduce.report.search import console_table
 
     console.print(console_table(document))
-    for verdict in document["verdicts"]:
+    for verdict in document.verdicts:
         console.print(wrapped(verdict, console.width), highlight=False, markup=False, soft_wrap=True)
-    best = [point for point in document["points"] if point["front"]]
+    best = [point for point in document.points if point.front]
     here = from_here(place)
     lines = [
         f"report   {here / 'report.html'}",
         f"         {here / 'report.md'}",
         *(f"recipes  {here / 'best'}/: {len(best)} that run as they are" for _ in best[:1]),
-        f"study    {here / _BEGUN}; Optuna: {_optuna(url, place, here)}, {json.dumps(document['study'])}",
+        f"study    {here / _BEGUN}; Optuna: {_optuna(url, place, here)}, {json.dumps(document.study)}",
         *mlflow_lines(tracking_uri(place), here, console.width),
     ]
     text = "\n".join(wrapped(line, console.width, " " * 9) for line in lines[:-1])

@@ -13,11 +13,12 @@ import tomli_w
 from mlpreduce.errors import ReductionError
 from mlpreduce.plugins import Plugin
 from mlpreduce.recipe import Recipe, changed
+from mlpreduce.records import StudyDocument, StudyPoint
 
 __all__ = ["as_recipe", "as_toml", "copy_plugins", "originals", "write_best"]
 
 
-def write_best(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> list[Path]:
+def write_best(document: StudyDocument, recipe: Recipe, folder: Path) -> list[Path]:
     """Write the front of a study as `trial-N.toml`, each with the baseline beside it.
 
     Trials that were of the front before go; files of other names stay.
@@ -30,11 +31,11 @@ def write_best(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> lis
     folder.mkdir(parents=True, exist_ok=True)
     files = copy_plugins(recipe, folder)
     paths = []
-    for point in document["points"]:
-        path = folder / f"{point['name'].replace(' ', '-')}.toml"
-        if point["kind"] == "trial" and not point["front"]:
+    for point in document.points:
+        path = folder / f"{point.name.replace(' ', '-')}.toml"
+        if point.kind == "trial" and not point.front:
             path.unlink(missing_ok=True)
-        elif point["front"]:
+        elif point.front:
             path.write_text(as_recipe(point, document, recipe, str(path), files), encoding="utf-8")
             paths.append(path)
     return paths
@@ -76,7 +77,7 @@ def _has(path: Path, plugin: Plugin) -> bool:
 
 
 def as_recipe(
-    point: Mapping[str, Any], document: Mapping[str, Any], recipe: Recipe, path: str, plugins: Sequence[str] = ()
+    point: StudyPoint, document: StudyDocument, recipe: Recipe, path: str, plugins: Sequence[str] = ()
 ) -> str:
     """A recipe that trains a point, and the baseline beside it, with all seeds of the study. No plug-in is run.
 
@@ -87,30 +88,24 @@ def as_recipe(
         path: where the text will lie, for its header.
         plugins: where the plug-ins of the recipe are, relative to that place.
     """
-    seeds = document["settings"]["seeds"]
+    seeds = document.settings["seeds"]
     bare = recipe.model_copy(
         update={"plugins": (), "variants": {"baseline": ()}}
     )  # so that no name of theirs is looked up
-    found = changed(bare, point["settings"]).model_dump(mode="json", exclude_defaults=True)
-    variant = re.sub("[^A-Za-z0-9_.-]+", "-", point["name"]).strip("-.")  # a folder's name: a reference may be a call
-    variants = {"baseline": [], variant: point["steps"]}
-    tops = ", ".join(f"{run['top1']:.2f} (seed {run['seed']})" for run in point["runs"])
-    what = (
-        "a point of its front"
-        if point["front"]
-        else "ended early"
-        if point["state"] == "pruned"
-        else "not of its front"
-    )
+    found = changed(bare, point.settings).model_dump(mode="json", exclude_defaults=True)
+    variant = re.sub("[^A-Za-z0-9_.-]+", "-", point.name).strip("-.")  # a folder's name: a reference may be a call
+    variants = {"baseline": [], variant: list(point.steps)}
+    tops = ", ".join(f"{run.top1:.2f} (seed {run.seed})" for run in point.runs)
+    what = "a point of its front" if point.front else "ended early" if point.state == "pruned" else "not of its front"
     heads = [
-        f"{point['name']} of the study {document['study']}: {what} ({document['space']}, {document['recipe']}).",
+        f"{point.name} of the study {document.study}: {what} ({document.space}, {document.recipe}).",
         f"Command:  python -m mlpreduce.recipe {path}",
         f"Cost:     {2 * len(seeds)} runs of {recipe.train.epochs} epochs.",
-        f"Expected: {point['cost']['params']:,} parameters, {point['cost']['macs']:,} MACs; top-1 % in the study: {tops}.",
+        f"Expected: {point.cost['params']:,} parameters, {point.cost['macs']:,} MACs; top-1 % in the study: {tops}.",
     ]
-    if document["settings"]["inherit"] != "none":
+    if document.settings["inherit"] != "none":
         heads.append(
-            f"Note:     in the study it started from trained weights (inherit={document['settings']['inherit']}); here not."
+            f"Note:     in the study it started from trained weights (inherit={document.settings['inherit']}); here not."
         )
     body = {key: value for key, value in found.items() if key not in ("name", "sweep", "variants", "seeds")}
     own = {"plugins": list(plugins)} if plugins else {}

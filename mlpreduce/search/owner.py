@@ -8,9 +8,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.records import StudyDocument
 from mlpreduce.search.goals import read_budgets
 from mlpreduce.search.jobs import Job, Kind, Outcome, Told
 from mlpreduce.search.points import Point, Pricer
@@ -136,7 +136,7 @@ class Owner:
         """How many trials ended how."""
         return counts(self._study.study)
 
-    def document(self, seconds: float) -> dict[str, Any]:
+    def document(self, seconds: float) -> StudyDocument:
         """What is known of the study, for its report."""
         from mlpreduce.search.answer import describe
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpreduce.recipe import Recipe
+from mlpreduce.records import StudyPoint
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.goals import Budget
 from mlpreduce.search.jobs import Job, job_of, work_of
@@ -106,7 +107,7 @@ def check_space(ranking: Ranking) -> None:
     check_points(work_of(ranking.job()).run)
 
 
-def told_agreement(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def told_agreement(trials: Sequence[StudyPoint]) -> dict[str, Any]:
     """How well a supernet ranks, from the trials of a study that were drawn at random and trained to their end.
 
     Args:
@@ -115,11 +116,11 @@ def told_agreement(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         The fields of `Agreement`, and `text`: a sentence that has them.
     """
-    rows = [trial for trial in trials if trial.get("drawn") == "random" and trial["state"] == "complete"]
+    rows = [trial for trial in trials if trial.drawn == "random" and trial.state == "complete"]
     found = agreement(
-        [trial["estimate"]["loss"] for trial in rows],
-        [trial["runs"][0]["top1"] for trial in rows],
-        [trial["cost"]["params"] for trial in rows],
+        [trial.estimate["loss"] for trial in rows],
+        [trial.runs[0].value("top1") or 0.0 for trial in rows],
+        [trial.cost["params"] for trial in rows],
     )
     parts = []
     if found.spearman is not None:

@@ -19,6 +19,7 @@ from mlpreduce.edits import Plan
 from mlpreduce.errors import ReductionError, check_number, check_whole
 from mlpreduce.graph import Inputs, refuse_wrapped
 from mlpreduce.launch import team
+from mlpreduce.records import StudyDocument
 from mlpreduce.search.answer import metrics_of
 from mlpreduce.search.choices import Walker
 from mlpreduce.search.driver import check_budgets, drive
@@ -173,8 +174,9 @@ class Tuning:
         document: all that is known, as JSON values.
     """
 
-    def __init__(self, document: dict[str, Any], hand: ModelInHand) -> None:
-        self.document, self._hand = document, hand
+    def __init__(self, found: StudyDocument, hand: ModelInHand) -> None:
+        self._found, self._hand = found, hand
+        self.document: dict[str, Any] = found.as_json()
         self._plans: dict[str, list[Plan]] = {}
 
     @property
@@ -233,7 +235,7 @@ class Tuning:
         """
         from mlpreduce.report.search_front import draw_front
 
-        drawn = draw_front(self.document)
+        drawn = draw_front(self._found)
         if drawn is None:
             raise ReductionError("tune: no point was scored")
         return drawn[0]
@@ -242,7 +244,7 @@ class Tuning:
         from mlpreduce.report.pages import for_console
         from mlpreduce.report.search import front_table
 
-        return for_console(front_table(self.document), words=2).text(width())
+        return for_console(front_table(self._found), words=2).text(width())
 
     def __repr__(self) -> str:
         best = self.front[0] if self.front else None
@@ -254,7 +256,7 @@ class Tuning:
         from mlpreduce.report.search import front_table
         from mlpreduce.words.markup import html_table
 
-        table = front_table(self.document)
+        table = front_table(self._found)
         return html_table(table.headers, table.rows, caption=f"{self._hand.name}: {table.title}")
 
     def save(self, directory: str | Path) -> list[Path]:
@@ -265,7 +267,7 @@ class Tuning:
         place = Path(directory)
         place.mkdir(parents=True, exist_ok=True)
         store(place, "study.json", self.document)
-        return [place / "study.json", *build_search(self.document, place)]
+        return [place / "study.json", *build_search(self._found, place)]
 
 
 def _name(score: Score) -> str:

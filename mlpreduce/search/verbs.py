@@ -66,19 +66,19 @@ def _show(options: argparse.Namespace) -> None:
     if options.page is not None:
         keep(kept(document), options.page, kept_text)
     if options.json:
-        print(json.dumps(document, indent=1))
+        print(json.dumps(document.as_json(), indent=1))
         return
     console = screen()
     console.print(console_table(document))
-    for verdict in document["verdicts"]:
+    for verdict in document.verdicts:
         console.print(wrapped(verdict, console.width), highlight=False, markup=False, soft_wrap=True)
 
 
 def _export(options: argparse.Namespace) -> None:
     study = open_study(options.study, options.storage)
     document = describe(study)
-    names = {str(point["number"]): point for point in document["points"] if point["number"] is not None}
-    names |= {point["name"]: point for point in document["points"]}
+    names = {str(point.number): point for point in document.points if point.number is not None}
+    names |= {point.name: point for point in document.points}
     if options.trial not in names:
         known = ", ".join(name for name in names if name.isdigit()) or "none"
         raise ReductionError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
+from mlpreduce.records import StudyDocument, study_from
+
 OBJECTIVES = {
     "top1": {"name": "top1", "direction": "maximize", "unit": "%"},
     "params": {"name": "params", "direction": "minimize", "unit": ""},
@@ -60,6 +62,11 @@ def make_trial(number: int, size: int, *tops: float, **changes: Any) -> dict[str
     sampled: dict[str, Any] = {"ratio": ratio, **({"share": "cycle"} if number % 2 else {})}
     steps = [{"transform": "grouped", "group": 2}, {"transform": "shallow", "ratio": ratio}]
     return make_point(f"trial {number}", size, *tops, number=number, params=sampled, steps=steps, **changes)
+
+
+def make_study(*objectives: str, points: list[dict[str, Any]] | None = None, **changes: Any) -> StudyDocument:
+    """What a report is made of."""
+    return study_from(make_document(*objectives, points=points, **changes))
 
 
 def make_document(*objectives: str, points: list[dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
