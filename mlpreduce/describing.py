@@ -99,7 +99,7 @@ def described(name: str) -> list[Description]:
     """Describe all that has a name, as `describe` does."""
     from mlpreduce.criteria import list_criteria
     from mlpreduce.recipe import list_recipes
-    from mlpreduce.search.spaces import list_spaces
+    from mlpreduce.search.spaces.space import list_spaces
     from mlpreduce.transforms import list_transforms
 
     known: dict[str, Any] = {
@@ -188,7 +188,7 @@ def _other(default: Config, key: str) -> str:
 
 
 def _space(name: str) -> Description:
-    from mlpreduce.search.spaces import list_spaces
+    from mlpreduce.search.spaces.space import list_spaces
 
     path = Path(list_spaces()[name])
     document = inspect.cleandoc(_docstring(path.read_text(encoding="utf-8")))

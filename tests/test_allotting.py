@@ -9,8 +9,8 @@ import pytest
 
 from mlpreduce.budget import measure
 from mlpreduce.graph import find_mlps
-from mlpreduce.search.allotting import PARTS, Allotment
-from mlpreduce.search.goals import Budget
+from mlpreduce.search.spaces.allotting import PARTS, Allotment
+from mlpreduce.search.spaces.goals import Budget
 from mlpreduce.testing import tiny_vit
 
 

@@ -10,7 +10,7 @@ import pytest
 from mlpreduce.__main__ import main
 from mlpreduce.bench import search as bench
 from mlpreduce.search.bare import Clock, train_bare
-from mlpreduce.search.spaces import load_space
+from mlpreduce.search.spaces.space import load_space
 
 SMALL = ["model.kwargs.depth=2", "model.kwargs.embed_dim=16", "train.batch_size=128", "train.warmup_epochs=0"]
 # asked, began, ended, told: in quarters, which add up exactly

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from mlpreduce.recipe import Recipe
-from mlpreduce.search.settings import StudySettings
+from mlpreduce.search.study.settings import StudySettings
 from mlpreduce.train.settings import Run, SupernetSettings
 from mlpreduce.words.complaints import complaint, expected
 

@@ -15,9 +15,9 @@ from mlpreduce import recipe as recipes
 from mlpreduce.edits import Slice
 from mlpreduce.errors import ReductionError
 from mlpreduce.graph import find_mlps
-from mlpreduce.search.points import Pricer
-from mlpreduce.search.spaces import Suggestion
-from mlpreduce.search.subjects import RecipeModel
+from mlpreduce.search.spaces.points import Pricer
+from mlpreduce.search.spaces.space import Suggestion
+from mlpreduce.search.spaces.subjects import RecipeModel
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train.parts import build_model
 from mlpreduce.transforms import Config, Follows, list_transforms, register, registry

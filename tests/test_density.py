@@ -19,9 +19,9 @@ import mlpreduce
 from mlpreduce import ReductionError, criteria
 from mlpreduce import recipe as recipes
 from mlpreduce.edits import Slice
-from mlpreduce.search.points import Pricer
-from mlpreduce.search.spaces import Suggestion
-from mlpreduce.search.subjects import RecipeModel
+from mlpreduce.search.spaces.points import Pricer
+from mlpreduce.search.spaces.space import Suggestion
+from mlpreduce.search.spaces.subjects import RecipeModel
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import DensityLoss, fit
 from mlpreduce.train.density import layer_density

@@ -112,6 +112,19 @@ def test_no_files_import_each_other() -> None:
     graphlib.TopologicalSorter({name: found - {"mlpreduce"} for name, found in graph.items()}).prepare()
 
 
+def test_a_folder_in_a_room_and_what_lies_beside_it_do_not_import_each_other() -> None:
+    def part(path: Path) -> Path:
+        inside = path.relative_to(PACKAGE / room(path)).parts
+        return PACKAGE / room(path) / inside[0] if inside else path
+
+    graph: dict[Path, set[Path]] = {}
+    for path in FILES:
+        if path.parent != PACKAGE:
+            taken = {NAMES[name] for name in imported(path) & NAMES.keys() if NAMES[name].parent != PACKAGE}
+            graph.setdefault(part(path), set()).update({part(other) for other in taken} - {part(path)})
+    graphlib.TopologicalSorter(graph).prepare()
+
+
 @pytest.mark.parametrize(
     "path", [path for path in FILES if path.name == "__init__.py"], ids=lambda path: path.parent.name
 )

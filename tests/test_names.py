@@ -14,7 +14,7 @@ from mlpreduce.criteria import list_criteria
 from mlpreduce.describing import _arguments, described
 from mlpreduce.errors import ReductionError, did_you_mean
 from mlpreduce.recipe import list_recipes
-from mlpreduce.search.spaces import list_spaces
+from mlpreduce.search.spaces.space import list_spaces
 
 NEAR = {
     "vit_tiny": "vit_tiny_patch16_224",

@@ -12,10 +12,10 @@ from mlpreduce.__main__ import main
 from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.recipe import load
 from mlpreduce.search.cli import _parser, _settings
-from mlpreduce.search.jobs import references_of
-from mlpreduce.search.points import Pricer
-from mlpreduce.search.settings import StudySettings
-from mlpreduce.search.subjects import RecipeModel
+from mlpreduce.search.spaces.points import Pricer
+from mlpreduce.search.spaces.subjects import RecipeModel
+from mlpreduce.search.study.jobs import references_of
+from mlpreduce.search.study.settings import StudySettings
 from mlpreduce.words.notation import as_steps, parse_steps, read_words, split_outside
 
 VALUES: dict[str, Any] = {

@@ -22,9 +22,9 @@ from mlpreduce.calibration import Batch
 from mlpreduce.calibration.similarity import cka, outputs_of
 from mlpreduce.edits import Plan
 from mlpreduce.recipe.schema import runs
-from mlpreduce.search.points import Pricer
-from mlpreduce.search.spaces import Suggestion
-from mlpreduce.search.subjects import RecipeModel
+from mlpreduce.search.spaces.points import Pricer
+from mlpreduce.search.spaces.space import Suggestion
+from mlpreduce.search.spaces.subjects import RecipeModel
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import build_model
 from mlpreduce.train.probes import layer_similarity

@@ -19,19 +19,19 @@ import mlpreduce
 from mlpreduce import recipe as recipes
 from mlpreduce.budget import COSTS
 from mlpreduce.errors import ReductionError
-from mlpreduce.search.choices import Walker, any_of
 from mlpreduce.search.driver import run
-from mlpreduce.search.front import dominates, front, hypervolume, next_runs
-from mlpreduce.search.goals import Budget, check_objectives, read_budgets
-from mlpreduce.search.jobs import nearest, pricer_of
 from mlpreduce.search.owner import Owner
-from mlpreduce.search.points import Point, Pricer
-from mlpreduce.search.settings import StudySettings, changes
-from mlpreduce.search.spaces import Suggestion, list_spaces, load_space
+from mlpreduce.search.spaces.choices import Walker, any_of
+from mlpreduce.search.spaces.goals import Budget, check_objectives, read_budgets
+from mlpreduce.search.spaces.points import Point, Pricer
+from mlpreduce.search.spaces.space import Suggestion, list_spaces, load_space
+from mlpreduce.search.spaces.subjects import RecipeModel
 from mlpreduce.search.stopping import Halving
-from mlpreduce.search.storage import counts, hidden
-from mlpreduce.search.study import Study
-from mlpreduce.search.subjects import RecipeModel
+from mlpreduce.search.study.front import dominates, front, hypervolume, next_runs
+from mlpreduce.search.study.jobs import nearest, pricer_of
+from mlpreduce.search.study.settings import StudySettings, changes
+from mlpreduce.search.study.storage import counts, hidden
+from mlpreduce.search.study.study import Study
 from mlpreduce.search.training import training_owner
 from mlpreduce.train import build_model
 from mlpreduce.transforms import is_construction

@@ -17,7 +17,7 @@ from mlpreduce import ReductionError
 from mlpreduce.budget import COSTS
 from mlpreduce.records import Recorder, tracking_uri
 from mlpreduce.search.cli import main
-from mlpreduce.search.storage import folder_of, opened, read_only
+from mlpreduce.search.study.storage import folder_of, opened, read_only
 from mlpreduce.train.events import Ended, Event, Started
 from mlpreduce.train.settings import Run
 from mlpreduce.words.addresses import credentials, hidden, quoted, without_credentials

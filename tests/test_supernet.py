@@ -21,12 +21,12 @@ from mlpreduce.budget import Cost
 from mlpreduce.data import load
 from mlpreduce.edits import Plan, Slice
 from mlpreduce.errors import ReductionError
-from mlpreduce.search.choices import Walker
-from mlpreduce.search.goals import read_budgets
-from mlpreduce.search.points import Point, Pricer
-from mlpreduce.search.spaces import Suggestion, load_space
-from mlpreduce.search.subjects import RecipeModel
-from mlpreduce.search.supernet import Candidate, agreement, front_of, sample, supernet_of
+from mlpreduce.search.spaces.choices import Walker
+from mlpreduce.search.spaces.goals import read_budgets
+from mlpreduce.search.spaces.points import Point, Pricer
+from mlpreduce.search.spaces.space import Suggestion, load_space
+from mlpreduce.search.spaces.subjects import RecipeModel
+from mlpreduce.search.supernet.candidates import Candidate, agreement, front_of, sample, supernet_of
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train import Run, Runtime, evaluate, fit
 from mlpreduce.train.blocks import Remembering
@@ -470,7 +470,7 @@ class TestSample:
 
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-        from mlpreduce.search.supernet import _near_level
+        from mlpreduce.search.supernet.candidates import _near_level
 
         generator = random.Random(0)
         ranges = {

@@ -175,7 +175,7 @@ def compare(space: str, recipe: Recipe, folder: Path, *, trials: int, workers: i
     from rich.console import Console
 
     from mlpreduce.search import run
-    from mlpreduce.search.spaces import load_space
+    from mlpreduce.search.spaces.space import load_space
     from mlpreduce.search.verbs import open_study
 
     started = time.time()

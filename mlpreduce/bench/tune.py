@@ -33,7 +33,7 @@ from mlpreduce.records import SCHEMA, store
 from mlpreduce.report.content import Table
 from mlpreduce.report.pages import markdown_table
 from mlpreduce.search.examples import likeness, read_twofold
-from mlpreduce.search.goals import Budget, read_budgets
+from mlpreduce.search.spaces.goals import Budget, read_budgets
 from mlpreduce.words.waiting import silent
 
 __all__ = ["main"]

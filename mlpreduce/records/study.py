@@ -70,7 +70,7 @@ class StudyPoint(Document):
         steps: the reduction.
         settings: keys of the recipe that differ, with their values.
         cost: of the reduced model, by name.
-        pattern: which MLP each block uses, and how wide it is; see `search.points`.
+        pattern: which MLP each block uses, and how wide it is; names, owners and widths.
         values: of the objectives, means over runs.
         feasible: whether it keeps the budgets.
         front: whether it is of the Pareto front.

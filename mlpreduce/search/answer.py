@@ -14,12 +14,12 @@ from optuna.trial import FrozenTrial, TrialState
 from mlpreduce.budget import cost_from
 from mlpreduce.errors import ReductionError
 from mlpreduce.records import Limit, Objective, PointRun, StudyDocument, StudyPoint, Volume
-from mlpreduce.search.front import dominates, front, hypervolume, losses
-from mlpreduce.search.goals import OBJECTIVES, read_budgets, value_of
-from mlpreduce.search.points import Point
-from mlpreduce.search.ranking import told_agreement
-from mlpreduce.search.settings import StudySettings
-from mlpreduce.search.storage import counts, finished
+from mlpreduce.search.spaces.goals import OBJECTIVES, read_budgets, value_of
+from mlpreduce.search.spaces.points import Point
+from mlpreduce.search.study.front import dominates, front, hypervolume, losses
+from mlpreduce.search.study.settings import StudySettings
+from mlpreduce.search.study.storage import counts, finished
+from mlpreduce.search.supernet.ranking import told_agreement
 
 __all__ = ["SCHEMA", "describe", "history", "metrics_of", "reference_values"]
 

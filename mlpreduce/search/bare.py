@@ -17,10 +17,10 @@ import optuna
 from mlpreduce.errors import ReductionError
 from mlpreduce.launch import execute
 from mlpreduce.recipe import Recipe, changed, runs
-from mlpreduce.search.points import Pricer
-from mlpreduce.search.spaces import Space, Suggestion
-from mlpreduce.search.storage import finished, point_of
-from mlpreduce.search.subjects import RecipeModel
+from mlpreduce.search.spaces.points import Pricer
+from mlpreduce.search.spaces.space import Space, Suggestion
+from mlpreduce.search.spaces.subjects import RecipeModel
+from mlpreduce.search.study.storage import finished, point_of
 from mlpreduce.train.events import Ended, EpochEnded, Event, Started
 from mlpreduce.train.settings import Step
 

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _list() -> None:
-    from mlpreduce.search.spaces import list_spaces
+    from mlpreduce.search.spaces.space import list_spaces
 
     found = {name: path.read_text(encoding="utf-8").lstrip('"').splitlines()[0] for name, path in list_spaces().items()}
     first = [text.rstrip('"') for text in found.values()]

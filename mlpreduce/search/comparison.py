@@ -13,7 +13,7 @@ import optuna
 from mlpreduce.errors import ReductionError
 from mlpreduce.recipe import differences
 from mlpreduce.search.answer import history, reference_values
-from mlpreduce.search.front import hypervolume, losses
+from mlpreduce.search.study.front import hypervolume, losses
 from mlpreduce.words.console import Column, Grid
 
 __all__ = ["Comparison", "compare", "compared", "comparison_text"]

@@ -16,14 +16,14 @@ from mlpreduce.launch import Lost, Pool, pool
 from mlpreduce.recipe import Recipe, changed, load, with_plugins
 from mlpreduce.recipe.running import mlflow_lines
 from mlpreduce.search.answer import metrics_of
-from mlpreduce.search.choices import Walker
 from mlpreduce.search.export import write_best
-from mlpreduce.search.goals import Budget, check_objectives, read_budgets
-from mlpreduce.search.jobs import Told, pricer_of, references_of, runs_of
-from mlpreduce.search.ranking import Ranking, check_space
-from mlpreduce.search.settings import StudySettings, make_settings
-from mlpreduce.search.spaces import Space, Suggestion, load_space
-from mlpreduce.search.storage import folder_of
+from mlpreduce.search.spaces.choices import Walker
+from mlpreduce.search.spaces.goals import Budget, check_objectives, read_budgets
+from mlpreduce.search.spaces.space import Space, Suggestion, load_space
+from mlpreduce.search.study.jobs import Told, pricer_of, references_of, runs_of
+from mlpreduce.search.study.settings import StudySettings, make_settings
+from mlpreduce.search.study.storage import folder_of
+from mlpreduce.search.supernet.ranking import Ranking, check_space
 from mlpreduce.search.training import training_owner
 from mlpreduce.search.trial import carry_out
 from mlpreduce.train.names import Name, check_reach, names_of

@@ -14,8 +14,8 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.graph import Inputs, tensors_in
 from mlpreduce.repair.judging import nearness
 from mlpreduce.repair.outputs import output_of
-from mlpreduce.search.hand import digest
 from mlpreduce.search.scoring import Score
+from mlpreduce.search.spaces.hand import digest
 
 __all__ = ["FEWEST", "digest_of", "distance_of", "likeness", "read_twofold"]
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.records import StudyDocument
-from mlpreduce.search.goals import read_budgets
-from mlpreduce.search.jobs import Job, Kind, Outcome, Told
-from mlpreduce.search.points import Point, Pricer
-from mlpreduce.search.results import Results
-from mlpreduce.search.settings import StudySettings
-from mlpreduce.search.spaces import Space, Suggestion
-from mlpreduce.search.storage import claim_problem, counts, finished, key_of, opened, point_of
-from mlpreduce.search.study import Study
-from mlpreduce.search.valuing import Valuer
+from mlpreduce.search.spaces.goals import read_budgets
+from mlpreduce.search.spaces.points import Point, Pricer
+from mlpreduce.search.spaces.space import Space, Suggestion
+from mlpreduce.search.study.jobs import Job, Kind, Outcome, Told
+from mlpreduce.search.study.results import Results
+from mlpreduce.search.study.settings import StudySettings
+from mlpreduce.search.study.storage import claim_problem, counts, finished, key_of, opened, point_of
+from mlpreduce.search.study.study import Study
+from mlpreduce.search.study.valuing import Valuer
 from mlpreduce.train.events import Event
 
 __all__ = ["Owner"]

@@ -17,14 +17,14 @@ from torch import nn
 from mlpreduce.errors import ReductionError
 from mlpreduce.launch import Call
 from mlpreduce.records import Mirror
-from mlpreduce.search.goals import Budget
-from mlpreduce.search.hand import ModelInHand
-from mlpreduce.search.jobs import Job, Kind, Outcome
-from mlpreduce.search.points import Point
-from mlpreduce.search.results import Results
-from mlpreduce.search.settings import StudySettings
-from mlpreduce.search.spaces import Space
-from mlpreduce.search.study import Study
+from mlpreduce.search.spaces.goals import Budget
+from mlpreduce.search.spaces.hand import ModelInHand
+from mlpreduce.search.spaces.points import Point
+from mlpreduce.search.spaces.space import Space
+from mlpreduce.search.study.jobs import Job, Kind, Outcome
+from mlpreduce.search.study.results import Results
+from mlpreduce.search.study.settings import StudySettings
+from mlpreduce.search.study.study import Study
 from mlpreduce.train.events import Event
 from mlpreduce.words.values import flatten
 

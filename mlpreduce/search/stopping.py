@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 from mlpreduce.recipe import Recipe
 from mlpreduce.records import Recorder
-from mlpreduce.search.front import dominates
-from mlpreduce.search.jobs import Job
-from mlpreduce.search.points import Point
-from mlpreduce.search.results import Results
-from mlpreduce.search.settings import StudySettings
-from mlpreduce.search.storage import finished, key_of, point_of
-from mlpreduce.search.study import Study
+from mlpreduce.search.spaces.points import Point
+from mlpreduce.search.study.front import dominates
+from mlpreduce.search.study.jobs import Job
+from mlpreduce.search.study.results import Results
+from mlpreduce.search.study.settings import StudySettings
+from mlpreduce.search.study.storage import finished, key_of, point_of
+from mlpreduce.search.study.study import Study
 
 __all__ = ["Halving", "Rungs"]
 

@@ -11,18 +11,18 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.plugins import run_plugins
 from mlpreduce.recipe import Recipe, differences
 from mlpreduce.records import Recorder, summary
-from mlpreduce.search.front import next_runs, pooled_deviation
-from mlpreduce.search.goals import Budget
-from mlpreduce.search.jobs import Job, Kind, Outcome, job_of, nearest, pricer_of, references_of, work_of
 from mlpreduce.search.owner import Owner
-from mlpreduce.search.points import Point, Pricer
-from mlpreduce.search.ranking import Ranking
-from mlpreduce.search.results import Results
-from mlpreduce.search.settings import StudySettings
-from mlpreduce.search.spaces import Space, load_space
+from mlpreduce.search.spaces.goals import Budget
+from mlpreduce.search.spaces.points import Point, Pricer
+from mlpreduce.search.spaces.space import Space, load_space
 from mlpreduce.search.stopping import Rungs
-from mlpreduce.search.storage import finished, point_of
-from mlpreduce.search.study import Study
+from mlpreduce.search.study.front import next_runs, pooled_deviation
+from mlpreduce.search.study.jobs import Job, Kind, Outcome, job_of, nearest, pricer_of, references_of, work_of
+from mlpreduce.search.study.results import Results
+from mlpreduce.search.study.settings import StudySettings
+from mlpreduce.search.study.storage import finished, point_of
+from mlpreduce.search.study.study import Study
+from mlpreduce.search.supernet.ranking import Ranking
 from mlpreduce.train.events import EpochEnded, Event, Started
 from mlpreduce.train.names import Name, check_known
 

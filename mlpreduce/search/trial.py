@@ -9,7 +9,7 @@ from typing import Any
 from mlpreduce.errors import ReductionError
 from mlpreduce.launch import Call, LaunchSettings
 from mlpreduce.plugins import run_plugins
-from mlpreduce.search.jobs import Job, Outcome, Work, work_of
+from mlpreduce.search.study.jobs import Job, Outcome, Work, work_of
 from mlpreduce.train.events import Ended, Event, Progressed
 from mlpreduce.train.settings import Run
 

@@ -21,17 +21,17 @@ from mlpreduce.graph import Inputs, refuse_wrapped
 from mlpreduce.launch import team
 from mlpreduce.records import StudyDocument
 from mlpreduce.search.answer import metrics_of
-from mlpreduce.search.choices import Walker
 from mlpreduce.search.driver import check_budgets, drive
 from mlpreduce.search.examples import FEWEST, digest_of, distance_of, likeness, read_twofold
-from mlpreduce.search.goals import Budget, read_budgets
-from mlpreduce.search.hand import ModelInHand, sliced
 from mlpreduce.search.owner import Owner
-from mlpreduce.search.points import Point, Pricer
 from mlpreduce.search.scoring import QUICK, Score, Scorer, Scoring
-from mlpreduce.search.settings import REFERENCES, make_settings
-from mlpreduce.search.spaces import Suggestion, load_space
-from mlpreduce.search.storage import folder_of
+from mlpreduce.search.spaces.choices import Walker
+from mlpreduce.search.spaces.goals import Budget, read_budgets
+from mlpreduce.search.spaces.hand import ModelInHand, sliced
+from mlpreduce.search.spaces.points import Point, Pricer
+from mlpreduce.search.spaces.space import Suggestion, load_space
+from mlpreduce.search.study.settings import REFERENCES, make_settings
+from mlpreduce.search.study.storage import folder_of
 from mlpreduce.words.console import screen, width
 from mlpreduce.words.pulse import Pulse
 

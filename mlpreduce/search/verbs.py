@@ -14,7 +14,7 @@ from mlpreduce.recipe import Recipe
 from mlpreduce.search.answer import describe
 from mlpreduce.search.comparison import compared, comparison_text
 from mlpreduce.search.export import as_recipe, copy_plugins, originals
-from mlpreduce.search.storage import read_only
+from mlpreduce.search.study.storage import read_only
 from mlpreduce.words.addresses import hidden
 from mlpreduce.words.console import screen, width, wrapped
 

@@ -270,7 +270,7 @@ def data(name: str) -> None:
 
 @case
 def storage_postgresql() -> None:
-    from mlpreduce.search.storage import opened
+    from mlpreduce.search.study.storage import opened
 
     with opened("postgresql+psycopg://me@localhost:1/optuna", "study"):
         pass

@@ -14,14 +14,14 @@ from typing import Any
 
 from mlpreduce.recipe import Recipe
 from mlpreduce.records import StudyPoint
-from mlpreduce.search.choices import Walker
-from mlpreduce.search.goals import Budget
-from mlpreduce.search.jobs import Job, job_of, work_of
-from mlpreduce.search.points import Pricer
-from mlpreduce.search.settings import StudySettings
-from mlpreduce.search.spaces import Space, Suggestion
-from mlpreduce.search.study import Study
-from mlpreduce.search.supernet import Candidate, agreement, front_of, sample, supernet_of
+from mlpreduce.search.spaces.choices import Walker
+from mlpreduce.search.spaces.goals import Budget
+from mlpreduce.search.spaces.points import Pricer
+from mlpreduce.search.spaces.space import Space, Suggestion
+from mlpreduce.search.study.jobs import Job, job_of, work_of
+from mlpreduce.search.study.settings import StudySettings
+from mlpreduce.search.study.study import Study
+from mlpreduce.search.supernet.candidates import Candidate, agreement, front_of, sample, supernet_of
 
 __all__ = ["Ranking", "check_space", "told_agreement"]
 

@@ -16,7 +16,7 @@ from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import Survey, mlps_or_raise
 from mlpreduce.recipe import Recipe, changed, runs
 from mlpreduce.reduction.planning import make_plan
-from mlpreduce.search.spaces import InHand
+from mlpreduce.search.spaces.space import InHand
 from mlpreduce.train.parts import build_model, images_of
 from mlpreduce.train.settings import Run, Step
 from mlpreduce.transforms.steps import follows, needs_data, without_data

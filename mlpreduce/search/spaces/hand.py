@@ -21,10 +21,10 @@ from mlpreduce.errors import ReductionError, call_text
 from mlpreduce.graph import MLP, Inputs, Survey, mlps_or_raise, structural_copy
 from mlpreduce.reduction.planning import make_plan
 from mlpreduce.repair import Refits, distances, repaired_from
-from mlpreduce.search.allotting import PARTS, Allotment
-from mlpreduce.search.goals import Budget
-from mlpreduce.search.spaces import InHand
-from mlpreduce.search.subjects import Unreduced
+from mlpreduce.search.spaces.allotting import PARTS, Allotment
+from mlpreduce.search.spaces.goals import Budget
+from mlpreduce.search.spaces.space import InHand
+from mlpreduce.search.spaces.subjects import Unreduced
 from mlpreduce.surgery.operation import carry_out
 from mlpreduce.train.settings import Step
 from mlpreduce.transforms.steps import follows, needs_data, without_data

@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlpreduce.search.goals import Budget
-from mlpreduce.search.jobs import Job, Kind, Outcome
-from mlpreduce.search.points import Point
-from mlpreduce.search.results import Results
-from mlpreduce.search.spaces import Space
-from mlpreduce.search.study import Study
+from mlpreduce.search.spaces.goals import Budget
+from mlpreduce.search.spaces.points import Point
+from mlpreduce.search.spaces.space import Space
+from mlpreduce.search.study.jobs import Job, Kind, Outcome
+from mlpreduce.search.study.results import Results
+from mlpreduce.search.study.study import Study
 from mlpreduce.train.events import Event
 
 __all__ = ["Valuer"]

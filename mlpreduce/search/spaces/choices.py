@@ -11,9 +11,9 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.search.goals import Budget
-from mlpreduce.search.points import Point, Pricer
-from mlpreduce.search.spaces import Space, Suggestion
+from mlpreduce.search.spaces.goals import Budget
+from mlpreduce.search.spaces.points import Point, Pricer
+from mlpreduce.search.spaces.space import Space, Suggestion
 
 __all__ = ["Walker", "any_of", "numbers_of"]
 

@@ -19,7 +19,7 @@ from mlpreduce.budget import Baseline, LatencyTable, Slot, price_of, ranked_widt
 from mlpreduce.budget import Budget as Target
 from mlpreduce.errors import ReductionError, naming
 from mlpreduce.graph import MLP
-from mlpreduce.search.goals import Budget
+from mlpreduce.search.spaces.goals import Budget
 
 __all__ = ["PARTS", "Allotment"]
 

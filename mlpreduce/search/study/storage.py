@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from mlpreduce.errors import ReductionError, missing
-from mlpreduce.search.points import Point
+from mlpreduce.search.spaces.points import Point
 from mlpreduce.words.addresses import hidden, quoted
 
 __all__ = ["claim_problem", "counts", "finished", "folder_of", "hidden", "key_of", "opened", "point_of", "read_only"]

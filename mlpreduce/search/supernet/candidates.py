@@ -18,9 +18,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 
 from mlpreduce.budget import COSTS
 from mlpreduce.errors import ReductionError
-from mlpreduce.search.choices import Walker, any_of, numbers_of
-from mlpreduce.search.goals import Budget
-from mlpreduce.search.points import Point, Pricer
+from mlpreduce.search.spaces.choices import Walker, any_of, numbers_of
+from mlpreduce.search.spaces.goals import Budget
+from mlpreduce.search.spaces.points import Point, Pricer
 from mlpreduce.train.settings import SupernetSettings
 
 __all__ = ["Agreement", "Candidate", "agreement", "front_of", "sample", "supernet_of"]

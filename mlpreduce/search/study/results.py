@@ -10,10 +10,10 @@ import optuna
 
 from mlpreduce.budget import COSTS
 from mlpreduce.errors import ReductionError
-from mlpreduce.search.front import losses
-from mlpreduce.search.goals import value_of
-from mlpreduce.search.points import Point
-from mlpreduce.search.settings import StudySettings, changes
+from mlpreduce.search.spaces.goals import value_of
+from mlpreduce.search.spaces.points import Point
+from mlpreduce.search.study.front import losses
+from mlpreduce.search.study.settings import StudySettings, changes
 
 __all__ = ["Results"]
 

@@ -17,12 +17,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mlpreduce.budget import number
 from mlpreduce.errors import ReductionError
-from mlpreduce.search.choices import Walker
-from mlpreduce.search.goals import OBJECTIVES, Budget
-from mlpreduce.search.points import Point, Pricer
-from mlpreduce.search.settings import StudySettings
-from mlpreduce.search.spaces import Space
-from mlpreduce.search.storage import key_of
+from mlpreduce.search.spaces.choices import Walker
+from mlpreduce.search.spaces.goals import OBJECTIVES, Budget
+from mlpreduce.search.spaces.points import Point, Pricer
+from mlpreduce.search.spaces.space import Space
+from mlpreduce.search.study.settings import StudySettings
+from mlpreduce.search.study.storage import key_of
 
 __all__ = ["Asked", "Study", "create_sampler"]
 

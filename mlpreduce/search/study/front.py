@@ -7,7 +7,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from statistics import fmean, variance
 from typing import TypeVar
 
-from mlpreduce.search.goals import OBJECTIVES
+from mlpreduce.search.spaces.goals import OBJECTIVES
 
 __all__ = ["dominates", "front", "hypervolume", "losses", "next_runs", "pooled_deviation"]
 

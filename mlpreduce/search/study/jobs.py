@@ -10,10 +10,10 @@ from typing import Any, Literal
 from mlpreduce.errors import ReductionError
 from mlpreduce.launch import LaunchSettings
 from mlpreduce.recipe import Recipe, changed, runs
-from mlpreduce.search.points import Point, Pricer, distance
-from mlpreduce.search.settings import REFERENCES, StudySettings
-from mlpreduce.search.spaces import Suggestion
-from mlpreduce.search.subjects import RecipeModel
+from mlpreduce.search.spaces.points import Point, Pricer, distance
+from mlpreduce.search.spaces.space import Suggestion
+from mlpreduce.search.spaces.subjects import RecipeModel
+from mlpreduce.search.study.settings import REFERENCES, StudySettings
 from mlpreduce.train.settings import Run, Step
 from mlpreduce.words.notation import as_steps, is_call
 

@@ -19,8 +19,8 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.graph import structural_copy, survey
 from mlpreduce.reduction.outcomes import planned
 from mlpreduce.reduction.planning import make_plan, plain
-from mlpreduce.search.spaces import ModelView, Suggestion
-from mlpreduce.search.subjects import Subject
+from mlpreduce.search.spaces.space import ModelView, Suggestion
+from mlpreduce.search.spaces.subjects import Subject
 from mlpreduce.surgery.operation import carry_out
 from mlpreduce.train.settings import Step
 from mlpreduce.transforms import is_construction
