@@ -342,7 +342,7 @@ def test_a_trial_may_be_trained_by_a_group(tmp_path: Path) -> None:
         (["sharing_width", "--sampler", "tpee"], "sampler='tpee'"),
         (["sharing_width", "--trials", "0"], "trials=0"),
         (["sharing_width", "--seeds", "1,1"], "each once"),
-        (["sharing_width", "--seeds", "a"], "write whole numbers"),
+        (["sharing_width", "--seeds", "a"], "it must be a whole number"),
         (["sharing_width", "--references", "thinn"], "neither a variant of"),
         (["sharing_width", "--inherit", "baseline", "--references", "grouped"], "the baseline is not trained"),
         (

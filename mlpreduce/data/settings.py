@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mlpreduce.words.marks import Free, Later
+
 __all__ = ["AugmentSettings", "DataSettings", "setting_problems"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -19,8 +21,10 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "folder"  # "folder", "digits", "fractals", "synthetic", "torch/...", "hfds/...", "wds/": docs/data.md
-    root: str = ""  # folder: holds train/ and val/; torch, wds: where the files lie; hfds: cache; else ""
-    val_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # folder: share of each class held out; 0 = val/ is there
+    root: Free[str] = ""  # folder: holds train/ and val/; torch, wds: where the files lie; hfds: cache; else ""
+    val_share: Later[Annotated[float, Field(ge=0, lt=1)]] = (
+        0.0  # folder: share of each class held out; 0 = val/ is there
+    )
     train_split: str = "train"  # torch, hfds, wds: name of the training split; wds also "part-{00..09}.tar|1000"
     val_split: str = "validation"  # the same for validation
     image_size: Annotated[int, Field(ge=1)] = 224  # pixels a side, after cropping
@@ -29,12 +33,14 @@ class DataSettings(BaseModel):
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.9  # validation: resize to image_size / crop_pct, crop the centre
     interpolation: str = "bicubic"  # validation: resampling filter
     workers: Annotated[int, Field(ge=0)] = 4  # loading processes per training worker; 0 = load in the worker itself
-    pin_memory: bool = False  # page-locked host memory, for copies to GPUs; without effect on CPUs
+    pin_memory: Free[bool] = False  # page-locked host memory, for copies to GPUs; without effect on CPUs
     eval_batch_size: Annotated[int, Field(ge=1)] = 256  # images per validation batch and worker
     train_samples: Annotated[int, Field(ge=0)] = 0  # images; fractals, synthetic: made; else: --dry-run counts with it
     val_samples: Annotated[int, Field(ge=0)] = 0  # images; fractals, synthetic: made
     classes: Annotated[int, Field(ge=0)] = 0  # fractals, synthetic, wds: how many; others mostly tell theirs
-    on_bad_image: Literal["raise", "skip"] = "raise"  # an unreadable training image: stop, or take the next instead
+    on_bad_image: Free[Literal["raise", "skip"]] = (
+        "raise"  # an unreadable training image: stop, or take the next instead
+    )
 
 
 class AugmentSettings(BaseModel):

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mlpreduce.errors import ReductionError
+from mlpreduce.words.marks import Free
 
 __all__ = ["LaunchSettings"]
 
@@ -16,14 +17,16 @@ class LaunchSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    workers: Annotated[int, Field(ge=0)] = 2  # processes that train together; 0 = in this process, without Ray
-    min_workers: Annotated[int, Field(ge=0)] = 0  # go on with as few, where nodes are lost; 0 = wait for `workers`
-    threads: Annotated[int, Field(ge=0)] = 1  # CPU threads of torch per worker; 0 = torch's own choice
-    cpus_per_worker: Annotated[int, Field(ge=1)] = 1  # CPUs that Ray reserves for each worker
+    workers: Free[Annotated[int, Field(ge=0)]] = 2  # processes that train together; 0 = in this process, without Ray
+    min_workers: Free[Annotated[int, Field(ge=0)]] = (
+        0  # go on with as few, where nodes are lost; 0 = wait for `workers`
+    )
+    threads: Free[Annotated[int, Field(ge=0)]] = 1  # CPU threads of torch per worker; 0 = torch's own choice
+    cpus_per_worker: Free[Annotated[int, Field(ge=1)]] = 1  # CPUs that Ray reserves for each worker
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs where there is one for each worker
-    max_failures: Annotated[int, Field(ge=0)] = 2  # lost workers after which training is given up
-    controller_failures: Annotated[int, Field(ge=0)] = 2  # failed starts of the worker group before giving up
-    collective_timeout_s: Annotated[int, Field(ge=1)] = 600  # seconds that Ray Train waits for a worker that lags
+    max_failures: Free[Annotated[int, Field(ge=0)]] = 2  # lost workers after which training is given up
+    controller_failures: Free[Annotated[int, Field(ge=0)]] = 2  # failed starts of the worker group before giving up
+    collective_timeout_s: Free[Annotated[int, Field(ge=1)]] = 600  # seconds that Ray Train waits for a worker that lags
 
     @property
     def world(self) -> int:

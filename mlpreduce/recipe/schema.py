@@ -16,8 +16,9 @@ from mlpreduce.launch import LaunchSettings
 from mlpreduce.plugins import Plugin, load_plugins, read_plugin, run_plugins
 from mlpreduce.recipe.shelf import find
 from mlpreduce.registry import Origin
-from mlpreduce.train.settings import FREE, LATER, ModelSettings, Run, Step, TrainSettings
+from mlpreduce.train.settings import ModelSettings, Run, Step, TrainSettings
 from mlpreduce.words.complaints import complaint
+from mlpreduce.words.marks import Mark, marked
 from mlpreduce.words.notation import with_steps
 from mlpreduce.words.values import flatten, parse_value
 
@@ -34,19 +35,6 @@ _TAKEN = {
     "plans.png",
     "mlflow.db",
     "mlartifacts",
-}
-
-# What may differ when a run is resumed: none of it changes what is computed, but for rounding and random numbers where the
-# batch is shared otherwise; the run says so.
-_FREE = {
-    *FREE,
-    "launch.workers",
-    "launch.min_workers",
-    "launch.threads",
-    "launch.cpus_per_worker",
-    "launch.max_failures",
-    "launch.controller_failures",
-    "launch.collective_timeout_s",
 }
 
 
@@ -187,12 +175,12 @@ def runs(recipe: Recipe, output: str | Path) -> list[Run]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Dotted keys by which two resolved recipes would compute something else; one of `LATER` may be missing before."""
+    """Dotted keys by which two resolved recipes would compute something else; a `Later` one may be missing before."""
     old, new = ({k: v for k, v in flatten(document).items() if k != "plugins"} for document in (before, now))
     defaults = flatten(Recipe(name="").model_dump(mode="json"))
-    old = {**{key: defaults[key] for key in LATER if key in new}, **old}
+    old = {**{key: defaults[key] for key in marked(Recipe, Mark.LATER) if key in new}, **old}
     swept = [f"sweep.{point}." for point in {**before.get("sweep", {}), **now.get("sweep", {})}]
-    free = {f"{place}{key}" for place in ("", *swept) for key in _FREE}
+    free = {f"{place}{key}" for place in ("", *swept) for key in marked(Recipe, Mark.FREE)}
     keys = sorted({*old, *new} - free)
     changes = [f"{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
     return [*changes, *_plugin_differences(before, now)]

@@ -8,7 +8,8 @@ from typing import Any
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.records import Record, finished, read
-from mlpreduce.train.settings import FREE, ModelSettings
+from mlpreduce.train.settings import ModelSettings, Run
+from mlpreduce.words.marks import Mark, marked
 from mlpreduce.words.values import flatten
 
 __all__ = ["differing", "gather", "gather_points"]
@@ -106,7 +107,7 @@ def _differences(one: Record, two: Record) -> Iterator[tuple[str, Any, Any]]:
 def _settings(record: Record) -> dict[str, Any]:
     recipe = record.recipe
     flat = flatten({section: recipe[section] for section in ("data", "train") if section in recipe})
-    known = {key: value for key, value in flat.items() if key not in FREE}
+    known = {key: value for key, value in flat.items() if key not in marked(Run, Mark.FREE)}
     # records of earlier versions have no key for weights: they began at random
     model = {**ModelSettings().model_dump(mode="json"), **recipe["model"]} if "model" in recipe else None
     return {"steps": list(record.steps), "model": model, **known}

@@ -13,13 +13,14 @@ from mlpreduce.errors import ReductionError, require
 from mlpreduce.plugins import add_option
 from mlpreduce.words.addresses import hidden
 from mlpreduce.words.console import Column, Grid, screen, width
-from mlpreduce.words.notation import split_outside
+from mlpreduce.words.flags import add_flags, given_flags
 from mlpreduce.words.pulse import Pulse
 
 __all__ = ["NEEDED", "main"]
 
 NEEDED = ("optuna", "mlflow", "matplotlib")  # to search; ray too, unless with workers=0
 
+_APART = ("budgets", "name")  # whose flags are --budget, which may be repeated, and --study
 _EPILOG = """\
 examples:
   python -m mlpreduce.search --list
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         if options.address:
             os.environ["RAY_ADDRESS"] = options.address
-        require("mlpreduce search", *NEEDED, *([] if options.workers == 0 else ["ray"]))
+        require("mlpreduce search", *NEEDED, *([] if options.workers == "0" else ["ray"]))
         with Pulse(screen(), f"search {options.space}: loading Optuna and timm"):  # takes seconds
             from mlpreduce.search.driver import run
 
@@ -90,34 +91,15 @@ def _list() -> None:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """Fields of `StudySettings` that are given."""
-    names = (
-        "trials",
-        "workers",
-        "sampler",
-        "pruner",
-        "seed",
-        "inherit",
-        "trial_workers",
-        "cpus",
-        "gpus",
-        "first_rung",
-        "screen",
-        "supernet",
-        "supernet_points",
-    )
-    found = {name: getattr(options, name) for name in names}
-    for name in ("objectives", "references"):
-        text = getattr(options, name)
-        found[name] = None if text is None else tuple(filter(None, map(str.strip, split_outside(text, ","))))
-    if options.seeds is not None:
-        try:
-            found["seeds"] = tuple(int(seed) for seed in options.seeds.split(","))
-        except ValueError as error:
-            raise ReductionError(f"--seeds {options.seeds}: write whole numbers, as in 42,123") from error
+    from mlpreduce.search.study.settings import StudySettings
+
+    found = given_flags(options, StudySettings, _APART)
     return {**found, "budgets": tuple(options.budget or ()), "name": options.study}
 
 
 def _parser() -> argparse.ArgumentParser:
+    from mlpreduce.search.study.settings import StudySettings
+
     parser = argparse.ArgumentParser(
         prog="python -m mlpreduce.search",
         description="Search a space of reductions: train points of it, and show what is best for its cost.",
@@ -128,47 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change any key of the recipe")
     parser.add_argument("--list", action="store_true", help="the spaces and their first lines")
     parser.add_argument("--recipe", default="digits", metavar="NAME", help="how a point is trained (default: digits)")
-    parser.add_argument("--trials", type=int, help="points that are trained (default: 40)")
-    parser.add_argument(
-        "--workers", type=int, help="trials at a time (default: 2); 0 = one, in this process, without Ray"
-    )
-    parser.add_argument("--objectives", help="top1 and costs, with commas (default: top1,params)")
-    parser.add_argument(
-        "--budget", action="append", help='such as "params<=0.7" (of the baseline) or "macs<=9e9"; may be repeated'
-    )
-    parser.add_argument("--sampler", help="auto (TPE), tpe, nsga2, gp, random or grid")
-    parser.add_argument("--pruner", help="asha (default), median (one objective only) or none")
-    parser.add_argument(
-        "--first-rung", type=int, help="epochs before asha first decides (default: a ninth of the recipe's)"
-    )
-    parser.add_argument("--seed", type=int, help="of the sampler (default: 0)")
-    parser.add_argument(
-        "--seeds", help="of the training: the first for all, the others for the front (default: the recipe's)"
-    )
-    parser.add_argument(
-        "--references",
-        help='what to compare with (default: baseline,grouped,shallow); also "baseline,grouped(group=4)"',
-    )
-    parser.add_argument(
-        "--inherit", help="weights a trial starts from: none (default), baseline, or nearest (of all trials)"
-    )
-    parser.add_argument(
-        "--screen", type=int, help="images on which trained weights are tried before a trial trains (default: 0)"
-    )
-    parser.add_argument(
-        "--supernet",
-        type=int,
-        metavar="EPOCHS",
-        help="train sub-models together before, and begin with those that look best (default: 0, none)",
-    )
-    parser.add_argument("--supernet-points", type=int, help="that are estimated so (default: 1000)")
-    parser.add_argument("--trial-workers", type=int, help="processes that train one trial together (default: 1)")
-    parser.add_argument("--cpus", type=float, help="that Ray reserves for each process (default: 1)")
-    parser.add_argument("--gpus", type=float, help="likewise, parts too (default: 0)")
+    add_flags(parser, StudySettings, _APART)
+    for name, flag, action in (("budgets", "--budget", "append"), ("name", "--study", "store")):
+        parser.add_argument(flag, action=action, help=StudySettings.model_fields[name].description)
     parser.add_argument(
         "--storage", metavar="URL", help="of Optuna's storage; default: a SQLite file in the output directory"
     )
-    parser.add_argument("--study", metavar="NAME", help="its name in the storage (default: SPACE-RECIPE)")
     parser.add_argument("--output", metavar="DIR", help="where everything is written (default: runs/SPACE-RECIPE)")
     parser.add_argument("--resume", action="store_true", help="go on with the study in the output directory")
     parser.add_argument(

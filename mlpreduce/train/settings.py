@@ -13,44 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlpreduce.data.settings import AugmentSettings, DataSettings, NonNegative
 from mlpreduce.errors import ReductionError
 from mlpreduce.plugins import Plugin
+from mlpreduce.words.marks import Free, Later, Mark, marked
 from mlpreduce.words.values import Step
 
-__all__ = ["FREE", "LATER", "ModelSettings", "Run", "Step", "SupernetSettings", "TrainSettings"]
+__all__ = ["ModelSettings", "Run", "Step", "SupernetSettings", "TrainSettings"]
 
 Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-# keys that may change when a run goes on: none of them changes what is trained
-FREE = (
-    "data.root",
-    "data.pin_memory",
-    "data.on_bad_image",
-    "train.accum_steps",
-    "train.grad_checkpointing",
-    "train.keep_checkpoints",
-    "train.probes",
-    "train.probe_every",
-    "train.probe_images",
-)
-# keys that outputs of earlier versions do not have: as long as they are at their defaults, those can be gone on with
-LATER = (
-    "data.val_share",
-    "model.weights",
-    "model.calibration_images",
-    "train.distillation",
-    "train.distill_alpha",
-    "train.distill_tau",
-    "train.distill_cls",
-    "train.distill_patches",
-    "train.sam_rho",
-    "train.sam_adaptive",
-    "train.sam_sync",
-    "train.density_weight",
-    "train.ema_warmup",
-    "train.ema_start",
-    "train.density_eps",
-    "train.weight_decay_end",
-)
 DENSITY_THRESHOLDS = (0.0, 1e-3, 1e-2)  # GELU is next to zero for many inputs, and zero for few
 
 
@@ -61,8 +31,10 @@ class ModelSettings(BaseModel):
 
     name: str = "vit_base_patch16_224"  # timm's name
     kwargs: dict[str, Any] = {}  # arguments of timm.create_model
-    weights: str = ""  # before the reduction: "" = random; "pretrained" = timm's; else a path, see docs/finetune.md
-    calibration_images: Count = 512  # of the training set, for steps that look at data: criteria, repair
+    weights: Later[str] = (
+        ""  # before the reduction: "" = random; "pretrained" = timm's; else a path, see docs/finetune.md
+    )
+    calibration_images: Later[Count] = 512  # of the training set, for steps that look at data: criteria, repair
 
     @property
     def weights_path(self) -> Path | None:
@@ -75,11 +47,13 @@ class TrainSettings(AugmentSettings):
 
     epochs: Count = 300  # passes over the training set, warm-up included
     batch_size: Count = 1024  # images per update, over all workers and accumulation steps
-    accum_steps: Count = 1  # micro-batches per update and worker
+    accum_steps: Free[Count] = 1  # micro-batches per update and worker
     optimizer: str = "adamw"  # timm's name
     lr: NonNegative = 1e-3  # peak learning rate
     weight_decay: NonNegative = 0.05  # not applied to biases, norms and position embeddings (timm's rule)
-    weight_decay_end: NonNegative | None = None  # where half a cosine takes it by the last update; none = constant
+    weight_decay_end: Later[NonNegative | None] = (
+        None  # where half a cosine takes it by the last update; none = constant
+    )
     clip_grad: NonNegative = 0.0  # largest gradient norm; 0 = no clipping
     schedule: str = "cosine"  # timm's name
     warmup_epochs: Annotated[int, Field(ge=0)] = 5  # epochs of linear warm-up, part of `epochs`
@@ -87,18 +61,22 @@ class TrainSettings(AugmentSettings):
     min_lr: NonNegative = 0.0  # learning rate the schedule ends at
     schedule_per_update: bool = False  # true: the learning rate moves each update; false: each epoch (as published)
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998  # per update, of the averaged weights; 0 = no averaging
-    ema_warmup: bool = False  # true: the decay grows to ema_decay, as 1 - (1 + t)^(-2/3) with the updates t
-    ema_start: Annotated[int, Field(ge=0)] = 0  # updates before averaging begins; until then the average is a copy
-    distillation: Literal["none", "soft", "hard", "features"] = "none"  # from the unreduced model: docs/finetune.md
-    distill_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5  # weight of the teacher's part of the loss
-    distill_tau: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # temperature of soft distillation
-    distill_cls: Weight = 1.0  # of the class token in distillation of features
-    distill_patches: Weight = 1.0  # of the patch tokens
-    sam_rho: Weight = 0.0  # sharpness-aware: how far weights move uphill before the gradient is taken; 0 = plain
-    sam_adaptive: bool = False  # weights move in proportion to their squares; wants a ten times larger sam_rho
-    sam_sync: bool = False  # true: by the gradient of the whole batch; false: of each worker's own part of it
-    density_weight: Weight = 0.0  # of the density of MLP activations in the loss (DEFT); 0 = not measured
-    density_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-7  # squared activation that counts half
+    ema_warmup: Later[bool] = False  # true: the decay grows to ema_decay, as 1 - (1 + t)^(-2/3) with the updates t
+    ema_start: Later[Annotated[int, Field(ge=0)]] = (
+        0  # updates before averaging begins; until then the average is a copy
+    )
+    distillation: Later[Literal["none", "soft", "hard", "features"]] = (
+        "none"  # from the unreduced model: docs/finetune.md
+    )
+    distill_alpha: Later[Annotated[float, Field(ge=0, le=1)]] = 0.5  # weight of the teacher's part of the loss
+    distill_tau: Later[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = 1.0  # temperature of soft distillation
+    distill_cls: Later[Weight] = 1.0  # of the class token in distillation of features
+    distill_patches: Later[Weight] = 1.0  # of the patch tokens
+    sam_rho: Later[Weight] = 0.0  # sharpness-aware: how far weights move uphill before the gradient is taken; 0 = plain
+    sam_adaptive: Later[bool] = False  # weights move in proportion to their squares; wants a ten times larger sam_rho
+    sam_sync: Later[bool] = False  # true: by the gradient of the whole batch; false: of each worker's own part of it
+    density_weight: Later[Weight] = 0.0  # of the density of MLP activations in the loss (DEFT); 0 = not measured
+    density_eps: Later[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = 1e-7  # squared activation that counts half
     fidelity: Literal["corrected", "published"] = (
         "corrected"  # published: with what is wrong there, see docs/fidelity.md
     )
@@ -106,14 +84,14 @@ class TrainSettings(AugmentSettings):
     tf32: bool = True  # float32 products of GPUs in TF32, as published
     channels_last: bool = False  # memory format of images and convolutions
     compile: bool = False  # torch.compile, default backend
-    grad_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time (timm's)
+    grad_checkpointing: Free[bool] = False  # recompute each block in the backward pass: less memory, more time (timm's)
     deterministic: bool = False  # only algorithms that give the same bits each time; an error where there is none
-    keep_checkpoints: Count = 2  # the last ones that are kept, beside the best
-    probes: tuple[
-        Literal["gradients", "similarity", "sharpness", "density"], ...
+    keep_checkpoints: Free[Count] = 2  # the last ones that are kept, beside the best
+    probes: Free[
+        tuple[Literal["gradients", "similarity", "sharpness", "density"], ...]
     ] = ()  # measured while training: docs/probes.md
-    probe_every: Count = 10  # epochs between two probes; the last epoch is always probed
-    probe_images: Count = 64  # images of the validation set they use
+    probe_every: Free[Count] = 10  # epochs between two probes; the last epoch is always probed
+    probe_images: Free[Count] = 64  # images of the validation set they use
 
 
 class SupernetSettings(BaseModel):
@@ -226,9 +204,9 @@ class Run(BaseModel):
             document["model"]["weights"] = "path"
         if self.supernet is None:
             del document["supernet"]  # earlier versions know no such key
-        for section, key in (name.split(".") for name in LATER):
+        for section, key in (name.split(".") for name in marked(Run, Mark.LATER)):
             if document[section][key] == type(getattr(self, section)).model_fields[key].default:
                 del document[section][key]
-        for section, key in (name.split(".") for name in FREE):
+        for section, key in (name.split(".") for name in marked(Run, Mark.FREE)):
             del document[section][key]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]

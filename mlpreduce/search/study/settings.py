@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.words.complaints import complaint
+from mlpreduce.words.marks import Free, Mark, marked
 
 __all__ = ["REFERENCES", "StudySettings", "changes", "make_settings"]
 
 Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
 
 # What a study is compared with: trained beside it, outside of its trials and budgets. A recipe's own variants of these
 # names go before.
@@ -22,34 +24,47 @@ REFERENCES: dict[str, tuple[dict[str, Any], ...]] = {
     "grouped": ({"transform": "grouped", "group": 2, "remainder": "own"},),
     "shallow": ({"transform": "shallow", "ratio": 0.5},),
 }
-# may be others when a study goes on: how much is trained, and where
-_FREE = ("trials", "seeds", "workers", "trial_workers", "cpus", "gpus")
 
 
 class StudySettings(BaseModel):
-    """The settings of a study."""
+    """The settings of a study; flags of the command have their names and descriptions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    trials: Count = 40  # that ended complete or pruned
-    objectives: tuple[str, ...] = ("top1", "params")
-    budgets: tuple[str, ...] = ()  # "params<=0.7"
-    sampler: Literal["auto", "tpe", "nsga2", "gp", "random", "grid"] = "auto"
-    pruner: Literal["asha", "median", "none"] = "asha"
-    reduction: Annotated[int, Field(ge=2)] = 3  # of asha: one of so many goes on at each rung
-    first_rung: Annotated[int, Field(ge=0)] = 0  # epochs before it first decides; 0 = a ninth of all, 1.5 x the warm-up
-    seed: Annotated[int, Field(ge=0)] = 0  # of the sampler
-    seeds: tuple[int, ...] = (42, 123)  # of the training: the first for all trials, the others for the front
-    references: tuple[str, ...] = ("baseline", "grouped", "shallow")
-    inherit: Literal["none", "baseline", "nearest"] = "none"  # weights that a trial starts from: docs/search.md
-    screen: Annotated[int, Field(ge=0)] = 0  # images on which trained weights are tried after the edit; 0 = none
-    supernet: Annotated[int, Field(ge=0)] = 0  # epochs of a supernet that says which points to train; 0 = none
-    supernet_points: Count = 1000  # that it estimates
-    workers: Annotated[int, Field(ge=0)] = 2  # trials at a time; 0 = one, in this process, without Ray
-    trial_workers: Count = 1  # processes that train one trial together (DDP)
-    cpus: Annotated[float, Field(gt=0)] = 1.0  # that Ray reserves for each process of a trial
-    gpus: Annotated[float, Field(ge=0)] = 0.0  # likewise; a part of one, such as 0.25, is possible
+    name: str = Field(description="its name in the storage (default: SPACE-RECIPE)")
+    trials: Free[Count] = Field(40, description="points that are trained to their end, or ended early")
+    objectives: tuple[str, ...] = Field(("top1", "params"), description="top1 and costs, with commas")
+    budgets: tuple[str, ...] = Field(
+        (), description='such as "params<=0.7" (of the baseline) or "macs<=9e9"; may be repeated (default: none)'
+    )
+    sampler: Literal["auto", "tpe", "nsga2", "gp", "random", "grid"] = Field(
+        "auto", description="auto (TPE), tpe, nsga2, gp, random or grid"
+    )
+    pruner: Literal["asha", "median", "none"] = Field("asha", description="asha, median (one objective only) or none")
+    reduction: Annotated[int, Field(ge=2)] = Field(3, description="of asha: one of so many goes on at each rung")
+    first_rung: NonNegative = Field(
+        0, description="epochs before asha first decides (default: a ninth of the recipe's, 1.5 x its warm-up)"
+    )
+    seed: NonNegative = Field(0, description="of the sampler")
+    seeds: Free[tuple[int, ...]] = Field(
+        (42, 123),
+        description="of the training: the first for all trials, the others for the front (default: the recipe's)",
+    )
+    references: tuple[str, ...] = Field(
+        ("baseline", "grouped", "shallow"), description='what to compare with; also "baseline,grouped(group=4)"'
+    )
+    inherit: Literal["none", "baseline", "nearest"] = Field(
+        "none", description="weights a trial starts from: none, baseline, or nearest (of all trials)"
+    )
+    screen: NonNegative = Field(0, description="images on which trained weights are tried before a trial trains")
+    supernet: NonNegative = Field(
+        0, description="epochs in which sub-models are trained together before, to begin with those that look best"
+    )
+    supernet_points: Count = Field(1000, description="that a supernet estimates")
+    workers: Free[NonNegative] = Field(2, description="trials at a time; 0 is one, in this process, without Ray")
+    trial_workers: Free[Count] = Field(1, description="processes that train one trial together (DDP)")
+    cpus: Free[Annotated[float, Field(gt=0)]] = Field(1.0, description="that Ray reserves for each process of a trial")
+    gpus: Free[Annotated[float, Field(ge=0)]] = Field(0.0, description="likewise; parts of one are possible, as 0.25")
 
     def rungs(self, epochs: int, warmup_epochs: int = 0) -> tuple[int, ...]:
         """Epochs after which asha decides.
@@ -90,5 +105,7 @@ def changes(before: StudySettings, now: StudySettings) -> Iterable[str]:
     old, new = before.model_dump(), now.model_dump()
     first = [f"seeds: the first was {before.seeds[0]}, is {now.seeds[0]}"] if before.seeds[0] != now.seeds[0] else []
     return first + [
-        f"{key}: was {old[key]!r}, is {new[key]!r}" for key in new if key not in _FREE and old[key] != new[key]
+        f"{key}: was {old[key]!r}, is {new[key]!r}"
+        for key in new
+        if key not in marked(StudySettings, Mark.FREE) and old[key] != new[key]
     ]
