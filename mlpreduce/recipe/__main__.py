@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from mlpreduce.recipe.cli import main
-from mlpreduce.words.console import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

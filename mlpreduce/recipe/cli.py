@@ -14,7 +14,7 @@ from mlpreduce.plugins import add_option
 from mlpreduce.recipe.running import train
 from mlpreduce.recipe.schema import Recipe, load
 from mlpreduce.recipe.shelf import find, header, list_recipes
-from mlpreduce.words.console import Column, Grid, screen, width
+from mlpreduce.words.console import Column, Grid, run_command, screen, width
 
 __all__ = ["main"]
 
@@ -33,47 +33,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when all is done; 1 when a run failed; 2 for what cannot be carried out; 130 when interrupted.
     """
+    return run_command(lambda: _main(argv), lambda: _again(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     if arguments.new or arguments.data or arguments.model:
-        return _new(arguments)
-    output = Path(arguments.output or f"runs/{Path(arguments.name).stem}") if arguments.name else Path()
-    try:
-        if arguments.list:
-            print(_list({name: " ".join(header(path)[:1]) for name, path in list_recipes().items()}))
-            return 0
-        if not arguments.name:
-            _parser().print_usage(sys.stderr)
-            return 2
-        recipe = _load(arguments)
-        if "://" in (arguments.output or ""):
-            raise ReductionError(
-                f"--output {arguments.output}: object stores are not supported, only directories; give one on storage that all "
-                f"machines see at the same path (NFS, Lustre, or a bucket that is mounted), and copy it to the store later"
-            )
-        if arguments.address and not recipe.launch.workers:
-            raise ReductionError(
-                f"--address {arguments.address}: launch.workers=0 trains in this process; use launch.workers=1 or more"
-            )
-        if arguments.dry_run:
-            from mlpreduce.recipe.describe import describe
-
-            print(describe(recipe))
-            return 0
-        if arguments.address:
-            os.environ["RAY_ADDRESS"] = arguments.address
-        return train(recipe, output, resume=arguments.resume)
-    except ReductionError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _new(arguments)
+        return 0
+    if arguments.list:
+        print(_list({name: " ".join(header(path)[:1]) for name, path in list_recipes().items()}))
+        return 0
+    if not arguments.name:
+        _parser().print_usage(sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        where = ["--address", arguments.address] if arguments.address else []
-        own = [word for file in arguments.plugins for word in ("--plugin", file)]
-        again = [arguments.name or "", *arguments.overrides, *own, "--resume", "--output", str(output), *where]
-        print(
-            f"\ninterrupted; all workers have ended. To go on: python -m mlpreduce.recipe {shlex.join(again)}",
-            file=sys.stderr,
+    recipe = _load(arguments)
+    if "://" in (arguments.output or ""):
+        raise ReductionError(
+            f"--output {arguments.output}: object stores are not supported, only directories; give one on storage that all "
+            f"machines see at the same path (NFS, Lustre, or a bucket that is mounted), and copy it to the store later"
         )
-        return 130
+    if arguments.address and not recipe.launch.workers:
+        raise ReductionError(
+            f"--address {arguments.address}: launch.workers=0 trains in this process; use launch.workers=1 or more"
+        )
+    if arguments.dry_run:
+        from mlpreduce.recipe.describe import describe
+
+        print(describe(recipe))
+        return 0
+    if arguments.address:
+        os.environ["RAY_ADDRESS"] = arguments.address
+    return train(recipe, _output(arguments), resume=arguments.resume)
+
+
+def _output(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.output or f"runs/{Path(arguments.name).stem}")
+
+
+def _again(argv: Sequence[str] | None) -> str:
+    """The command that goes on."""
+    arguments = _parser().parse_intermixed_args(argv)
+    where = ["--address", arguments.address] if arguments.address else []
+    own = [word for file in arguments.plugins for word in ("--plugin", file)]
+    again = [arguments.name or "", *arguments.overrides, *own, "--resume", "--output", str(_output(arguments)), *where]
+    return f"python -m mlpreduce.recipe {shlex.join(again)}"
 
 
 def _load(arguments: argparse.Namespace) -> Recipe:
@@ -93,23 +97,16 @@ def _list(named: dict[str, str]) -> str:
     return Grid("", columns, ruled=False).text(width())
 
 
-def _new(arguments: argparse.Namespace) -> int:
+def _new(arguments: argparse.Namespace) -> None:
     """Write a recipe for a folder of images."""
     from mlpreduce.recipe.new import write_recipe
 
-    try:
-        if not arguments.new or not arguments.data:
-            missing = "--new FILE.toml" if not arguments.new else "--data DIR"
-            raise ReductionError(f"{missing} is missing; write recipe --new FILE.toml --data DIR [--model NAME]")
-        if arguments.name:
-            raise ReductionError(
-                f"--new {arguments.new}: {arguments.name!r} does not belong to it; change the file then"
-            )
-        print(write_recipe(arguments.new, arguments.data, arguments.model or ""))
-    except ReductionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if not arguments.new or not arguments.data:
+        missing = "--new FILE.toml" if not arguments.new else "--data DIR"
+        raise ReductionError(f"{missing} is missing; write recipe --new FILE.toml --data DIR [--model NAME]")
+    if arguments.name:
+        raise ReductionError(f"--new {arguments.new}: {arguments.name!r} does not belong to it; change the file then")
+    print(write_recipe(arguments.new, arguments.data, arguments.model or ""))
 
 
 def _parser() -> argparse.ArgumentParser:

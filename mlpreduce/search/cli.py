@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mlpreduce.errors import ReductionError, require
+from mlpreduce.errors import require
 from mlpreduce.plugins import add_option
 from mlpreduce.words.addresses import hidden
-from mlpreduce.words.console import Column, Grid, screen, width
+from mlpreduce.words.console import Column, Grid, run_command, screen, width
 from mlpreduce.words.flags import add_flags, given_flags
 from mlpreduce.words.pulse import Pulse
 
@@ -37,47 +37,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when all is done; 2 for what cannot be carried out; 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if arguments[:1] and arguments[0] in ("show", "export", "compare"):
-            require(f"mlpreduce search {arguments[0]}", "optuna")
-            from mlpreduce.search import verbs
+    again = [*map(hidden, arguments), *([] if "--resume" in arguments else ["--resume"])]
+    return run_command(lambda: _main(arguments), lambda: f"python -m mlpreduce.search {shlex.join(again)}")
 
-            status: int = verbs.main(arguments)
-            return status
-        options = _parser().parse_intermixed_args(arguments)
-        if options.list:
-            _list()
-            return 0
-        if not options.space:
-            _parser().print_usage(sys.stderr)
-            return 2
-        if options.address:
-            os.environ["RAY_ADDRESS"] = options.address
-        require("mlpreduce search", *NEEDED, *([] if options.workers == "0" else ["ray"]))
-        with Pulse(screen(), f"search {options.space}: loading Optuna and timm"):  # takes seconds
-            from mlpreduce.search.driver import run
 
-        run(
-            options.space,
-            options.recipe,
-            overrides=options.overrides,
-            plugins=options.plugins,
-            storage=options.storage,
-            output=options.output,
-            resume=options.resume,
-            **_settings(options),
-        )
+def _main(arguments: list[str]) -> int:
+    if arguments[:1] and arguments[0] in ("show", "export", "compare"):
+        require(f"mlpreduce search {arguments[0]}", "optuna")
+        from mlpreduce.search import verbs
+
+        status: int = verbs.main(arguments)
+        return status
+    options = _parser().parse_intermixed_args(arguments)
+    if options.list:
+        _list()
         return 0
-    except ReductionError as error:
-        print(f"error: {error}", file=sys.stderr)
+    if not options.space:
+        _parser().print_usage(sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        again = [*map(hidden, arguments), *([] if "--resume" in arguments else ["--resume"])]
-        print(
-            f"\ninterrupted; all workers have ended. To go on: python -m mlpreduce.search {shlex.join(again)}",
-            file=sys.stderr,
-        )
-        return 130
+    if options.address:
+        os.environ["RAY_ADDRESS"] = options.address
+    require("mlpreduce search", *NEEDED, *([] if options.workers == "0" else ["ray"]))
+    with Pulse(screen(), f"search {options.space}: loading Optuna and timm"):  # takes seconds
+        from mlpreduce.search.driver import run
+
+    run(
+        options.space,
+        options.recipe,
+        overrides=options.overrides,
+        plugins=options.plugins,
+        storage=options.storage,
+        output=options.output,
+        resume=options.resume,
+        **_settings(options),
+    )
+    return 0
 
 
 def _list() -> None:

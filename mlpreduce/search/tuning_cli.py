@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from mlpreduce.errors import ReductionError, require
 from mlpreduce.graph import example_inputs, tensors_in
 from mlpreduce.plugins import add_option, load_plugins
 from mlpreduce.reduction.builds import made_by_timm
-from mlpreduce.words.console import from_here, width, wrapped
+from mlpreduce.words.console import from_here, run_command, width, wrapped
 from mlpreduce.words.notation import read_words
 
 __all__ = ["main"]
@@ -24,14 +23,14 @@ _HELD = 0.1  # of class folders without train/ and val/; those images are not lo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, or 2 after a ReductionError."""
+    return run_command(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     options = _parser().parse_args(argv)
-    try:
-        require("mlpreduce tune", "optuna", "scipy")
-        load_plugins(options.plugins)
-        print(_run(options))
-    except ReductionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    require("mlpreduce tune", "optuna", "scipy")
+    load_plugins(options.plugins)
+    print(_run(options))
     return 0
 
 

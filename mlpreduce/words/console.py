@@ -268,15 +268,19 @@ def screen() -> Console:
     return Screen(width=width() or _UNLIMITED)
 
 
-def run_command(body: Callable[[], int]) -> int:
+def run_command(body: Callable[[], int], go_on: Callable[[], str] | None = None) -> int:
     """Run a command and return its exit status.
+
+    Args:
+        body: the command; its exit status.
+        go_on: writes the command that goes on with what was interrupted, when all workers have ended.
 
     Returns:
         What `body` returns; 2 after a ReductionError, which is printed; 141 when the reader of its output has gone, as
         after `mlpreduce list | head -1`; 130 when interrupted.
     """
     try:
-        status = _run(body)
+        status = _run(body, go_on)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -285,14 +289,15 @@ def run_command(body: Callable[[], int]) -> int:
         return _CLOSED_PIPE
 
 
-def _run(body: Callable[[], int]) -> int:
+def _run(body: Callable[[], int], go_on: Callable[[], str] | None) -> int:
     try:
         return body()
     except ReductionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        more = "" if go_on is None else f"; all workers have ended. To go on: {go_on()}"
+        print(f"\ninterrupted{more}", file=sys.stderr)
         return 130
     except SystemExit as ending:  # argparse: help was printed, or what is wrong
         return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
