@@ -26,16 +26,16 @@ class Failed(Exception):
 
 
 @contextmanager
-def pair(deadline: float = DEADLINE) -> Iterator[Together]:
+def pair() -> Iterator[Together]:
     """Give `together(function, *args)`, which calls `function(rank, *args)` in two processes and returns both results.
 
-    The function must be defined at the top of a module, and finds a new gloo group, one thread and a fixed seed. The
-    processes start with the first call and stay. After a failure both are killed, and the next call starts new ones: a
-    process that waits for one that is gone would wait for ever.
+    It fails when they are not done after `deadline=` seconds. The function must be defined at the top of a module, and finds
+    a new gloo group, one thread and a fixed seed. The processes start with the first call and stay. After a failure both are
+    killed, and the next call starts new ones: a process that waits for one that is gone would wait for ever.
     """
     workers: list[tuple[BaseProcess, Connection]] = []
 
-    def together(function: Callable[..., Any], *args: Any) -> list[Any]:
+    def together(function: Callable[..., Any], *args: Any, deadline: float = DEADLINE) -> list[Any]:
         try:
             if not workers:
                 workers.extend(_start(rank) for rank in range(2))
