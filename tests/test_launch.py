@@ -33,6 +33,7 @@ from helpers.two_processes import Together
 from mlpreduce import recipe as recipes
 from mlpreduce.errors import ReductionError
 from mlpreduce.launch import LaunchSettings, execute, pool, team
+from mlpreduce.launch.interrupts import Shield, interrupts
 from mlpreduce.launch.locks import drive, work
 from mlpreduce.launch.sharing import check_sharing, regroup, sharers
 from mlpreduce.recipe.schema import runs as runs_of
@@ -119,6 +120,7 @@ def test_workers_beyond_those_that_share_a_batch_leave_the_group(tmp_path: Path)
 
 HOLD = """
 import sys
+from mlpreduce.launch.interrupts import Shield, interrupts
 from mlpreduce.launch.locks import drive, work
 directory, rank, text = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 with drive([directory]) if rank < 0 else work(directory, rank, text):
@@ -223,6 +225,26 @@ def test_interrupt_waits_for_the_record_that_is_being_written(tmp_path: Path) ->
         execute(runs_of(recipe, tmp_path), recipe.launch, consume)
     assert written == [1]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_who_interrupts_again_waits_no_longer_and_then_lets_the_workers_end() -> None:
+    told = []
+
+    def twice(shield: Shield) -> None:
+        with shield():
+            for word in ("waits", "never"):
+                signal.raise_signal(signal.SIGINT)
+                told.append(word)
+
+    with interrupts() as shield:
+        with pytest.raises(KeyboardInterrupt):
+            twice(shield)
+        signal.raise_signal(signal.SIGINT)  # the workers are being ended
+        with shield():
+            told.append("kept")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert told == ["waits", "kept"]
 
 
 class Keeper:

@@ -17,22 +17,25 @@ Shield = Callable[[], AbstractContextManager[None]]
 def interrupts() -> Iterator[Shield]:
     """Turns SIGINT into KeyboardInterrupt, but not inside a block of what it yields: then right after it.
 
-    A database that is left within a write stays locked for whoever asks next, also for what would end the work in order.
+    A database that is left within a write stays locked for whoever asks next, also for what would end the work in order. Who
+    asks again while the first still waits, waits no longer. Once an interrupt was raised the next one is ignored: the workers
+    are being ended, which takes seconds and must not be cut short.
     """
-    requests, shielded, pending = 0, False, False
+    shielded = pending = raised = ignored = False
 
     def handler(signum: int, frame: object) -> None:
-        nonlocal requests, pending
-        requests += 1
-        if requests == 2:
-            return  # the workers are being ended, which takes seconds and must not be cut short
-        if not shielded:
+        nonlocal pending, raised, ignored
+        if raised and not ignored:
+            ignored = True
+        elif shielded and not pending:
+            pending = True
+        else:
+            pending, raised = False, True
             raise KeyboardInterrupt
-        pending = True
 
     @contextmanager
     def shield() -> Iterator[None]:
-        nonlocal shielded, pending
+        nonlocal shielded, pending, raised
         if shielded:
             yield
             return
@@ -42,7 +45,7 @@ def interrupts() -> Iterator[Shield]:
         finally:
             shielded = False
         if pending:
-            pending = False
+            pending, raised = False, True
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
