@@ -6,7 +6,7 @@ from typing import Any
 
 from helpers.records import make_record
 
-from mlpreduce.records import Record, summarize
+from mlpreduce.records import Record, Results, summarize
 from mlpreduce.report.summing import cautions, overview
 
 
@@ -19,14 +19,14 @@ def record(variant: str, top1: list[float], raw: list[float], decay: float = 0.9
 
 def test_each_is_the_best_of_its_own_epochs() -> None:
     document = summarize([record("baseline", [20.0, 27.0], [52.0, 51.0])])
-    (run,) = document["variants"]["baseline"]["runs"]
-    assert (run["top1"], run["raw_top1"]) == (27.0, 52.0)
-    assert document["variants"]["baseline"]["raw_top1_mean"] == 52.0
+    (run,) = document.variants["baseline"].runs
+    assert (run.top1, run.raw_top1) == (27.0, 52.0)
+    assert document.variants["baseline"].raw_top1_mean == 52.0
 
 
 def test_without_an_average_there_is_nothing_beside() -> None:
     document = summarize([record("baseline", [50.0], [50.0], decay=0.0)])
-    assert document["variants"]["baseline"]["raw_top1_mean"] is None
+    assert document.variants["baseline"].raw_top1_mean is None
     assert "raw top-1 %" not in overview(document).headers
     assert cautions(document) == []
 
@@ -35,10 +35,12 @@ def test_records_of_earlier_versions_are_reported_still() -> None:
     old = record("baseline", [50.0], [50.0]).as_json()
     del old["epochs"][0]["raw_top1"], old["recipe"]["train"]
     document = summarize([Record.model_validate(old)])
-    assert document["warnings"] == []
-    assert document["variants"]["baseline"]["raw_top1_mean"] is None
-    del document["warnings"], document["variants"]["baseline"]["raw_top1_mean"]
-    del document["variants"]["baseline"]["runs"][0]["raw_top1"]  # results.json of an earlier version
+    assert document.warnings == ()
+    assert document.variants["baseline"].raw_top1_mean is None
+    kept = document.as_json()
+    del kept["warnings"], kept["variants"]["baseline"]["raw_top1_mean"]
+    del kept["variants"]["baseline"]["runs"][0]["raw_top1"]  # results.json of an earlier version
+    document = Results.model_validate(kept)
     assert len(overview(document).rows) == 1
     assert cautions(document) == []
 
@@ -62,5 +64,5 @@ def test_warnings_of_all_runs_are_told_once() -> None:
         record(name, [50.0], [50.0], warnings=["train.lr=1: a fact; a remedy"]) for name in ("baseline", "grouped")
     ]
     document = summarize(records)
-    assert document["warnings"] == ["train.lr=1: a fact; a remedy"]
+    assert document.warnings == ("train.lr=1: a fact; a remedy",)
     assert cautions(document) == ["Warning: train.lr=1: a fact; a remedy"]

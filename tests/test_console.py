@@ -19,7 +19,7 @@ from mlpreduce import report
 from mlpreduce.__main__ import main
 from mlpreduce.launch import LaunchSettings
 from mlpreduce.recipe.progress import Display, starting
-from mlpreduce.records import Record, StudyDocument, study_from, summarize
+from mlpreduce.records import Record, Results, StudyDocument, study_from, summarize
 from mlpreduce.report.search import console_table, front_table
 from mlpreduce.report.summing import HEADERS
 from mlpreduce.testing import tiny_vit
@@ -83,7 +83,7 @@ def record(variant: str, seed: int, top1: float, order: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
+def results() -> Results:
     tops = {"baseline": (91.31, 90.52, 92.04), "grouped(group=2)": (89.11, 87.92, 88.53)}
     every = [(variant, seed, top1) for variant, found in tops.items() for seed, top1 in enumerate(found)]
     return summarize([Record.model_validate(record(*run, order)) for order, run in enumerate(every)])
@@ -121,7 +121,7 @@ def study() -> StudyDocument:
 
 @pytest.mark.parametrize("width", WIDTHS)
 class TestTables:
-    def test_results(self, width: int, results: dict[str, Any]) -> None:
+    def test_results(self, width: int, results: Results) -> None:
         text = printed(report.console_table(results), width)
         assert longest(text) <= width
         table = report.overview(results)

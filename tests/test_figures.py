@@ -25,12 +25,11 @@ from mlpreduce.bench.criteria import corrected, page_of
 from mlpreduce.bench.layers import layers_text
 from mlpreduce.bench.trained.page import page_of as trained_page
 from mlpreduce.errors import ReductionError
-from mlpreduce.records import study_from
+from mlpreduce.records import Against, study_from
 from mlpreduce.report import check_page, keep, lasting, results_text, with_results
 from mlpreduce.report.power import detectable
 from mlpreduce.report.published import CELLS
 from mlpreduce.report.search import kept, kept_text
-from mlpreduce.report.summing import variants_of
 from mlpreduce.report.tables import few, mean_std, short
 from mlpreduce.search.comparison import comparison_text
 
@@ -212,9 +211,9 @@ def test_the_systems() -> None:
     document, text = stored("systems"), (RESULTS / "systems.md").read_text(encoding="utf-8")
     settings = recipe("systems")
     data, seeds = settings["data"], settings["seeds"]
-    variants = dict(variants_of(document))
+    variants = {f"{point} {name}": v for point, p in document["points"].items() for name, v in p["variants"].items()}
     scheme = {name: variants[f"vit {name}"] for name in ("scheme", "scheme_wide")}
-    least = {name: detectable(v["vs_baseline"]) for name, v in variants.items() if v["vs_baseline"]}
+    least = {name: detectable(Against(**v["vs_baseline"])) for name, v in variants.items() if v["vs_baseline"]}
     low_high = [f"{found:.2f}" for found in sorted(v for n, v in least.items() if v and not n.startswith("vit scheme"))]
     wide = sorted(f"{least[f'vit {name}']:.2f}" for name in scheme)
     tops = {run["seed"]: f"{run['top1']:.2f}" for run in scheme["scheme"]["runs"]}
@@ -291,11 +290,14 @@ def test_every_page_of_results_has_its_json() -> None:
 # ---------------------------------------------------------------- how results are kept
 
 
-RUN = {"seed": 1, "top1": 50.0, "peak_to_final": 0.5, "mlflow_run_id": "a1"}
+RUN = {"seed": 1, "top1": 50.0, "top5": 99.0, "peak_to_final": 0.5, "mlflow_run_id": "a1"} | {
+    **{"peak_epoch": 2, "final_top1": 49.5, "epochs": 3}
+}
 
 
 def results(**changes: Any) -> dict[str, Any]:
     base = {"params": 1234, "mlp_params": 1000, "macs": 2e6, "throughput": 7.0, "peak_memory_mib": 1.0}
+    base |= {"unique_mlps": 4, "macs_linear": 2e6, "macs_with_attention": 2e6, "top1_mean": 51.0, "top5_mean": 99.0}
     runs = [{**RUN, "seed": seed, "top1": 50.0 + seed} for seed in range(3)]
     against = {"delta": 1.0, "p_value": 0.4, "n": 3, "test": "paired t", "df": 2, "ci_low": -2.0, "ci_high": 4.0}
     variant = {**base, "runs": runs, "peak_to_final_mean": 0.5, **changes}
@@ -385,14 +387,14 @@ def test_the_least_detectable_difference_is_found_four_times_in_five() -> None:
 
     for n in (3, 4, 10):
         half = float(t.ppf(0.975, n - 1)) / n**0.5  # differences with a deviation of 1
-        least = detectable({"ci_low": 1 - half, "ci_high": 1 + half, "df": n - 1})
+        least = detectable(Against(delta=1.0, n=n, ci_low=1 - half, ci_high=1 + half, df=n - 1))
         assert least is not None
         drawn = np.random.default_rng(0).normal(least, 1.0, size=(100_000, n))
         found = drawn.mean(1) / (drawn.std(1, ddof=1) / n**0.5)
         assert (abs(found) > t.ppf(0.975, n - 1)).mean() == pytest.approx(0.8, abs=0.005)
     assert detectable(None) is None
-    assert detectable({"ci_low": None, "ci_high": None, "df": 3}) is None
-    assert detectable({"ci_low": -1.0, "ci_high": 1.0, "df": 1}) is None
+    assert detectable(Against(delta=1.0, n=4, df=3)) is None
+    assert detectable(Against(delta=0.0, n=2, ci_low=-1.0, ci_high=1.0, df=1)) is None
 
 
 def test_a_number_that_is_not_held_is_found() -> None:

@@ -79,7 +79,7 @@ def test_results_follow_the_schema(tmp_path: Path) -> None:
         "grouped": {1: [50.0, 81.0, 82.0], 2: [50.0, 79.0, 78.5]},
     }
     record_all(tmp_path, curves)
-    document = results(tmp_path)
+    document = results(tmp_path).as_json()
     assert list(document) == ["schema", "recipe", "warnings", "variants"]
     assert list(document["variants"]) == ["baseline", "grouped"]
     grouped = document["variants"]["grouped"]
@@ -117,7 +117,7 @@ def test_results_follow_the_schema(tmp_path: Path) -> None:
 def test_interval_of_three_pairs_is_that_of_the_tables(tmp_path: Path) -> None:
     """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, df=2) = 4.302653."""
     record_all(tmp_path, {"baseline": {1: [50.0], 2: [60.0], 3: [70.0]}, "grouped": {1: [51.0], 2: [62.0], 3: [73.0]}})
-    against = results(tmp_path)["variants"]["grouped"]["vs_baseline"]
+    against = results(tmp_path).as_json()["variants"]["grouped"]["vs_baseline"]
     assert (against["n"], against["df"]) == (3, 2)
     assert against["ci_low"] == pytest.approx(2 - 4.302653 / 3**0.5, abs=1e-5)
     assert against["ci_high"] == pytest.approx(2 + 4.302653 / 3**0.5, abs=1e-5)
@@ -125,15 +125,15 @@ def test_interval_of_three_pairs_is_that_of_the_tables(tmp_path: Path) -> None:
 
 def test_one_seed_has_no_deviation_and_no_p(tmp_path: Path) -> None:
     record_all(tmp_path, {"baseline": {1: [50.0]}, "grouped": {1: [51.0], 2: [60.0]}})
-    grouped = results(tmp_path)["variants"]["grouped"]
+    grouped = results(tmp_path).as_json()["variants"]["grouped"]
     undefined = dict.fromkeys(("p_value", "df", "ci_low", "ci_high"))
     assert grouped["vs_baseline"] == {"delta": 1.0, "n": 1, "test": "paired t", **undefined}
-    assert results(tmp_path)["variants"]["baseline"]["top1_std"] is None
+    assert results(tmp_path).as_json()["variants"]["baseline"]["top1_std"] is None
 
 
 def test_equal_differences_have_no_p(tmp_path: Path) -> None:
     record_all(tmp_path, {"baseline": {1: [50.0], 2: [60.0]}, "grouped": {1: [51.0], 2: [61.0]}})
-    against = results(tmp_path)["variants"]["grouped"]["vs_baseline"]
+    against = results(tmp_path).as_json()["variants"]["grouped"]["vs_baseline"]
     assert (against["p_value"], against["ci_low"], against["ci_high"]) == (None, None, None)
     assert against["df"] == 1
 
@@ -149,13 +149,13 @@ def test_a_record_that_is_none_is_named(tmp_path: Path) -> None:
 def test_speed_of_other_hardware_is_not_averaged(tmp_path: Path) -> None:
     record_all(tmp_path, {"baseline": {1: [50.0], 2: [51.0]}})
     first, second = read(tmp_path)
-    assert summarize([first, second])["variants"]["baseline"]["throughput"] == 50.0
+    assert summarize([first, second]).variants["baseline"].throughput == 50.0
     second = second.model_copy(update={"hardware": Hardware(device="another")})
-    assert summarize([first, second])["variants"]["baseline"]["throughput"] is None
+    assert summarize([first, second]).variants["baseline"].throughput is None
 
 
 def test_best_epoch_is_the_first_of_equals() -> None:
-    assert summary(a_record(top1=(70.0, 80.0, 80.0)))["peak_epoch"] == 2
+    assert summary(a_record(top1=(70.0, 80.0, 80.0))).peak_epoch == 2
 
 
 def test_a_finished_run_without_an_epoch_is_refused_by_name() -> None:
@@ -249,7 +249,7 @@ def test_failed_run_keeps_its_epochs_and_leaves_the_results(tmp_path: Path) -> N
         recorder.handle(event(run, Ended(status, "the loss is nan")))
     first, _ = read(tmp_path)
     assert (first.status, first.message, len(first.epochs)) == ("failed", "the loss is nan", 1)
-    assert [run["seed"] for run in results(tmp_path)["variants"]["baseline"]["runs"]] == [2]
+    assert [run["seed"] for run in results(tmp_path).as_json()["variants"]["baseline"]["runs"]] == [2]
 
 
 def test_variants_that_start_from_different_weights_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from mlpreduce import report
 from mlpreduce.errors import ReductionError
-from mlpreduce.records import Record
+from mlpreduce.records import Against, Record, Results, VariantResult, Variants
 from mlpreduce.report.published import CELLS, SOURCE
 from mlpreduce.report.summing import beyond_noise
 
@@ -69,7 +69,7 @@ class Page(HTMLParser):
 def test_report_is_built_from_records_alone(output: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    document = report.build(output, output=elsewhere)
+    document = report.build(output, output=elsewhere).as_json()
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     assert {path.name for path in elsewhere.iterdir()} == set(report.FILES)
     assert json.loads((elsewhere / "results.json").read_text()) == document
@@ -82,7 +82,7 @@ def test_report_is_built_from_records_alone(output: Path, tmp_path: Path) -> Non
     assert "attention products left out" in text
     with Image.open(elsewhere / "curves.png") as image:
         assert image.width > 800
-    assert report.build(output) == document  # by default where the records lie
+    assert report.build(output).as_json() == document  # by default where the records lie
     assert (output / "report.html").is_file()
 
 
@@ -195,7 +195,7 @@ def test_other_hardware_gives_no_ratio(output: Path) -> None:
 
 
 def test_two_pairs_are_too_few_to_conclude(output: Path) -> None:
-    document = report.build(output)
+    document = report.build(output).as_json()
     rows = cells((output / "report.md").read_text(), "Against the baseline")
     against = document["variants"]["shallow"]["vs_baseline"]
     row = rows["shallow", "run"]
@@ -224,26 +224,27 @@ def test_console_shows_one_table(output: Path) -> None:
 
 
 def test_which_differences_are_beyond_the_noise() -> None:
-    def variant(delta: float, p: float | None, n: int = 4) -> dict[str, Any]:
-        return {"vs_baseline": {"delta": delta, "p_value": p, "n": n}}
+    def variant(delta: float | None = None, p: float | None = None, n: int = 4) -> VariantResult:
+        against = None if delta is None else Against(delta=delta, p_value=p, n=n)
+        return VariantResult.model_construct(vs_baseline=against)
 
-    found = {
-        "baseline": {"vs_baseline": None},
-        "a": variant(1.5, 0.001),
-        "b": variant(-2, 0.02),
-        "c": variant(0.4, 0.045),
-    }
+    def told_of(**variants: VariantResult) -> str:
+        return beyond_noise(Results.model_construct(variants=variants))
+
+    found = {"baseline": variant(), "a": variant(1.5, 0.001), "b": variant(-2, 0.02), "c": variant(0.4, 0.045)}
     others = {"d": variant(0.1, 0.9), "e": variant(0.5, None, 1), "f": variant(5.0, None), "g": variant(1.0, 0.001, 2)}
-    told = beyond_noise({"variants": found | others})
+    told = told_of(**found, **others)
     assert told.startswith("4 differences in top-1 from the baseline are tested, over 4 or more seeds")
     assert (
         "beyond the noise: a (+1.50), b (-2.00); within it: c, d; too few seeds, or equal differences, to tell: e, f, g ("
         in told
     )
-    pairs = {"variants": {"baseline": {"vs_baseline": None}, "a": variant(1, 0.01, 2), "b": variant(1, 0.02, 2)}}
-    assert "can be tested; too few seeds, or equal differences, to tell: a, b." in beyond_noise(pairs)
-    assert beyond_noise({"variants": {"baseline": {"vs_baseline": None}, "a": variant(1, 0.01)}}) == ""
-    swept = {"points": {"x": {"variants": {"a": variant(1, 0.01)}}, "y": {"variants": {"a": variant(0, 0.8)}}}}
+    few = told_of(baseline=variant(), a=variant(1, 0.01, 2), b=variant(1, 0.02, 2))
+    assert "can be tested; too few seeds, or equal differences, to tell: a, b." in few
+    assert told_of(baseline=variant(), a=variant(1, 0.01)) == ""
+    parts = {"x": variant(1, 0.01), "y": variant(0, 0.8)}
+    points = {point: Variants.model_construct(variants={"a": found}) for point, found in parts.items()}
+    swept = Results.model_construct(points=points)
     assert "beyond the noise: x a (+1.00); within it: y a (" in beyond_noise(swept)
 
 
@@ -301,7 +302,7 @@ def test_several_runs_make_one_report(tmp_path: Path) -> None:
         write_record(first, "baseline", seed, [80.0 + seed], seed)
         write_record(second, "grouped", seed, [81.0 + 2 * seed], seed)
     write_record(second, "baseline", 2, [83.0], 3)
-    document = report.build(first, second, first, output=tmp_path / "both")
+    document = report.build(first, second, first, output=tmp_path / "both").as_json()
     assert [run["seed"] for run in document["variants"]["baseline"]["runs"]] == [0, 1, 2]
     assert document["variants"]["grouped"]["vs_baseline"]["n"] == 2
     text = (tmp_path / "both" / "report.md").read_text()

@@ -161,7 +161,7 @@ def test_a_sweep_of_seeds_that_are_equal_and_a_point_without_a_finished_run(tmp_
             record = make_record(variant, seed, [100 * 5 / 360], order, recipe=f"toy/{point}", status=status)
             record["started"] = f"2026-01-01T00:00:0{order}"
             store(tmp_path / point / variant / f"seed{seed}", "record.json", record)
-    document = report.build(tmp_path)
+    document = report.build(tmp_path).as_json()
     assert (document["recipe"], list(document["points"])) == ("toy", ["a", "b"])
     assert "No run has finished at c." in (tmp_path / "report.md").read_text()
     shutil.rmtree(tmp_path / "a")

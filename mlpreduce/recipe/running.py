@@ -16,6 +16,8 @@ from mlpreduce.words.console import command_line, from_here, screen, wrapped
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mlpreduce.records import Results
+
 __all__ = ["mlflow_lines", "train"]
 
 
@@ -92,7 +94,7 @@ def _check_output(output: Path, document: dict[str, Any], resume: bool) -> None:
         )
 
 
-def _train(recipe: Recipe, place: Path, home: Path, console: Console) -> tuple[dict[str, Any] | None, bool]:
+def _train(recipe: Recipe, place: Path, home: Path, console: Console) -> tuple[Results | None, bool]:
     """Train the runs of one point into `place`, and report; `home` has MLflow's store.
 
     Returns:
@@ -147,13 +149,13 @@ def _warn(warnings: Sequence[str], told: set[str], console: Console) -> None:
             console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
-def _show(document: dict[str, Any], output: Path, console: Console) -> None:
+def _show(document: Results, output: Path, console: Console) -> None:
     from mlpreduce import report
     from mlpreduce.records import tracking_uri
 
     console.print(report.console_table(document))
     here = from_here(output)
-    point = "<point>/" if "points" in document else ""
+    point = "<point>/" if document.points else ""
     lines = [
         f"results  {here / 'results.json'}",
         f"report   {here / 'report.html'}",

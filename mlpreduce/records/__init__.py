@@ -6,7 +6,8 @@ The records are the truth: `results.json` and the report are built from them alo
     record      what a record is
     study       what a study of many runs is
     files       records on disk
-    summaries   what records come to
+    result      what a recipe comes to
+    summaries   it, from records
     mirror      runs in MLflow
     recorder    keeps the records of a recipe's runs, and their mirror in MLflow
 """
@@ -17,11 +18,13 @@ from mlpreduce.records.files import as_json, finished, read, store
 from mlpreduce.records.mirror import Mirror, tracking_uri
 from mlpreduce.records.record import SCHEMA, Epoch, Record
 from mlpreduce.records.recorder import Recorder
+from mlpreduce.records.result import Against, Results, RunResult, VariantResult, Variants
 from mlpreduce.records.study import Limit, Objective, PointRun, StudyDocument, StudyPoint, Volume, study_from
 from mlpreduce.records.summaries import baseline_of, conditions, results, summarize, summary
 
 __all__ = [
     "SCHEMA",
+    "Against",
     "Epoch",
     "Limit",
     "Mirror",
@@ -29,8 +32,12 @@ __all__ = [
     "PointRun",
     "Record",
     "Recorder",
+    "Results",
+    "RunResult",
     "StudyDocument",
     "StudyPoint",
+    "VariantResult",
+    "Variants",
     "Volume",
     "as_json",
     "baseline_of",

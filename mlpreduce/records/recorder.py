@@ -194,7 +194,8 @@ class Recorder:
         self._store(key)
         run_id = _run_of(record)
         if status == "finished":
-            known = {f"final/{name}": float(value) for name, value in summary(record).items() if value is not None}
+            found = summary(record).model_dump(exclude={"mlflow_run_id"}, exclude_none=True)
+            known = {f"final/{name}": float(value) for name, value in found.items()}
             self._mirror.log_metrics(run_id, known)
         self._mirror.log_dict(run_id, record.as_json(), "record.json")
         self._mirror.end(run_id, _ENDED[status])

@@ -11,10 +11,9 @@ from mlpreduce.budget import COSTS
 from mlpreduce.errors import ReductionError
 from mlpreduce.records.files import finished
 from mlpreduce.records.record import SCHEMA, Record
+from mlpreduce.records.result import Against, Results, RunResult, VariantResult
 
 __all__ = ["baseline_of", "conditions", "results", "summarize", "summary"]
-
-_MEASURED = ("throughput", "peak_memory_mib")
 
 
 def conditions(record: Record) -> tuple[Any, ...]:
@@ -23,10 +22,8 @@ def conditions(record: Record) -> tuple[Any, ...]:
     return on.device, on.machine, on.cpu_cores, on.workers, record.profile.device, record.profile.batch_size
 
 
-def summary(record: Record) -> dict[str, Any]:
-    """The results of one finished run. Accuracies in percent; the best epoch is chosen on the validation set.
-
-    `raw_top1` is that of the trained weights beside their moving average, at their own best epoch; None without an average.
+def summary(record: Record) -> RunResult:
+    """The results of one finished run.
 
     Raises:
         ReductionError: the run has no epoch.
@@ -38,16 +35,17 @@ def summary(record: Record) -> dict[str, Any]:
         )
     best = max(record.epochs, key=lambda entry: entry.top1)
     final = record.epochs[-1]
-    return {
-        "seed": record.seed,
-        "top1": best.top1,
-        "top5": best.top5,
-        "raw_top1": _raw_top1(record),
-        "peak_epoch": best.epoch,
-        "final_top1": final.top1,
-        "peak_to_final": best.top1 - final.top1,
-        "epochs": len(record.epochs),
-    }
+    return RunResult(
+        seed=record.seed,
+        top1=best.top1,
+        top5=best.top5,
+        raw_top1=_raw_top1(record),
+        peak_epoch=best.epoch,
+        final_top1=final.top1,
+        peak_to_final=best.top1 - final.top1,
+        epochs=len(record.epochs),
+        mlflow_run_id=record.mlflow_run_id,
+    )
 
 
 def _raw_top1(record: Record) -> float | None:
@@ -56,7 +54,7 @@ def _raw_top1(record: Record) -> float | None:
     return max((entry.raw_top1 for entry in record.epochs if entry.raw_top1 is not None), default=None)
 
 
-def results(directory: str | Path) -> dict[str, Any]:
+def results(directory: str | Path) -> Results:
     """What a recipe gave, from the records of its finished runs alone; see `summarize`.
 
     Raises:
@@ -70,45 +68,41 @@ def baseline_of(records: Iterable[Record]) -> str | None:
     return next((record.variant for record in records if not record.steps), None)
 
 
-def summarize(records: Sequence[Record]) -> dict[str, Any]:
+def summarize(records: Sequence[Record]) -> Results:
     """What `results.json` holds, from finished records.
 
-    Counts and speed are those of one variant; `throughput` and `peak_memory_mib` are medians over its runs, null where
-    those were not measured on equal hardware. Standard deviations have ddof=1 and are null for one run. `vs_baseline`
-    compares runs of equal seed with the first variant that has no steps. `warnings` are those that training began with.
+    Counts and speed are those of one variant. Runs of equal seed are compared with the first variant that has no steps.
     """
     variants: dict[str, list[Record]] = {}
     for record in records:
         variants.setdefault(record.variant, []).append(record)
     baseline = baseline_of(records)
-    reference = {r.seed: summary(r)["top1"] for r in variants[baseline]} if baseline is not None else {}
-    table: dict[str, Any] = {}
+    reference = {r.seed: summary(r).top1 for r in variants[baseline]} if baseline is not None else {}
+    table: dict[str, VariantResult] = {}
     for name, found in variants.items():
-        runs = [{**summary(record), "mlflow_run_id": record.mlflow_run_id} for record in found]
-        top1 = [run["top1"] for run in runs]
-        raw = [run["raw_top1"] for run in runs if run["raw_top1"] is not None]
-        table[name] = {
-            **{count: getattr(found[0].profile, count) for count in COSTS},
-            **{measure: _median(found, measure) for measure in _MEASURED},
-            "runs": runs,
-            "top1_mean": fmean(top1),
-            "top1_std": stdev(top1) if len(top1) > 1 else None,
-            "raw_top1_mean": fmean(raw) if len(raw) == len(runs) else None,
-            "top5_mean": fmean([run["top5"] for run in runs]),
-            "peak_to_final_mean": fmean([run["peak_to_final"] for run in runs]),
-            "vs_baseline": None if baseline is None or name == baseline else _compare(runs, reference),
-        }
+        runs = tuple(map(summary, found))
+        top1 = [run.top1 for run in runs]
+        raw = [run.raw_top1 for run in runs if run.raw_top1 is not None]
+        table[name] = VariantResult(
+            **found[0].profile.model_dump(include={*COSTS}),
+            throughput=_median(found, "throughput"),
+            peak_memory_mib=_median(found, "peak_memory_mib"),
+            runs=runs,
+            top1_mean=fmean(top1),
+            top1_std=stdev(top1) if len(top1) > 1 else None,
+            raw_top1_mean=fmean(raw) if len(raw) == len(runs) else None,
+            top5_mean=fmean([run.top5 for run in runs]),
+            peak_to_final_mean=fmean([run.peak_to_final for run in runs]),
+            vs_baseline=None if baseline is None or name == baseline else _compare(runs, reference),
+        )
     names = dict.fromkeys(record.name for record in records)
-    warnings = list(dict.fromkeys(text for record in records for text in record.warnings))
-    return {"schema": SCHEMA, "recipe": " + ".join(names), "warnings": warnings, "variants": table}
+    warnings = dict.fromkeys(text for record in records for text in record.warnings)
+    return Results(schema=SCHEMA, recipe=" + ".join(names), warnings=tuple(warnings), variants=table)
 
 
-def _compare(runs: list[dict[str, Any]], reference: dict[int, float]) -> dict[str, Any] | None:
-    """Paired two-sided t-test on top-1 over the seeds that both have, and the 95 % confidence interval of the mean difference.
-
-    What is not defined is null: all of it for one pair; p and the interval for equal differences.
-    """
-    pairs = [(run["top1"], reference[run["seed"]]) for run in runs if run["seed"] in reference]
+def _compare(runs: Sequence[RunResult], reference: dict[int, float]) -> Against | None:
+    """The comparison over the seeds that both have; None where there is none."""
+    pairs = [(run.top1, reference[run.seed]) for run in runs if run.seed in reference]
     if not pairs:
         return None
     differences = [ours - theirs for ours, theirs in pairs]
@@ -120,15 +114,15 @@ def _compare(runs: list[dict[str, Any]], reference: dict[int, float]) -> dict[st
         test = ttest_rel(*zip(*pairs, strict=True))
         low, high = (float(bound) for bound in test.confidence_interval(0.95))
         p_value = float(test.pvalue)
-    return {
-        "delta": fmean(differences),
-        "p_value": p_value,
-        "n": len(pairs),
-        "test": "paired t",
-        "df": len(pairs) - 1 if len(pairs) > 1 else None,
-        "ci_low": low,
-        "ci_high": high,
-    }
+    return Against(
+        delta=fmean(differences),
+        p_value=p_value,
+        n=len(pairs),
+        test="paired t",
+        df=len(pairs) - 1 if len(pairs) > 1 else None,
+        ci_low=low,
+        ci_high=high,
+    )
 
 
 def _median(found: Sequence[Record], measure: str) -> float | None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mlpreduce.errors import ReductionError, require
-from mlpreduce.records import SCHEMA, Record, store, summarize
+from mlpreduce.records import SCHEMA, Record, Results, Variants, store, summarize
 from mlpreduce.report.content import Picture
 from mlpreduce.report.figure import CAPTION, draw
 from mlpreduce.report.gathering import gather, gather_points
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_page(options.page)
     document = build(*options.runs, output=options.output)
     if options.page is not None:
-        keep(document, options.page, results_text)
+        keep(document.as_json(), options.page, results_text)
     shown = screen()
     shown.print(console_table(document))
     place = Path(options.output or options.runs[0])
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build(*runs: str | Path, output: str | Path | None = None) -> dict[str, Any]:
+def build(*runs: str | Path, output: str | Path | None = None) -> Results:
     """Write `results.json`, `report.md`, `report.html` and the figures, from the records of finished runs alone.
 
     The figures are `curves.png` and, where a variant reduces MLPs of the built model, `plans.png`.
@@ -104,29 +103,29 @@ def build(*runs: str | Path, output: str | Path | None = None) -> dict[str, Any]
     return _write(place, document, [(document, records)])
 
 
-def _write_sweep(points: dict[str, list[Record]], place: Path) -> dict[str, Any]:
+def _write_sweep(points: dict[str, list[Record]], place: Path) -> Results:
     """The report of a recipe with a sweep, from the finished records of each point."""
     unfinished = [point for point, records in points.items() if not records]
     parts = {point: summarize(records) for point, records in points.items() if records}
     if not parts:
         raise ReductionError(f"report: no run has finished at {', '.join(unfinished)}; `--resume` goes on with them")
     recipe = next(points[point] for point in parts)[0].name.rpartition("/")[0]
-    tables = {point: {"variants": part["variants"]} for point, part in parts.items()}
-    warnings = list(dict.fromkeys(text for part in parts.values() for text in part["warnings"]))
-    document = {"schema": SCHEMA, "recipe": recipe, "warnings": warnings, "points": tables}
+    tables = {point: Variants(variants=part.variants) for point, part in parts.items()}
+    warnings = dict.fromkeys(text for part in parts.values() for text in part.warnings)
+    document = Results(schema=SCHEMA, recipe=recipe, warnings=tuple(warnings), points=tables)
     remarks = [f"No run has finished at {', '.join(unfinished)}."] if unfinished else []
     return _write(place, document, [(part, points[point]) for point, part in parts.items()], remarks)
 
 
-def _write(place: Path, document: dict[str, Any], parts: Sequence[Part], remarks: Sequence[str] = ()) -> dict[str, Any]:
+def _write(place: Path, document: Results, parts: Sequence[Part], remarks: Sequence[str] = ()) -> Results:
     curves = Picture("Curves", "curves.png", CAPTION, as_png(draw([records for _, records in parts])))
     drawn = picture_of(record for _, records in parts for record in records)
     pictures = [curves, *([drawn] if drawn else [])]
     verdict = beyond_noise(document)
     content = compose(
-        document["recipe"], parts, pictures, [*remarks, *cautions(document), *([verdict] if verdict else [])]
+        document.recipe, parts, pictures, [*remarks, *cautions(document), *([verdict] if verdict else [])]
     )
-    store(place, "results.json", document)
+    store(place, "results.json", document.as_json())
     (place / FILE).unlink(missing_ok=True)  # of an earlier report
     for picture in pictures:
         (place / picture.file).write_bytes(picture.png)
@@ -135,6 +134,6 @@ def _write(place: Path, document: dict[str, Any], parts: Sequence[Part], remarks
     return document
 
 
-def console_table(document: dict[str, Any]) -> Grid:
+def console_table(document: Results) -> Grid:
     """The results as rich prints them: one table of all variants, what to be careful of, and what is beyond the noise."""
     return for_console(overview(document), "\n".join([*cautions(document), *filter(None, [beyond_noise(document)])]))

@@ -9,11 +9,11 @@ from typing import Any
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.files import replacing
-from mlpreduce.records import as_json
+from mlpreduce.records import Results, as_json
 from mlpreduce.report.content import Table
 from mlpreduce.report.pages import markdown_table
 from mlpreduce.report.power import detectable
-from mlpreduce.report.summing import beyond_noise, variants_of
+from mlpreduce.report.summing import beyond_noise
 from mlpreduce.report.tables import comparison, mean_std, short
 
 __all__ = ["check_page", "keep", "lasting", "results_text", "with_results"]
@@ -53,29 +53,30 @@ def _named(document: Any) -> Any:
     )
 
 
-def results_text(document: dict[str, Any]) -> str:
+def results_text(kept: dict[str, Any]) -> str:
     """Write a recipe's variants as a table: counts, top-1 of each seed, the comparison with the baseline; and the verdict.
 
     Args:
-        document: what `results.json` holds, or what `lasting` leaves of it.
+        kept: what `results.json` holds, or what `lasting` leaves of it.
     """
+    document = Results.model_validate(kept)
     headers = [
         *("variant", "parameters", "MLP parameters", "MACs", "top-1 % by seed", "mean ± std", "peak-to-final"),
         *("vs baseline", "95 % interval", "p", "n", "detectable"),
     ]
     rows = []
-    for name, v in variants_of(document):
-        against, top1 = v["vs_baseline"], [run["top1"] for run in v["runs"]]
+    for name, v in document.every:
+        against, top1 = v.vs_baseline, [run.top1 for run in v.runs]
         least = detectable(against)
         rows.append(
             [
-                *(name, f"{v['params']:,}", f"{v['mlp_params']:,}", short(v["macs"])),
-                *(", ".join(f"{value:.2f}" for value in top1), mean_std(top1), f"{v['peak_to_final_mean']:.2f}"),
+                *(name, f"{v.params:,}", f"{v.mlp_params:,}", short(v.macs)),
+                *(", ".join(f"{value:.2f}" for value in top1), mean_std(top1), f"{v.peak_to_final_mean:.2f}"),
                 *(comparison(against)[:4] if against else [""] * 4),
                 "" if least is None else f"{least:.2f}",
             ]
         )
-    table = markdown_table(Table(str(document["recipe"]), headers, rows))
+    table = markdown_table(Table(str(document.recipe), headers, rows))
     verdict = beyond_noise(document)
     return f"{table}\n\n{verdict}" if verdict else table
 

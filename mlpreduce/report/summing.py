@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
+from mlpreduce.records import Results
 from mlpreduce.report.content import Table
 from mlpreduce.report.tables import RAW, comparison, mean_std, raw_top1, short
 
-__all__ = ["beyond_noise", "cautions", "overview", "variants_of"]
+__all__ = ["beyond_noise", "cautions", "overview"]
 
 RATE = 0.05  # of false discoveries
 LEAST = 3  # seeds, below which nothing is concluded
@@ -27,35 +27,35 @@ HEADERS = (
 )
 
 
-def overview(document: dict[str, Any]) -> Table:
+def overview(document: Results) -> Table:
     """One table of all variants, of all points of a sweep, from `results.json` alone.
 
     Where top-1 is that of a moving average, that of the trained weights is beside it.
     """
-    averaged = any(v.get("raw_top1_mean") is not None for _, v in variants_of(document))
+    averaged = any(v.raw_top1_mean is not None for _, v in document.every)
     headers = [*HEADERS]
     if averaged:
         headers.insert(headers.index("top-1 %") + 1, RAW)
     rows = []
-    for name, v in variants_of(document):
-        speed = "" if v["throughput"] is None else f"{v['throughput']:,.0f}"
-        top1 = mean_std([run["top1"] for run in v["runs"]])
-        compared = comparison(v["vs_baseline"]) if v["vs_baseline"] else [""] * 5
+    for name, v in document.every:
+        speed = "" if v.throughput is None else f"{v.throughput:,.0f}"
+        top1 = mean_std([run.top1 for run in v.runs])
+        compared = comparison(v.vs_baseline) if v.vs_baseline else [""] * 5
         delta, interval, p, n, _ = compared
         raw = [raw_top1(v)] if averaged else []
-        cells = [short(v["params"]), short(v["macs"]), speed, top1, *raw, f"{v['peak_to_final_mean']:.2f}"]
+        cells = [short(v.params), short(v.macs), speed, top1, *raw, f"{v.peak_to_final_mean:.2f}"]
         rows.append([name, *cells, delta, interval, p, n])
-    return Table(str(document["recipe"]), headers, rows)
+    return Table(str(document.recipe), headers, rows)
 
 
-def cautions(document: dict[str, Any]) -> list[str]:
+def cautions(document: Results) -> list[str]:
     """What to be careful of: the warnings that training began with, and averages behind the weights that they average."""
-    return [f"Warning: {text}" for text in document.get("warnings", ())] + list(_behind(document))
+    return [f"Warning: {text}" for text in document.warnings] + list(_behind(document))
 
 
-def _behind(document: dict[str, Any]) -> Iterator[str]:
+def _behind(document: Results) -> Iterator[str]:
     """Which moving averages hide what was learned, and whether the ranking of the variants hangs on it."""
-    known = [(name, v["top1_mean"], v["raw_top1_mean"]) for name, v in variants_of(document) if v.get("raw_top1_mean")]
+    known = [(name, v.top1_mean, v.raw_top1_mean) for name, v in document.every if v.raw_top1_mean]
     behind = [(name, average, raw) for name, average, raw in known if raw - average > BEHIND]
     if not behind:
         return
@@ -74,7 +74,7 @@ def _behind(document: dict[str, Any]) -> Iterator[str]:
     yield f"The moving average hides what was learned. In top-1, {told}.{order}"
 
 
-def beyond_noise(document: dict[str, Any]) -> str:
+def beyond_noise(document: Results) -> str:
     """Which variants differ from their baseline in top-1 beyond the noise; empty where fewer than two can be compared.
 
     The more variants, the more of them differ by chance: p-values are adjusted by Benjamini and Hochberg's procedure, so that
@@ -82,29 +82,23 @@ def beyond_noise(document: dict[str, Any]) -> str:
     """
     from scipy.stats import false_discovery_control
 
-    compared = [(name, v["vs_baseline"]) for name, v in variants_of(document) if v["vs_baseline"]]
-    tested = [(name, v) for name, v in compared if v["p_value"] is not None and v["n"] >= LEAST]
+    compared = [(name, v.vs_baseline) for name, v in document.every if v.vs_baseline]
+    tested = [(name, v) for name, v in compared if v.p_value is not None and v.n >= LEAST]
     if len(compared) < 2:
         return ""
     untold = [name for name, against in compared if (name, against) not in tested]
     few = f"too few seeds, or equal differences, to tell: {', '.join(untold)}" if untold else ""
     if not tested:
         return f"No difference in top-1 from the baseline can be tested; {few}."
-    adjusted = false_discovery_control([against["p_value"] for _, against in tested])
+    adjusted = false_discovery_control([against.p_value for _, against in tested])
     marked = list(zip(tested, adjusted, strict=True))
-    beyond = [f"{name} ({against['delta']:+.2f})" for (name, against), p in marked if p <= RATE]
+    beyond = [f"{name} ({against.delta:+.2f})" for (name, against), p in marked if p <= RATE]
     within = [name for (name, _), p in marked if p > RATE]
     parts = [
-        f"{len(tested)} differences in top-1 from the baseline are tested, over {min(a['n'] for _, a in tested)} or more seeds",
+        f"{len(tested)} differences in top-1 from the baseline are tested, over {min(a.n for _, a in tested)} or more seeds",
         f"beyond the noise: {', '.join(beyond) or 'none'}",
         f"within it: {', '.join(within) or 'none'}",
         *([few] if few else []),
     ]
     chance = f"of those beyond, at most {RATE:.0%} are expected to be chance"
     return f"{'; '.join(parts)} (paired t-tests; {chance}: Benjamini-Hochberg)."
-
-
-def variants_of(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for point, part in document.get("points", {"": document}).items():
-        for name, variant in part["variants"].items():
-            yield f"{point} {name}".strip(), variant

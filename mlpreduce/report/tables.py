@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, median, stdev
-from typing import Any
 
-from mlpreduce.records import Record, baseline_of, conditions
+from mlpreduce.records import Against, Record, Results, VariantResult, baseline_of, conditions
 from mlpreduce.report import probes, published
 from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.gathering import differing
@@ -41,7 +40,7 @@ NOTES = (
 @dataclass(frozen=True)
 class _Variant:
     name: str
-    results: dict[str, Any]  # of results.json
+    results: VariantResult
     records: Sequence[Record]
     published: dict[str, str] | None  # cells; None where the paper has no part
     width: int | None  # features that go into an MLP, if the plans show it
@@ -52,11 +51,11 @@ class _Variant:
         return ", ".join(dict.fromkeys(record.output for record in self.records))
 
     def spread(self, key: str, digits: int = 2) -> str:
-        return mean_std([run[key] for run in self.results["runs"]], digits)
+        return mean_std([getattr(run, key) for run in self.results.runs], digits)
 
 
 # What `results.json` says of finished records, and the records.
-Part = tuple[dict[str, Any], Sequence[Record]]
+Part = tuple[Results, Sequence[Record]]
 # A column: header, what stands there for our runs, and the key of the paper's cell.
 _Column = tuple[str, Callable[[_Variant], str], str]
 
@@ -66,16 +65,16 @@ def compose(title: str, parts: Sequence[Part], pictures: Sequence[Picture], rema
     records = [record for _, found in parts for record in found]
     paper = all(published.reproduces(record.name) for record in records)
     variants = [variant for document, found in parts for variant in _variants(document, found, paper)]
-    averaged = any(variant.results.get("raw_top1_mean") is not None for variant in variants)
+    averaged = any(variant.results.raw_top1_mean is not None for variant in variants)
     params, macs = (_unit(variants, key, paper) for key in ("params", "macs"))
     parameters: _Column = (f"parameters ({params[1]})", partial(_in_unit, "params", params[0]), "params")
     size: list[_Column] = [
         parameters,
         (f"MLP parameters ({params[1]})", partial(_in_unit, "mlp_params", params[0]), "mlp_params"),
-        ("unique MLPs", lambda v: str(v.results["unique_mlps"]), "unique_mlps"),
+        ("unique MLPs", lambda v: str(v.results.unique_mlps), "unique_mlps"),
         (f"MACs ({macs[1]})", partial(_in_unit, "macs", macs[0]), "macs"),
         ("hidden / width", _expansion, "expansion"),
-        ("parameters", lambda v: f"{v.results['params']:,}", ""),
+        ("parameters", lambda v: f"{v.results.params:,}", ""),
     ]
     validation: list[_Column] = [
         parameters,
@@ -112,24 +111,24 @@ def compose(title: str, parts: Sequence[Part], pictures: Sequence[Picture], rema
     )
 
 
-def _variants(document: dict[str, Any], records: Sequence[Record], paper: bool) -> Iterator[_Variant]:
+def _variants(document: Results, records: Sequence[Record], paper: bool) -> Iterator[_Variant]:
     width, baseline = _width(records), baseline_of(records)
-    for name, found in document["variants"].items():
+    for name, found in document.variants.items():
         mine = [record for record in records if record.variant == name]
         cells = published.cells_of(mine[0].steps) if paper else None
         yield _Variant(name, found, mine, cells, width, baseline)
 
 
-def comparison(against: dict[str, Any]) -> list[str]:
+def comparison(against: Against) -> list[str]:
     """Mean difference, confidence interval, p, n and df of a `vs_baseline`."""
-    low, high, p, df = (against[key] for key in ("ci_low", "ci_high", "p_value", "df"))
+    low, high, p, df = against.ci_low, against.ci_high, against.p_value, against.df
     interval = "not defined" if low is None else f"[{low:+.2f}, {high:+.2f}]"
     value = "not defined" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
     return [
-        f"{against['delta']:+.2f}",
+        f"{against.delta:+.2f}",
         interval,
-        few(value, against["n"]),
-        str(against["n"]),
+        few(value, against.n),
+        str(against.n),
         str(df if df else "not defined"),
     ]
 
@@ -145,9 +144,9 @@ def mean_std(values: Sequence[float], digits: int = 2) -> str:
     return f"{fmean(values):.{digits}f}{spread}"
 
 
-def raw_top1(variant: dict[str, Any]) -> str:
+def raw_top1(variant: VariantResult) -> str:
     """Top-1 of the trained weights over the runs of a variant in `results.json`; empty where no average was made."""
-    found = [run["raw_top1"] for run in variant["runs"] if run.get("raw_top1") is not None]
+    found = [run.raw_top1 for run in variant.runs if run.raw_top1 is not None]
     return mean_std(found) if found else ""
 
 
@@ -155,12 +154,12 @@ def _unit(variants: Iterable[_Variant], key: str, paper: bool) -> tuple[float, s
     """The unit of a column: that of its largest count, or the one that the paper prints beside it."""
     if paper:
         return (1e6, "M") if key == "params" else (1e9, "G")
-    return unit_of(max(1000.0, *(v.results[key] for v in variants)))
+    return unit_of(max(1000.0, *(getattr(v.results, key) for v in variants)))
 
 
 def _in_unit(key: str, unit: float, v: _Variant) -> str:
     """Five significant digits."""
-    return f"{v.results[key] / unit:#.5g}".rstrip(".")
+    return f"{getattr(v.results, key) / unit:#.5g}".rstrip(".")
 
 
 def _table(title: str, columns: Sequence[_Column], variants: Iterable[_Variant]) -> Table:
@@ -180,7 +179,7 @@ def _against(variants: Iterable[_Variant]) -> Table:
     for v in variants:
         if v.name == v.baseline:
             continue
-        against = v.results["vs_baseline"]
+        against = v.results.vs_baseline
         cells = comparison(against) if against else ["no run of the baseline has its seeds", "", "", "0", ""]
         least = detectable(against)
         cells.append("not defined" if least is None else f"{least:.2f}")
@@ -233,11 +232,11 @@ def _probes(variants: Iterable[_Variant], records: Sequence[Record]) -> Iterable
 def _runs(variants: Iterable[_Variant]) -> Table:
     rows = [
         [
-            *(v.name, record.output, str(run["seed"]), f"{run['top1']:.2f}", str(run["peak_epoch"])),
-            *(f"{run['final_top1']:.2f}", str(run["epochs"]), str(run["mlflow_run_id"])),
+            *(v.name, record.output, str(run.seed), f"{run.top1:.2f}", str(run.peak_epoch)),
+            *(f"{run.final_top1:.2f}", str(run.epochs), str(run.mlflow_run_id)),
         ]
         for v in variants
-        for record, run in zip(v.records, v.results["runs"], strict=True)
+        for record, run in zip(v.records, v.results.runs, strict=True)
     ]
     headers = ("variant", "source", "seed", "top-1 %", "best epoch", "final top-1 %", "epochs", "MLflow run")
     return Table("Runs", headers, rows)
@@ -277,7 +276,7 @@ def _list(numbers: Iterable[int]) -> str:
 
 
 def _images_per_s(v: _Variant) -> str:
-    found = v.results["throughput"]
+    found = v.results.throughput
     if found is not None:
         return f"{found:,.0f}"
     measured = any(record.profile.throughput is not None for record in v.records)
@@ -285,16 +284,16 @@ def _images_per_s(v: _Variant) -> str:
 
 
 def _per(key: str, unit: float, v: _Variant) -> str:
-    ratio: float = v.results["top1_mean"] / (v.results[key] / unit)
+    ratio: float = v.results.top1_mean / (getattr(v.results, key) / unit)
     return f"{ratio:,.3f}"
 
 
 def _expansion(v: _Variant) -> str:
     """Hidden features over width, if all MLPs are two Linears with biases and alike."""
-    if v.width is None or not v.results["unique_mlps"]:
+    if v.width is None or not v.results.unique_mlps:
         return "not recorded"
     hidden, rest = divmod(
-        v.results["mlp_params"] - v.width * v.results["unique_mlps"], (2 * v.width + 1) * v.results["unique_mlps"]
+        v.results.mlp_params - v.width * v.results.unique_mlps, (2 * v.width + 1) * v.results.unique_mlps
     )
     return "not recorded" if rest else f"{hidden / v.width:.3g}"
 

@@ -162,7 +162,7 @@ class Training:
             self._recorder.stopped(run, "ended early: others of no more cost were better")
         if outcome.status == "failed" or record is None or not record.epochs:
             return None
-        return {**summary(record), "latency": record.profile.latency, "mlflow_run_id": record.mlflow_run_id}
+        return {**summary(record).as_json(), "latency": record.profile.latency}
 
     def took(self, job: Job, outcome: Outcome) -> None:
         """Let the supernet's estimates say which points are trained."""

@@ -168,8 +168,9 @@ def report_build() -> None:
 @case
 def report_console_table() -> None:
     from mlpreduce import report
+    from mlpreduce.records import Results
 
-    report.console_table({"recipe": "none", "variants": {}})
+    report.console_table(Results(schema=1, recipe="none"))
 
 
 @case
