@@ -18,10 +18,13 @@ import mlpreduce
 from mlpreduce import report
 from mlpreduce.__main__ import main
 from mlpreduce.launch import LaunchSettings
+from mlpreduce.recipe import cli as recipe_cli
 from mlpreduce.recipe.progress import Display, starting
-from mlpreduce.records import Record, Results, StudyDocument, study_from, summarize
+from mlpreduce.records import Record, Results, StudyDocument, summarize
 from mlpreduce.report.search import console_table, front_table
 from mlpreduce.report.summing import HEADERS
+from mlpreduce.search import cli as search_cli
+from mlpreduce.search import tuning_cli
 from mlpreduce.testing import tiny_vit
 from mlpreduce.train.events import Ended, Event, Progressed, Started
 from mlpreduce.train.settings import Run, TrainSettings
@@ -116,7 +119,7 @@ def study() -> StudyDocument:
             point("baseline", None, [], 93.45, 93.01),
         ],
     }
-    return study_from(document)
+    return StudyDocument.model_validate(document)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -302,8 +305,38 @@ class TestEnds:
             raise BrokenPipeError("of a worker")
 
         assert run_command(interrupted) == 130
+        assert capsys.readouterr().err == "\ninterrupted\n"
         with pytest.raises(BrokenPipeError, match="of a worker"):
             run_command(other)
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            (
+                "recipe digits data.root=/a",
+                "python -m mlpreduce.recipe digits data.root=/a --resume --output runs/digits",
+            ),
+            ("recipe --new mine.toml --data photos", ""),
+            ("recipe --list", ""),
+            ("recipe digits --dry-run", ""),
+            ("search width --trials 3", "python -m mlpreduce.search width --trials 3 --resume"),
+            ("search show runs/x", ""),
+            ("search --list", ""),
+            ("tune vit_tiny_patch16_224 --data photos --budget macs<=0.5", ""),
+        ],
+    )
+    def test_an_interrupt_tells_how_to_go_on_where_that_is_possible(
+        self, words: str, told: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(*given: Any, **more: Any) -> int:
+            raise KeyboardInterrupt
+
+        command, *rest = words.split()
+        module = {"recipe": recipe_cli, "search": search_cli, "tune": tuning_cli}[command]
+        monkeypatch.setattr(module, "_main", interrupted)
+        assert module.main(rest) == 130
+        after = f"; all workers have ended. To go on: {told}" if told else ""
+        assert capsys.readouterr().err == f"\ninterrupted{after}\n"
 
     @pytest.mark.processes
     @pytest.mark.slow

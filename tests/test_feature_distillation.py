@@ -25,9 +25,10 @@ from mlpreduce.recipe.describe import describe
 from mlpreduce.train import FeatureDistill, Run, Runtime, build_model, fit, read_checkpoint
 from mlpreduce.train.calibrated import calibration_data
 from mlpreduce.train.distillation import Features, freeze_unreached
-from mlpreduce.train.settings import LATER, TrainSettings
+from mlpreduce.train.settings import TrainSettings
 from mlpreduce.train.setup import prepare
 from mlpreduce.transforms.steps import needs_data, without_data
+from mlpreduce.words.marks import Mark, marked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -348,7 +349,7 @@ def test_recipes_are_refused_when_they_are_read(changes: list[str], message: str
 
 
 def test_outputs_from_before_these_keys_go_on(tmp_path: Path) -> None:
-    assert {"model.calibration_images", "train.distill_cls", "train.distill_patches"} <= set(LATER)
+    assert {"model.calibration_images", "train.distill_cls", "train.distill_patches"} <= set(marked(Run, Mark.LATER))
     assert digits_run(tmp_path).config_hash == "69e7700faaa1ba0f"  # that of the versions before
     run = taught(tmp_path, "a")
     hashes = {run.config_hash}

@@ -25,7 +25,7 @@ from mlpreduce.bench.criteria import corrected, page_of
 from mlpreduce.bench.layers import layers_text
 from mlpreduce.bench.trained.page import page_of as trained_page
 from mlpreduce.errors import ReductionError
-from mlpreduce.records import Against, study_from
+from mlpreduce.records import Against, StudyDocument
 from mlpreduce.report import check_page, keep, lasting, results_text, with_results
 from mlpreduce.report.power import detectable
 from mlpreduce.report.published import CELLS
@@ -482,7 +482,7 @@ def test_of_a_search_its_front_and_references_are_kept(tmp_path: Path) -> None:
     }
     page = tmp_path / "page.md"
     page.write_text("<!-- results: page.json -->\n<!-- end of results -->\n")
-    keep(kept(study_from(document)), page, kept_text)
+    keep(kept(StudyDocument.model_validate(document)), page, kept_text)
     lines = page.read_text().splitlines()
     assert lines[3].startswith(
         "| trial 1 | shallow(ratio=0.5) | 1,001 | 100.1 % | 2.000 M | 4 | 51.50 ± 0.71 | 2 | 2.50 |"

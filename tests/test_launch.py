@@ -120,7 +120,6 @@ def test_workers_beyond_those_that_share_a_batch_leave_the_group(tmp_path: Path)
 
 HOLD = """
 import sys
-from mlpreduce.launch.interrupts import Shield, interrupts
 from mlpreduce.launch.locks import drive, work
 directory, rank, text = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 with drive([directory]) if rank < 0 else work(directory, rank, text):
@@ -245,6 +244,22 @@ def test_who_interrupts_again_waits_no_longer_and_then_lets_the_workers_end() ->
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert told == ["waits", "kept"]
+
+
+@pytest.mark.parametrize(("raised", "expected"), [(ValueError, KeyboardInterrupt), (ReductionError, ReductionError)])
+def test_an_interrupt_is_told_also_where_the_block_raises(
+    raised: type[Exception], expected: type[BaseException]
+) -> None:
+    def interrupted(shield: Shield) -> None:
+        with shield():
+            signal.raise_signal(signal.SIGINT)
+            raise raised("what the block came to")
+
+    with interrupts() as shield:
+        with pytest.raises(expected):
+            interrupted(shield)
+        with shield():
+            pass  # and is not told again
 
 
 class Keeper:

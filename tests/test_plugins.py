@@ -22,7 +22,7 @@ from mlpreduce.errors import ReductionError
 from mlpreduce.plugins import Plugin, load_plugins, read_plugin, run_plugins
 from mlpreduce.recipe import running
 from mlpreduce.recipe.schema import differences
-from mlpreduce.records import study_from
+from mlpreduce.records import StudyDocument
 from mlpreduce.search import export
 from mlpreduce.testing import check_transform, tiny_vit
 from mlpreduce.train.events import Ended
@@ -654,7 +654,7 @@ def test_an_exported_recipe_carries_its_plugins(toml: Path, mine: Path, tmp_path
     }
     settings = {"seeds": [1], "inherit": "none"}
     names_of_it = {"schema": 1, "study": "any", "space": "any", "recipe": "mine", "objectives": [{"name": "top1"}]}
-    document = study_from({"points": [point], "settings": settings, **names_of_it})
+    document = StudyDocument.model_validate({"points": [point], "settings": settings, **names_of_it})
     mine.unlink()
     plugins._undo(plugin)  # exporting runs no code
     (path,) = export.write_best(document, found, folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.studies import OBJECTIVES, make_document, make_points, make_study, make_trial
 from matplotlib.collections import LineCollection
@@ -16,7 +17,7 @@ from rich.console import Console
 from scipy.stats import sem, t
 
 from mlpreduce.errors import ReductionError
-from mlpreduce.records import StudyDocument, study_from
+from mlpreduce.records import StudyDocument
 from mlpreduce.report import search_figures
 from mlpreduce.report.search import build_search, console_table, front_table
 
@@ -165,7 +166,7 @@ def test_html_is_one_file_that_escapes_what_it_shows(tmp_path: Path) -> None:
     document["points"][4]["params"] = {name: 1, "$": name}
     document["budgets"][0]["text"] = name
     document["importance"]["top1"] = {name: 0.5, "ratio": 0.5}
-    found = study_from(document)
+    found = StudyDocument.model_validate(document)
     text = markdown_of(found, tmp_path)
     assert "<script>" not in text
     assert "&amp;\\|x$y$" in text
@@ -317,7 +318,7 @@ def test_parallel_has_an_axis_for_each_parameter_and_objective() -> None:
     for point in document["points"]:
         if point["kind"] == "trial":
             point["params"]["constant"] = 1
-    drawn = search_figures.draw_parallel(study_from(document))
+    drawn = search_figures.draw_parallel(StudyDocument.model_validate(document))
     assert drawn is not None
     figure, caption = drawn
     axis = figure.axes[0]
@@ -384,12 +385,17 @@ def test_the_console_shows_what_fits() -> None:
 
 
 def test_what_is_no_document_of_a_study_is_refused() -> None:
-    with pytest.raises(ReductionError, match="schema 2, this version reads 1"):
+    with pytest.raises(ReductionError, match="the study has schema 2, this version reads 1"):
         make_study(schema=2)
-    with pytest.raises(ReductionError, match="none: objectives: "):
+    with pytest.raises(ReductionError, match="no study: objectives: "):
         make_study(objectives=[])
-    with pytest.raises(ReductionError, match=r"none: points\.0\.name: Field required"):
+    with pytest.raises(ReductionError, match=r"no study: points\.0\.name: Field required"):
         make_study(points=[{"kind": "trial"}])
+    drawn = make_study(points=[{**make_trial(0, 1, 1.0), "params": {"width": np.int64(96), "space": Path("a")}}])
+    assert drawn.as_json()["points"][0]["params"] == {
+        "width": 96,
+        "space": "a",
+    }  # whatever a space of one's own chooses of
     assert make_study(later=1).as_json() == make_document(later=1)  # what another version adds is kept
 
 

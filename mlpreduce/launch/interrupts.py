@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+from mlpreduce.errors import ReductionError
+
 __all__ = ["Shield", "interrupts"]
 
 
@@ -42,11 +44,14 @@ def interrupts() -> Iterator[Shield]:
         shielded = True
         try:
             yield
+        except ReductionError:
+            pending = False  # the work ends with it, and who asked for that is to read why
+            raise
         finally:
             shielded = False
-        if pending:
-            pending, raised = False, True
-            raise KeyboardInterrupt
+            if pending:
+                pending, raised = False, True
+                raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield shield

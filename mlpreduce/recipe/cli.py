@@ -71,12 +71,14 @@ def _output(arguments: argparse.Namespace) -> Path:
     return Path(arguments.output or f"runs/{Path(arguments.name).stem}")
 
 
-def _again(argv: Sequence[str] | None) -> str:
-    """The command that goes on."""
+def _again(argv: Sequence[str] | None) -> str | None:
+    """The command that goes on, if runs are what was begun."""
     arguments = _parser().parse_intermixed_args(argv)
+    if not arguments.name or arguments.list or arguments.new or arguments.dry_run:
+        return None
     where = ["--address", arguments.address] if arguments.address else []
     own = [word for file in arguments.plugins for word in ("--plugin", file)]
-    again = [arguments.name or "", *arguments.overrides, *own, "--resume", "--output", str(_output(arguments)), *where]
+    again = [arguments.name, *arguments.overrides, *own, "--resume", "--output", str(_output(arguments)), *where]
     return f"python -m mlpreduce.recipe {shlex.join(again)}"
 
 

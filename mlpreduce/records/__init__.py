@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from mlpreduce.records.files import as_json, finished, read, store
 from mlpreduce.records.mirror import Mirror, tracking_uri
-from mlpreduce.records.record import SCHEMA, Epoch, Record
+from mlpreduce.records.record import SCHEMA, Epoch, Record, typed
 from mlpreduce.records.recorder import Recorder
 from mlpreduce.records.result import Against, Results, RunResult, VariantResult, Variants
-from mlpreduce.records.study import Limit, Objective, PointRun, StudyDocument, StudyPoint, Volume, study_from
+from mlpreduce.records.study import Limit, Objective, PointRun, StudyDocument, StudyPoint, Volume
 from mlpreduce.records.summaries import baseline_of, conditions, results, summarize, summary
 
 __all__ = [
@@ -46,8 +46,8 @@ __all__ = [
     "read",
     "results",
     "store",
-    "study_from",
     "summarize",
     "summary",
     "tracking_uri",
+    "typed",
 ]

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from mlpreduce.errors import ReductionError
 from mlpreduce.files import replacing
-from mlpreduce.records.record import SCHEMA, Record
+from mlpreduce.records.record import Record, typed
 
 __all__ = ["as_json", "finished", "read", "store"]
 
@@ -40,17 +38,10 @@ def read(directory: str | Path) -> list[Record]:
             raise ReductionError(
                 f"{path}: no JSON: {error}; put it back from a copy, or move its folder away"
             ) from error
-        schema = document.get("schema") if isinstance(document, dict) else None
-        if schema != SCHEMA:
-            raise ReductionError(f"{path}: the record has schema {schema}, this version reads {SCHEMA}")
         try:
-            found.append(Record.model_validate(document))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ReductionError(
-                f"{path}: no record: {where}: {first['msg']}; put it back from a copy, or move its folder away"
-            ) from error
+            found.append(typed(Record, document, "record"))
+        except ReductionError as error:
+            raise ReductionError(f"{path}: {error}; put it back from a copy, or move its folder away") from error
     return sorted(found, key=lambda record: record.order)
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-__all__ = ["SCHEMA", "Document", "Epoch", "Hardware", "Measured", "Record"]
+from mlpreduce.errors import ReductionError
 
-SCHEMA = 1
+__all__ = ["SCHEMA", "Document", "Epoch", "Hardware", "Measured", "Record", "typed"]
+
+SCHEMA = 1  # of every document
+Kept = TypeVar("Kept", bound="Document")
 
 
 class Document(BaseModel):
+    """JSON that is kept, whose keys have types."""
+
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
 
     def as_json(self) -> dict[str, Any]:
-        """The document as JSON values: what is known, and no defaults of what is not."""
-        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        """The document as JSON values: what is known, and no defaults of what is not; of other libraries' numbers the value."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True, fallback=_plain)
 
 
 class Measured(Document):
@@ -119,3 +124,29 @@ class Record(Document):
     def key(self) -> tuple[str, int]:
         """Variant and seed."""
         return self.variant, self.seed
+
+
+def typed(kind: type[Kept], document: Any, name: str) -> Kept:
+    """The document whose JSON values these are.
+
+    Args:
+        kind: its type.
+        document: the values.
+        name: what it is called in messages.
+
+    Raises:
+        ReductionError: it has another schema, or is none.
+    """
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != SCHEMA:
+        raise ReductionError(f"the {name} has schema {schema!r}, this version reads {SCHEMA}")
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ReductionError(f"no {name}: {where}: {first['msg']}") from error
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)

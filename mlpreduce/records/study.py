@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from mlpreduce.errors import ReductionError
-from mlpreduce.records.record import Document
+from mlpreduce.records.record import SCHEMA, Document
 
-__all__ = ["Limit", "Objective", "PointRun", "StudyDocument", "StudyPoint", "Volume", "study_from"]
-
-_SCHEMA = 1
+__all__ = ["Limit", "Objective", "PointRun", "StudyDocument", "StudyPoint", "Volume"]
 
 
 class Objective(Document):
@@ -128,7 +124,7 @@ class StudyDocument(Document):
         verdicts: sentences.
     """
 
-    version: int = Field(_SCHEMA, alias="schema")
+    version: int = Field(SCHEMA, alias="schema")
     study: str
     space: str
     recipe: str
@@ -143,23 +139,3 @@ class StudyDocument(Document):
     importance: dict[str, dict[str, float]] = Field(default_factory=dict)
     supernet: dict[str, Any] | None = None
     verdicts: tuple[str, ...] = ()
-
-
-def study_from(document: Mapping[str, Any]) -> StudyDocument:
-    """The study whose JSON values these are.
-
-    Raises:
-        ReductionError: the document has another schema, or is none of a study.
-    """
-    schema = document.get("schema")
-    if schema != _SCHEMA:
-        raise ReductionError(
-            f"the document of the search has schema {schema!r}, this version reads {_SCHEMA}; use the version of mlpreduce "
-            f"that wrote it"
-        )
-    try:
-        return StudyDocument.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ReductionError(f"the document of the search is none: {where}: {first['msg']}") from error

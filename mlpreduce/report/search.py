@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mlpreduce.records import Limit, Objective, StudyDocument, StudyPoint, study_from
+from mlpreduce.records import Limit, Objective, StudyDocument, StudyPoint, typed
 from mlpreduce.report import search_points as points
 from mlpreduce.report.content import Content, Listing, Picture, Table
 from mlpreduce.report.pages import as_html, as_markdown, for_console, markdown_table
@@ -153,15 +153,14 @@ def kept(document: StudyDocument) -> dict[str, Any]:
     """What of a search is kept with a page: its settings, counts and verdicts, the front and the references."""
     names = ("schema", "study", "space", "recipe", "objectives", "budgets", "settings", "counts", "verdicts")
     whole = document.as_json()
-    shown = [
-        {key: point[key] for key in _KEPT} for point in whole["points"] if point["front"] or point["kind"] != "trial"
-    ]
+    wanted = [point for point in whole["points"] if point.get("front") or point["kind"] != "trial"]
+    shown = [{key: point[key] for key in _KEPT if key in point} for point in wanted]
     return {**{name: whole[name] for name in names}, "points": shown}
 
 
 def kept_text(kept: dict[str, Any]) -> str:
     """Write what `kept` gives as the front and the references in a table, the counts of trials, and the verdicts."""
-    document = study_from(kept)
+    document = typed(StudyDocument, kept, "study")
     counts = ", ".join(f"{name} {count:,}" for name, count in document.counts.items())
     verdicts = [f"- {verdict}" for verdict in document.verdicts]
     return "\n".join([markdown_table(front_table(document)), "", f"Trials: {counts}.", "", *verdicts])

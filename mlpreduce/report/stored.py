@@ -9,7 +9,7 @@ from typing import Any
 
 from mlpreduce.errors import ReductionError
 from mlpreduce.files import replacing
-from mlpreduce.records import Results, as_json
+from mlpreduce.records import Results, as_json, typed
 from mlpreduce.report.content import Table
 from mlpreduce.report.pages import markdown_table
 from mlpreduce.report.power import detectable
@@ -59,7 +59,7 @@ def results_text(kept: dict[str, Any]) -> str:
     Args:
         kept: what `results.json` holds, or what `lasting` leaves of it.
     """
-    document = Results.model_validate(kept)
+    document = typed(Results, kept, "results.json")
     headers = [
         *("variant", "parameters", "MLP parameters", "MACs", "top-1 % by seed", "mean ± std", "peak-to-final"),
         *("vs baseline", "95 % interval", "p", "n", "detectable"),

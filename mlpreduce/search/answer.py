@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mlpreduce.budget import cost_from
 from mlpreduce.errors import ReductionError
-from mlpreduce.records import Limit, Objective, PointRun, StudyDocument, StudyPoint, Volume
+from mlpreduce.records import SCHEMA, Limit, Objective, PointRun, StudyDocument, StudyPoint, Volume
 from mlpreduce.search.spaces.goals import OBJECTIVES, read_budgets, value_of
 from mlpreduce.search.spaces.points import Point
 from mlpreduce.search.study.front import dominates, front, hypervolume, losses
@@ -21,9 +21,8 @@ from mlpreduce.search.study.settings import StudySettings
 from mlpreduce.search.study.storage import counts, finished
 from mlpreduce.search.supernet.ranking import told_agreement
 
-__all__ = ["SCHEMA", "describe", "history", "metrics_of", "reference_values"]
+__all__ = ["describe", "history", "metrics_of", "reference_values"]
 
-SCHEMA = 1
 _FEWEST = 8  # complete trials below which importances say nothing
 
 
@@ -143,7 +142,8 @@ def _point(
     order = {seed: number for number, seed in enumerate(settings.seeds)}
     runs = [PointRun.model_validate(run) for run in every.values()]
     runs.sort(key=lambda run: order.get(run.seed, len(order)))
-    counted = [max(runs, key=lambda run: run.score or 0.0)] if "scored" in known and runs else runs  # the better repair
+    scores = [run.score for run in runs if run.score is not None]
+    counted = [run for run in runs if run.score == max(scores)][:1] if scores else runs  # of the better repair
     values = {name: _mean(counted, name, point) for name in (settings.objectives if runs else ())}
     document = {
         **point.to_json(),
@@ -157,9 +157,9 @@ def _point(
 
 
 def _mean(runs: Sequence[PointRun], objective: str, point: Point) -> float:
-    """Of an objective that runs measure; another is a cost."""
+    """Of an objective that every run measures; another is a cost."""
     values = [value for run in runs if (value := run.value(objective)) is not None]
-    return fmean(values) if values else getattr(point.cost, objective)
+    return fmean(values) if len(values) == len(runs) else getattr(point.cost, objective)
 
 
 def _losses(point: StudyPoint, settings: StudySettings) -> tuple[float, ...]:

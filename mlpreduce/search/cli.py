@@ -20,6 +20,7 @@ __all__ = ["NEEDED", "main"]
 
 NEEDED = ("optuna", "mlflow", "matplotlib")  # to search; ray too, unless with workers=0
 
+_VERBS = ("show", "export", "compare")
 _APART = ("budgets", "name")  # whose flags are --budget, which may be repeated, and --study
 _EPILOG = """\
 examples:
@@ -37,12 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when all is done; 2 for what cannot be carried out; 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    again = [*map(hidden, arguments), *([] if "--resume" in arguments else ["--resume"])]
-    return run_command(lambda: _main(arguments), lambda: f"python -m mlpreduce.search {shlex.join(again)}")
+    return run_command(lambda: _main(arguments), lambda: _again(arguments))
 
 
 def _main(arguments: list[str]) -> int:
-    if arguments[:1] and arguments[0] in ("show", "export", "compare"):
+    if arguments[:1] and arguments[0] in _VERBS:
         require(f"mlpreduce search {arguments[0]}", "optuna")
         from mlpreduce.search import verbs
 
@@ -57,7 +57,7 @@ def _main(arguments: list[str]) -> int:
         return 2
     if options.address:
         os.environ["RAY_ADDRESS"] = options.address
-    require("mlpreduce search", *NEEDED, *([] if options.workers == "0" else ["ray"]))
+    require("mlpreduce search", *NEEDED)
     with Pulse(screen(), f"search {options.space}: loading Optuna and timm"):  # takes seconds
         from mlpreduce.search.driver import run
 
@@ -72,6 +72,14 @@ def _main(arguments: list[str]) -> int:
         **_settings(options),
     )
     return 0
+
+
+def _again(arguments: list[str]) -> str | None:
+    """The command that goes on, if a study is what was begun."""
+    if {*arguments[:1]} & {*_VERBS} or "--list" in arguments:
+        return None
+    again = [*map(hidden, arguments), *([] if "--resume" in arguments else ["--resume"])]
+    return f"python -m mlpreduce.search {shlex.join(again)}"
 
 
 def _list() -> None:

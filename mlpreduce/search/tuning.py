@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -168,16 +169,16 @@ def tune(
 
 
 class Tuning:
-    """What `tune` has found.
-
-    Attributes:
-        document: all that is known, as JSON values.
-    """
+    """What `tune` has found."""
 
     def __init__(self, found: StudyDocument, hand: ModelInHand) -> None:
         self._found, self._hand = found, hand
-        self.document: dict[str, Any] = found.as_json()
         self._plans: dict[str, list[Plan]] = {}
+
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """All that is known, as JSON values."""
+        return self._found.as_json()
 
     @property
     def points(self) -> list[dict[str, Any]]:

@@ -84,6 +84,11 @@ def _export(options: argparse.Namespace) -> None:
         raise ReductionError(
             f"search export {options.study} {options.trial}: no such trial was trained; there are {known}"
         )
+    if "scored" in study.user_attrs:
+        raise ReductionError(
+            f"search export {options.study} {options.trial}: its points were scored and not trained, so none is a recipe; "
+            f"apply the plans of `mlpreduce.tune`, or save the best by mlpreduce tune --save DIR"
+        )
     recipe = Recipe.model_validate(study.user_attrs["recipe"])
     path = options.output or "FILE.toml"
     files = originals(recipe) if options.output is None else copy_plugins(recipe, Path(path).parent)

@@ -268,12 +268,12 @@ def screen() -> Console:
     return Screen(width=width() or _UNLIMITED)
 
 
-def run_command(body: Callable[[], int], go_on: Callable[[], str] | None = None) -> int:
+def run_command(body: Callable[[], int], go_on: Callable[[], str | None] | None = None) -> int:
     """Run a command and return its exit status.
 
     Args:
         body: the command; its exit status.
-        go_on: writes the command that goes on with what was interrupted, when all workers have ended.
+        go_on: writes the command that goes on with what was interrupted, when all workers have ended; None where none does.
 
     Returns:
         What `body` returns; 2 after a ReductionError, which is printed; 141 when the reader of its output has gone, as
@@ -289,14 +289,15 @@ def run_command(body: Callable[[], int], go_on: Callable[[], str] | None = None)
         return _CLOSED_PIPE
 
 
-def _run(body: Callable[[], int], go_on: Callable[[], str] | None) -> int:
+def _run(body: Callable[[], int], go_on: Callable[[], str | None] | None) -> int:
     try:
         return body()
     except ReductionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        more = "" if go_on is None else f"; all workers have ended. To go on: {go_on()}"
+        command = None if go_on is None else go_on()
+        more = "" if command is None else f"; all workers have ended. To go on: {command}"
         print(f"\ninterrupted{more}", file=sys.stderr)
         return 130
     except SystemExit as ending:  # argparse: help was printed, or what is wrong

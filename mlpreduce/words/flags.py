@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Collection
 from typing import Any, get_args, get_origin
 
@@ -10,7 +11,6 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mlpreduce.words.notation import split_outside
-from mlpreduce.words.values import parse_value
 
 __all__ = ["add_flags", "given_flags"]
 
@@ -38,14 +38,19 @@ def given_flags(options: argparse.Namespace, settings: type[BaseModel], apart: C
             continue
         if get_origin(field.annotation) is tuple:
             parts = filter(None, map(str.strip, split_outside(text, ",")))
-            found[name] = tuple(parts if get_args(field.annotation)[0] is str else map(parse_value, parts))
+            found[name] = tuple(parts if get_args(field.annotation)[0] is str else map(_read, parts))
         else:
-            found[name] = parse_value(text)
+            found[name] = _read(text)
     return found
 
 
 def _fields(settings: type[BaseModel], apart: Collection[str]) -> dict[str, FieldInfo]:
     return {name: f for name, f in settings.model_fields.items() if f.description and name not in apart}
+
+
+def _read(text: str) -> int | str:
+    """A whole number, so that messages show it as one; the settings read all else."""
+    return int(text) if re.fullmatch(r"[+-]?\d+", text) else text
 
 
 def _text(value: Any) -> str:

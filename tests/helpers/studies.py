@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from mlpreduce.records import StudyDocument, study_from
+from mlpreduce.records import StudyDocument, typed
 
 OBJECTIVES = {
     "top1": {"name": "top1", "direction": "maximize", "unit": "%"},
@@ -66,7 +66,7 @@ def make_trial(number: int, size: int, *tops: float, **changes: Any) -> dict[str
 
 def make_study(*objectives: str, points: list[dict[str, Any]] | None = None, **changes: Any) -> StudyDocument:
     """What a report is made of."""
-    return study_from(make_document(*objectives, points=points, **changes))
+    return typed(StudyDocument, make_document(*objectives, points=points, **changes), "study")
 
 
 def make_document(*objectives: str, points: list[dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class StudySettings(BaseModel):
     pruner: Literal["asha", "median", "none"] = Field("asha", description="asha, median (one objective only) or none")
     reduction: Annotated[int, Field(ge=2)] = Field(3, description="of asha: one of so many goes on at each rung")
     first_rung: NonNegative = Field(
-        0, description="epochs before asha first decides (default: a ninth of the recipe's, 1.5 x its warm-up)"
+        0, description="epochs before asha first decides (default: a ninth of all, at least 1.5 x the warm-up)"
     )
     seed: NonNegative = Field(0, description="of the sampler")
     seeds: Free[tuple[int, ...]] = Field(

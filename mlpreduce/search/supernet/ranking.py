@@ -116,11 +116,12 @@ def told_agreement(trials: Sequence[StudyPoint]) -> dict[str, Any]:
     Returns:
         The fields of `Agreement`, and `text`: a sentence that has them.
     """
-    rows = [trial for trial in trials if trial.drawn == "random" and trial.state == "complete"]
+    every = [(trial, trial.runs[0].top1) for trial in trials if trial.drawn == "random" and trial.state == "complete"]
+    rows = [(trial, top1) for trial, top1 in every if top1 is not None]
     found = agreement(
-        [trial.estimate["loss"] for trial in rows],
-        [trial.runs[0].value("top1") or 0.0 for trial in rows],
-        [trial.cost["params"] for trial in rows],
+        [trial.estimate["loss"] for trial, _ in rows],
+        [top1 for _, top1 in rows],
+        [trial.cost["params"] for trial, _ in rows],
     )
     parts = []
     if found.spearman is not None:
